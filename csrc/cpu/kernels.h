@@ -1,0 +1,100 @@
+// What every instruction set's kernels take and offer. Plain data only: the files of an instruction set are compiled
+// for it, so anything inline that they shared with the rest could end up in code that older machines run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastl2l::cpu {
+
+// State is kept in tiles of 16 coordinates, [tile][row][16]: a tile's rows are neighbours in memory, whatever N is.
+constexpr int kTile = 16;
+
+struct Rule {
+  int layers, hidden, features;
+  bool log_sign;         // else raw
+  double constant;       // p of log_sign, scale of raw
+  double update_scale;
+  double log_sign_threshold, log_sign_slope;  // exp(-p), exp(p)
+
+  int inputs(int layer) const { return layer == 0 ? features : hidden; }
+  int state_rows() const { return 2 * layers * hidden; }
+};
+
+// Weights as the kernels read them; offsets count elements from `data`. See pack.h.
+template <typename T>
+struct PackedWeights {
+  struct Layer {
+    const T* forward;          // [unit block][bias, inputs, h][units of the block * 4 gates]
+    const T* input_backward;   // [input block][4 * unit + gate][inputs of the block]
+    const T* hidden_backward;  // the same for W_hh
+  };
+  const Layer* layer;
+  const T* out;  // [hidden], then the bias
+};
+
+// One parameter's coordinates. `read` widens n gradients to T, `add` adds n updates to the parameter, in its dtype.
+template <typename T>
+struct Segment {
+  char* param;
+  const char* grad;
+  T* state;
+  int64_t numel;
+  int element_size;
+  void (*read)(const void* source, T* target, int n);
+  void (*add)(void* param, const T* update, int n);
+};
+
+template <typename T>
+struct StepArgs {
+  Rule rule;
+  PackedWeights<T> weights;
+  T grad_scale;
+  const Segment<T>* segments;
+  const int64_t* first_tile;  // [segments + 1]: running number of each segment's first tile
+};
+
+template <typename T>
+struct WindowArgs {
+  Rule rule;
+  PackedWeights<T> weights;
+  int64_t numel, steps;
+  const T* state;     // [tile][row][16], before the first step
+  const T* grads;     // [steps][numel]
+  const T* adjoints;  // [steps][numel]: dL/dupdate
+  const T* dstate;    // [tile][row][16], dL/d(state after the last step), or null
+  T* dstate_first;    // [tile][row][16], or null
+  T* dgrads;          // [steps][numel], or null
+};
+
+// How an instruction set blocks its loops; the packed weights follow it.
+struct Blocking {
+  int units;    // LSTM units whose gates are accumulated together
+  int inputs;   // inputs whose adjoints are accumulated together
+};
+
+template <typename T>
+struct Kernels {
+  Blocking blocking;
+  int block_tiles;  // tiles that the fast path takes together
+  // Steps tiles [begin, end) of all segments.
+  void (*step)(const StepArgs<T>&, int64_t begin, int64_t end, T* scratch);
+  // Adds the weight gradients of tiles [begin, end) to `dweights`, in the order of weight_gradient_index().
+  void (*window_backward)(const WindowArgs<T>&, int64_t begin, int64_t end, double* dweights, T* scratch);
+  size_t (*step_scratch)(const Rule&);                    // elements
+  size_t (*window_scratch)(const Rule&, int64_t steps);   // elements
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  const Kernels<float>* f32;
+  const Kernels<double>* f64;
+};
+
+extern const InstructionSet kAvx512, kAvx2, kGeneric;
+
+// The instruction set in use: the best that the machine has, or what FASTL2L_CPU_ISA names.
+const InstructionSet& instruction_set();
+
+}  // namespace fastl2l::cpu

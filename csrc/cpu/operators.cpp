@@ -1,0 +1,277 @@
+// The operators on CPU tensors: checks, packed weights, and the kernels on torch's threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+
+namespace fastl2l::cpu {
+namespace {
+
+// Tiles that are worth waking another thread for.
+constexpr int64_t kTilesPerThread = 16;
+// Weight gradients are summed in at most so many parts, whose bounds depend on N alone: the same bits for any number
+// of threads.
+constexpr int64_t kMostParts = 64;
+
+// Memory that a thread keeps from call to call, aligned to cache lines.
+template <typename T>
+T* scratch(size_t elements) {
+  struct Free {
+    void operator()(void* at) const { ::operator delete(at, std::align_val_t(64)); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  static thread_local size_t bytes = 0;
+  if (bytes < elements * sizeof(T)) {
+    memory.reset();
+    bytes = 0;
+    memory.reset(::operator new(elements * sizeof(T), std::align_val_t(64)));
+    bytes = elements * sizeof(T);
+  }
+  return static_cast<T*>(memory.get());
+}
+
+template <typename T, typename Stored>
+void read(const void* source, T* target, int n) {
+  const Stored* from = static_cast<const Stored*>(source);
+  for (int i = 0; i < n; ++i) target[i] = static_cast<T>(from[i]);
+}
+
+template <typename T, typename Stored>
+void add(void* param, const T* update, int n) {
+  Stored* to = static_cast<Stored*>(param);
+  for (int i = 0; i < n; ++i) {
+    using Wide = std::conditional_t<sizeof(Stored) == 8 || sizeof(T) == 8, double, float>;
+    to[i] = static_cast<Stored>(static_cast<Wide>(to[i]) + static_cast<Wide>(update[i]));
+  }
+}
+
+Rule make_rule(const RuleSizes& sizes, const std::string& preprocess, double constant, double update_scale) {
+  return {sizes.layers, sizes.hidden, sizes.features, preprocess == "log_sign", constant, update_scale,
+          std::exp(-constant), std::exp(constant)};
+}
+
+template <typename T>
+std::vector<const T*> pointers(const std::vector<Tensor>& tensors) {
+  std::vector<const T*> result;
+  for (const Tensor& tensor : tensors) result.push_back(static_cast<const T*>(tensor.data_ptr()));
+  return result;
+}
+
+template <typename T>
+const Kernels<T>& kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return *instruction_set().f32;
+  } else {
+    return *instruction_set().f64;
+  }
+}
+
+int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
+
+template <typename T>
+void set_dtype(Segment<T>& segment, ScalarType dtype) {
+  const auto use = [&](auto* example) {
+    using Stored = std::remove_pointer_t<decltype(example)>;
+    segment.element_size = sizeof(Stored);
+    segment.read = read<T, Stored>;
+    segment.add = add<T, Stored>;
+  };
+  switch (dtype) {
+    case ScalarType::Float: return use((float*)nullptr);
+    case ScalarType::Double: return use((double*)nullptr);
+    case ScalarType::Half: return use((torch::headeronly::Half*)nullptr);
+    default: return use((torch::headeronly::BFloat16*)nullptr);
+  }
+}
+
+void check_segments(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                    const std::vector<Tensor>& states, ScalarType dtype, int64_t state_rows) {
+  check_length("grads", grads.size(), params.size());
+  check_length("states", states.size(), params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const std::string at = "[" + std::to_string(i) + "]";
+    const ScalarType stored = params[i].scalar_type();
+    STD_TORCH_CHECK(stored == ScalarType::Float || stored == ScalarType::Double || stored == ScalarType::Half ||
+                        stored == ScalarType::BFloat16,
+                    "params", at, ": expected float32, float64, float16 or bfloat16, got ", dtype_name(stored));
+    STD_TORCH_CHECK(params[i].is_contiguous(), "params", at, ": expected a contiguous tensor");
+    STD_TORCH_CHECK(grads[i].is_contiguous(), "grads", at, ": expected a contiguous tensor");
+    STD_TORCH_CHECK(grads[i].scalar_type() == stored, "grads", at, ": expected ", dtype_name(stored), ", got ",
+                    dtype_name(grads[i].scalar_type()));
+    STD_TORCH_CHECK(grads[i].numel() == params[i].numel(), "grads", at, ": expected ", params[i].numel(),
+                    " elements, got ", grads[i].numel());
+    check_tensor("states" + at, states[i], dtype, {tiles_of(params[i].numel()), state_rows, kTile});
+  }
+}
+
+template <typename T>
+void step_all(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
+              const std::vector<Tensor>& weights, const Rule& rule, double grad_scale) {
+  const Kernels<T>& kernel = kernels<T>();
+  std::vector<Segment<T>> segments(params.size());
+  std::vector<int64_t> first_tile{0};
+  for (size_t i = 0; i < params.size(); ++i) {
+    Segment<T>& segment = segments[i];
+    segment.param = static_cast<char*>(params[i].data_ptr());
+    segment.grad = static_cast<const char*>(grads[i].data_ptr());
+    segment.state = static_cast<T*>(states[i].data_ptr());
+    segment.numel = params[i].numel();
+    set_dtype(segment, params[i].scalar_type());
+    first_tile.push_back(first_tile.back() + tiles_of(segment.numel));
+  }
+  static thread_local Packer<T> packer;
+  const PackedWeights<T> packed = packer.pack(rule, pointers<T>(weights), kernel.blocking, false);
+  const StepArgs<T> args{rule, packed, (T)grad_scale, segments.data(), first_tile.data()};
+  const int64_t tiles = first_tile.back(), block = kernel.block_tiles;
+  torch::stable::parallel_for(0, (tiles + block - 1) / block, kTilesPerThread / block, [&](int64_t begin, int64_t end) {
+    kernel.step(args, begin * block, std::min(end * block, tiles), scratch<T>(kernel.step_scratch(rule)));
+  });
+}
+
+void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
+           std::vector<Tensor> weights, std::string preprocess, double constant, double update_scale,
+           double grad_scale) {
+  const RuleSizes sizes = check_weights(weights, preprocess);
+  const ScalarType dtype = weights.back().scalar_type();
+  const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
+  check_segments(params, grads, states, dtype, rule.state_rows());
+  if (params.empty()) return;
+  if (dtype == ScalarType::Float) {
+    step_all<float>(params, grads, states, weights, rule, grad_scale);
+  } else {
+    step_all<double>(params, grads, states, weights, rule, grad_scale);
+  }
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
+}
+
+// Sums the weight gradients of all coordinates into `dweights`.
+template <typename T>
+void window_all(WindowArgs<T> args, const std::vector<Tensor>& weights, T* dweights) {
+  const Kernels<T>& kernel = kernels<T>();
+  static thread_local Packer<T> packer;
+  args.weights = packer.pack(args.rule, pointers<T>(weights), kernel.blocking, true);
+  const int64_t tiles = tiles_of(args.numel), block = kernel.block_tiles, blocks = (tiles + block - 1) / block;
+  const int64_t parts = std::min(blocks, kMostParts), count = weight_count(args.rule);
+  static thread_local std::vector<double> sums_memory;
+  std::vector<double>& sums = sums_memory;  // the lambda below runs on other threads, which have their own
+  sums.assign(std::max<int64_t>(parts, 1) * count, 0.0);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    T* memory = scratch<T>(kernel.window_scratch(args.rule, args.steps));
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = part * blocks / parts * block, last = std::min((part + 1) * blocks / parts * block, tiles);
+      kernel.window_backward(args, first, last, &sums[part * count], memory);
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t i = 0; i < count; ++i) sums[i] += sums[part * count + i];
+  }
+  unpack_gradients(args.rule, sums.data(), dweights);
+}
+
+std::tuple<Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, Tensor adjoints,
+                                                   std::vector<Tensor> weights, std::string preprocess,
+                                                   double constant, double update_scale, std::optional<Tensor> dstate,
+                                                   bool need_dstate, bool need_dgrads) {
+  const RuleSizes sizes = check_weights(weights, preprocess);
+  const ScalarType dtype = weights.back().scalar_type();
+  const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
+  STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) >= 1, "grads: expected shape [steps >= 1, N], got ",
+                  shape_of(grads));
+  const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel);
+  check_tensor("grads", grads, dtype, {steps, numel});
+  check_tensor("adjoints", adjoints, dtype, {steps, numel});
+  check_tensor("state", state, dtype, {tiles, rule.state_rows(), kTile});
+  if (dstate) check_tensor("dstate", *dstate, dtype, {tiles, rule.state_rows(), kTile});
+
+  Tensor dweights = torch::stable::new_empty(state, {weight_count(rule)});
+  Tensor dstate_first = torch::stable::new_zeros(state, {need_dstate ? tiles : 0, rule.state_rows(), kTile});
+  Tensor dgrads = torch::stable::new_empty(state, {need_dgrads ? steps : 0, numel});
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto data = [](const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); };
+    const WindowArgs<T> args{rule, {}, numel, steps, data(state), data(grads), data(adjoints),
+                             data_or_null<T>(dstate), need_dstate ? data(dstate_first) : nullptr,
+                             need_dgrads ? data(dgrads) : nullptr};
+    window_all<T>(args, weights, data(dweights));
+  };
+  if (dtype == ScalarType::Float) {
+    run(float());
+  } else {
+    run(double());
+  }
+  return {dweights, dstate_first, dgrads};
+}
+
+// x - x is 0 for finite x and NaN otherwise; the sum of such terms is vectorized by any compiler.
+template <typename Stored>
+bool finite(const void* data, int64_t n) {
+  const Stored* x = static_cast<const Stored*>(data);
+  constexpr int lanes = 16;
+  constexpr int64_t stretch = 4096;
+  for (int64_t first = 0; first < n; first += stretch) {
+    using Wide = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+    const int64_t last = std::min(n, first + stretch);
+    Wide sums[lanes] = {};
+    int64_t i = first;
+    for (; i + lanes <= last; i += lanes) {
+      for (int k = 0; k < lanes; ++k) sums[k] += (Wide)x[i + k] - (Wide)x[i + k];
+    }
+    for (; i < last; ++i) sums[0] += (Wide)x[i] - (Wide)x[i];
+    for (Wide sum : sums) {
+      if (!(sum == 0)) return false;
+    }
+  }
+  return true;
+}
+
+bool all_finite(std::vector<Tensor> tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& tensor = tensors[i];
+    STD_TORCH_CHECK(tensor.is_contiguous(), "tensors[", i, "]: expected a contiguous tensor");
+    const auto check = [&]() -> bool {
+      switch (tensor.scalar_type()) {
+        case ScalarType::Float: return finite<float>(tensor.data_ptr(), tensor.numel());
+        case ScalarType::Double: return finite<double>(tensor.data_ptr(), tensor.numel());
+        case ScalarType::Half: return finite<torch::headeronly::Half>(tensor.data_ptr(), tensor.numel());
+        case ScalarType::BFloat16: return finite<torch::headeronly::BFloat16>(tensor.data_ptr(), tensor.numel());
+        default: STD_TORCH_CHECK(false, "tensors[", i, "]: expected a floating dtype");
+      }
+      return false;
+    };
+    if (!check()) return false;
+  }
+  return true;
+}
+
+std::string cpu_isa() { return instruction_set().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastl2l, CPU, m) {
+  m.impl("step_", TORCH_BOX(&step_));
+  m.impl("window_backward", TORCH_BOX(&window_backward));
+  m.impl("all_finite", TORCH_BOX(&all_finite));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastl2l, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+
+}  // namespace fastl2l::cpu

@@ -1,0 +1,352 @@
+// Gradient of a window of truncated BPTT with respect to the rule's weights. For one block of coordinates at a time:
+// the activations of all steps are recomputed into a workspace that stays in cache, the window is walked in reverse,
+// gate gradients overwriting the gates, and the weight gradients are one small matrix product over lanes and steps.
+// Included inside the namespace of an instruction set.
+
+// Where the workspace of one block keeps what; counted in rows of NV vectors.
+struct WindowLayout {
+  int layers, hidden, features;
+  int64_t steps;
+
+  int64_t feature_rows() const { return features + 1; }  // and a row of ones: the biases' input
+  int64_t gates(int layer, int64_t t) const { return (layer * steps + t) * 4 * hidden; }
+  int64_t tanh_c(int layer, int64_t t) const { return gates(layers, 0) + (layer * steps + t) * hidden; }
+  // h and c have steps + 1 entries: entry t is the state before step t
+  int64_t h(int layer, int64_t t) const { return tanh_c(layers, 0) + (layer * (steps + 1) + t) * hidden; }
+  int64_t c(int layer, int64_t t) const { return h(layers, 0) + (layer * (steps + 1) + t) * hidden; }
+  int64_t feature(int64_t t) const { return c(layers, 0) + t * feature_rows(); }
+  int64_t gradient(int64_t t) const { return feature(steps) + t; }
+  int64_t dupdate(int64_t t) const { return gradient(steps) + t; }
+  int64_t rows() const { return dupdate(steps); }
+  // carried backwards through time, once a thread
+  int64_t carry_rows() const { return (2 * layers + 1) * hidden + features; }
+};
+
+// Blocks whose weight gradients are summed before they are reduced over lanes: with few steps the reduction would
+// otherwise cost more than the product.
+inline int64_t blocks_together(int64_t steps) { return steps >= 16 ? 1 : 16 / steps; }
+
+inline size_t window_scratch(const Rule& rule, int64_t steps) {
+  const WindowLayout layout{rule.layers, rule.hidden, rule.features, steps};
+  return (size_t)kMaxBlockLanes * (blocks_together(steps) * layout.rows() + layout.carry_rows());
+}
+
+template <class P, int NV>
+struct WindowBlock {
+  using T = typename P::T;
+  using V = typename P::V;
+  static constexpr int lanes = NV * P::lanes;
+
+  const WindowArgs<T>& args;
+  const WindowLayout layout;
+  T* base;
+  T* carry;
+  int64_t first;  // coordinate
+
+  INLINE Rows<P, NV> rows(int64_t row) const { return dense<P, NV>(base + row * lanes); }
+  INLINE Rows<P, NV> dh(int layer) const { return dense<P, NV>(carry + (int64_t)2 * layer * layout.hidden * lanes); }
+  INLINE Rows<P, NV> dc(int layer) const { return dh(layer).from(layout.hidden); }
+  INLINE Rows<P, NV> dinput() const { return dh(layout.layers); }
+  INLINE int64_t valid() const { return args.numel - first < lanes ? args.numel - first : lanes; }
+
+  // Copies state rows between the tiles' layout and rows of this block; lanes past the end are zero.
+  template <class Visit>
+  INLINE void each_state_row(Visit visit) const {
+    for (int layer = 0; layer < layout.layers; ++layer) {
+      for (int unit = 0; unit < layout.hidden; ++unit) {
+        visit(layer, unit, 2 * layer * layout.hidden + unit, false);
+        visit(layer, unit, (2 * layer + 1) * layout.hidden + unit, true);
+      }
+    }
+  }
+  INLINE T* state_at(T* state, int row, int lane) const {
+    const int64_t coordinate = first + lane;
+    return state + (coordinate / kTile * args.rule.state_rows() + row) * kTile + coordinate % kTile;
+  }
+  INLINE void read_state_row(const T* state, int row, T* target) const {
+    constexpr int run = lanes < kTile ? lanes : kTile;
+    const int64_t n = valid();
+    for (int lane = 0; lane < lanes; lane += run) {
+      if (lane + run <= n) {
+        for (int i = 0; i < run; i += P::lanes) {
+          P::store(target + lane + i, P::load(state_at(const_cast<T*>(state), row, lane) + i));
+        }
+      } else {
+        for (int i = lane; i < lane + run; ++i) target[i] = i < n ? *state_at(const_cast<T*>(state), row, i) : T(0);
+      }
+    }
+  }
+  INLINE void write_state_row(T* state, int row, const T* source) const {
+    const int64_t n = valid();
+    for (int lane = 0; lane < n; ++lane) *state_at(state, row, lane) = source[lane];
+  }
+  INLINE void read_coordinates(const T* source, T* target) const {
+    const int64_t n = valid();
+    for (int i = 0; i < lanes; ++i) target[i] = i < n ? source[first + i] : T(0);
+  }
+
+  INLINE void load_inputs() const {
+    each_state_row([&](int layer, int unit, int row, bool is_c) INLINE_LAMBDA {
+      const int64_t target = (is_c ? layout.c(layer, 0) : layout.h(layer, 0)) + unit;
+      read_state_row(args.state, row, base + target * lanes);
+    });
+    for (int64_t t = 0; t < layout.steps; ++t) {
+      T* gradient = base + layout.gradient(t) * lanes;
+      read_coordinates(args.grads + t * args.numel, gradient);
+      write_features<P, NV>(args.rule, gradient, rows(layout.feature(t)));
+      const Rows<P, NV> ones = rows(layout.feature(t) + layout.features);
+      const Rows<P, NV> dupdate = rows(layout.dupdate(t));
+      read_coordinates(args.adjoints + t * args.numel, base + layout.dupdate(t) * lanes);
+      for (int v = 0; v < NV; ++v) {
+        ones.store(0, v, P::set1(1));
+        dupdate.store(0, v, dupdate.load(0, v) * P::set1((T)args.rule.update_scale));
+      }
+    }
+  }
+
+  INLINE void forward() const {
+    for (int64_t t = 0; t < layout.steps; ++t) {
+      Rows<P, NV> input = rows(layout.feature(t));
+      for (int layer = 0; layer < layout.layers; ++layer) {
+        const Rows<P, NV> gates = rows(layout.gates(layer, t)), tanh_c = rows(layout.tanh_c(layer, t));
+        const Rows<P, NV> h = rows(layout.h(layer, t + 1)), c = rows(layout.c(layer, t + 1));
+        layer_forward<P, NV>(args.weights.layer[layer].forward, input, args.rule.inputs(layer),
+                             rows(layout.h(layer, t)), layout.hidden, rows(layout.c(layer, t)),
+                             [&](int unit, int v, const Cell<P>& cell) INLINE_LAMBDA {
+                               gates.store(4 * unit + 0, v, cell.i);
+                               gates.store(4 * unit + 1, v, cell.f);
+                               gates.store(4 * unit + 2, v, cell.g);
+                               gates.store(4 * unit + 3, v, cell.o);
+                               tanh_c.store(unit, v, cell.tanh_c);
+                               c.store(unit, v, cell.c);
+                               h.store(unit, v, cell.h);
+                             });
+        input = h;
+      }
+    }
+  }
+
+  // Gate gradients of one layer and step, in place of the gates; dh and dc of the step before.
+  INLINE void cells_backward(int layer, int64_t t) const {
+    const bool last = layer + 1 == layout.layers;
+    const Rows<P, NV> gates = rows(layout.gates(layer, t)), tanh_c = rows(layout.tanh_c(layer, t));
+    const Rows<P, NV> c_before = rows(layout.c(layer, t)), dupdate = rows(layout.dupdate(t));
+    const Rows<P, NV> dh_rows = dh(layer), dc_rows = dc(layer), from_above = dinput();
+    const V one = P::set1(1);
+    for (int unit = 0; unit < layout.hidden; ++unit) {
+      const V w_out = P::set1(args.weights.out[unit]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const V i = gates.load(4 * unit, v), f = gates.load(4 * unit + 1, v);
+        const V g = gates.load(4 * unit + 2, v), o = gates.load(4 * unit + 3, v), tc = tanh_c.load(unit, v);
+        const V above = last ? P::fma(w_out, dupdate.load(0, v), dh_rows.load(unit, v))
+                             : dh_rows.load(unit, v) + from_above.load(unit, v);
+        const V dtanh = above * o;
+        const V dc_now = P::fma(-dtanh * tc, tc, dc_rows.load(unit, v) + dtanh);
+        gates.store(4 * unit + 0, v, dc_now * g * i * (one - i));
+        gates.store(4 * unit + 1, v, dc_now * c_before.load(unit, v) * f * (one - f));
+        gates.store(4 * unit + 2, v, dc_now * i * P::fma(-g, g, one));
+        gates.store(4 * unit + 3, v, above * tc * o * (one - o));
+        dc_rows.store(unit, v, dc_now * f);
+      }
+    }
+  }
+
+  // out[k] = sum over gates of W[gate][k] * dgate, K inputs at a time.
+  template <int K>
+  INLINE void inputs_block(const T* weights, Rows<P, NV> dgates, Rows<P, NV> out) const {
+    V sum[K][NV];
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[k][v] = P::set1(0);
+    }
+    for (int row = 0; row < 4 * layout.hidden; ++row) {
+      V d[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) d[v] = dgates.load(row, v);
+#pragma GCC unroll 16
+      for (int k = 0; k < K; ++k) {
+        const V w = P::set1(weights[row * K + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[k][v] = P::fma(w, d[v], sum[k][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) out.store(k, v, sum[k][v]);
+    }
+  }
+  INLINE void inputs_backward(const T* weights, int inputs, Rows<P, NV> dgates, Rows<P, NV> out) const {
+    constexpr int K = P::blocking.inputs;
+    int k = 0;
+    for (; k + K <= inputs; k += K) inputs_block<K>(weights + (int64_t)k * 4 * layout.hidden, dgates, out.from(k));
+    for (; k < inputs; ++k) inputs_block<1>(weights + (int64_t)k * 4 * layout.hidden, dgates, out.from(k));
+  }
+
+  INLINE void backward() const {
+    each_state_row([&](int layer, int unit, int row, bool is_c) INLINE_LAMBDA {
+      const Rows<P, NV> target = (is_c ? dc(layer) : dh(layer)).from(unit);
+      if (args.dstate) {
+        read_state_row(args.dstate, row, target.at[0]);
+      } else {
+        for (int v = 0; v < NV; ++v) target.store(0, v, P::set1(0));
+      }
+    });
+    for (int64_t t = layout.steps - 1; t >= 0; --t) {
+      for (int layer = layout.layers - 1; layer >= 0; --layer) {
+        cells_backward(layer, t);
+        const auto& weights = args.weights.layer[layer];
+        const Rows<P, NV> dgates = rows(layout.gates(layer, t));
+        inputs_backward(weights.hidden_backward, layout.hidden, dgates, dh(layer));
+        if (layer > 0 || args.dgrads) inputs_backward(weights.input_backward, args.rule.inputs(layer), dgates, dinput());
+      }
+      if (args.dgrads) write_dgrads(t);
+    }
+    if (args.dstate_first) {
+      each_state_row([&](int layer, int unit, int row, bool is_c) INLINE_LAMBDA {
+        write_state_row(args.dstate_first, row, (is_c ? dc(layer) : dh(layer)).from(unit).at[0]);
+      });
+    }
+  }
+  INLINE void write_dgrads(int64_t t) const {
+    alignas(64) T dgradient[lanes];
+    features_backward<P, NV>(args.rule, base + layout.gradient(t) * lanes, dinput(), dgradient);
+    for (int64_t i = 0, n = valid(); i < n; ++i) args.dgrads[t * args.numel + first + i] = dgradient[i];
+  }
+};
+
+// dweights[x][row] += sum over blocks, steps and lanes of d[row] * x[k], for R rows and X inputs.
+// `block_rows` rows lie between blocks, `d_step` and `x_step` rows between steps.
+template <class P, int NV, int R, int X>
+INLINE void outer_block(const typename P::T* d, int64_t d_step, const typename P::T* x, int64_t x_step, int64_t blocks,
+                        int64_t block_rows, int64_t steps, double* dweights) {
+  using V = typename P::V;
+  constexpr int lanes = NV * P::lanes;
+  V sum[X][R];
+#pragma GCC unroll 8
+  for (int k = 0; k < X; ++k) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[k][r] = P::set1(0);
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    const typename P::T* d_at = d + b * block_rows * lanes;
+    const typename P::T* x_at = x + b * block_rows * lanes;
+    for (int64_t t = 0; t < steps; ++t) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        V dv[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) dv[r] = P::load(d_at + r * lanes + v * P::lanes);
+#pragma GCC unroll 8
+        for (int k = 0; k < X; ++k) {
+          const V xv = P::load(x_at + k * lanes + v * P::lanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sum[k][r] = P::fma(dv[r], xv, sum[k][r]);
+        }
+      }
+      d_at += d_step * lanes;
+      x_at += x_step * lanes;
+    }
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < X; ++k) {
+    if constexpr (R == 4) {
+      P::add_sums(sum[k][0], sum[k][1], sum[k][2], sum[k][3], dweights + k * R);
+    } else {
+      double sums[4];
+      for (int i = 0; i < 4; ++i) sums[i] = 0;
+      P::add_sums(sum[k][0], P::set1(0), P::set1(0), P::set1(0), sums);
+      dweights[k] += sums[0];
+    }
+  }
+}
+
+// The weight gradients of one matrix of `rows` / R row groups and `inputs` columns, laid out [group][input][R].
+template <class P, int NV, int R>
+INLINE void outer_product(const typename P::T* d, int64_t d_step, int rows, const typename P::T* x, int64_t x_step,
+                          int inputs, int64_t blocks, int64_t block_rows, int64_t steps, double* dweights,
+                          int64_t group_stride) {
+  constexpr int lanes = NV * P::lanes, X = P::outer_inputs;
+  int k = 0;
+  // Inputs outside: the few rows of x stay in L1 while all rows of d stream past.
+  for (; k + X <= inputs; k += X) {
+    for (int r = 0; r < rows; r += R) {
+      outer_block<P, NV, R, X>(d + r * lanes, d_step, x + k * lanes, x_step, blocks, block_rows, steps,
+                               dweights + (r / R) * group_stride + k * R);
+    }
+  }
+  for (; k < inputs; ++k) {
+    for (int r = 0; r < rows; r += R) {
+      outer_block<P, NV, R, 1>(d + r * lanes, d_step, x + k * lanes, x_step, blocks, block_rows, steps,
+                               dweights + (r / R) * group_stride + k * R);
+    }
+  }
+}
+
+// `dweights`: for each layer [unit][inputs, bias, h][4], then [out][hidden + 1].
+template <class P, int NV>
+INLINE void weight_gradients(const Rule& rule, const WindowLayout& layout, typename P::T* base, int64_t blocks,
+                             double* dweights) {
+  constexpr int lanes = NV * P::lanes;
+  const auto at = [&](int64_t row) { return base + row * lanes; };
+  const int hidden = rule.hidden;
+  const int64_t block_rows = layout.rows(), steps = layout.steps, features = layout.feature_rows();
+  for (int layer = 0; layer < rule.layers; ++layer) {
+    const auto product = [&](const typename P::T* x, int64_t x_step, int inputs, int column, int64_t group) INLINE_LAMBDA {
+      outer_product<P, NV, 4>(at(layout.gates(layer, 0)), 4 * hidden, 4 * hidden, x, x_step, inputs, blocks, block_rows,
+                              steps, dweights + 4 * column, group);
+    };
+    const int inputs = rule.inputs(layer);
+    const int64_t group = 4 * (inputs + 1 + hidden);
+    if (layer == 0) {
+      product(at(layout.feature(0)), features, inputs + 1, 0, group);
+    } else {
+      product(at(layout.h(layer - 1, 1)), hidden, inputs, 0, group);
+      product(at(layout.feature(0) + rule.features), features, 1, inputs, group);
+    }
+    product(at(layout.h(layer, 0)), hidden, hidden, inputs + 1, group);
+    dweights += hidden * group;
+  }
+  const auto out = [&](const typename P::T* x, int64_t x_step, int inputs, int column) INLINE_LAMBDA {
+    outer_product<P, NV, 1>(at(layout.dupdate(0)), 1, 1, x, x_step, inputs, blocks, block_rows, steps, dweights + column,
+                            0);
+  };
+  out(at(layout.h(rule.layers - 1, 1)), hidden, hidden, 0);
+  out(at(layout.feature(0) + rule.features), features, 1, hidden);
+}
+
+template <class P, int NV>
+void window_blocks(const WindowArgs<typename P::T>& args, int64_t first, int64_t blocks, double* dweights,
+                   typename P::T* scratch) {
+  constexpr int lanes = NV * P::lanes;
+  const WindowLayout layout{args.rule.layers, args.rule.hidden, args.rule.features, args.steps};
+  const int64_t together = blocks_together(args.steps);
+  typename P::T* carry = scratch + together * layout.rows() * lanes;
+  for (int64_t done = 0; done < blocks; done += together) {
+    const int64_t now = blocks - done < together ? blocks - done : together;
+    for (int64_t b = 0; b < now; ++b) {
+      const WindowBlock<P, NV> block{args, layout, scratch + b * layout.rows() * lanes, carry,
+                                     (first + (done + b) * lanes)};
+      block.load_inputs();
+      block.forward();
+      block.backward();
+    }
+    weight_gradients<P, NV>(args.rule, layout, scratch, now, dweights);
+  }
+}
+
+template <class P>
+void window_backward(const WindowArgs<typename P::T>& args, int64_t begin, int64_t end, double* dweights,
+                     typename P::T* scratch) {
+  constexpr int lanes = P::vectors * P::lanes;
+  const int64_t first = begin * kTile, last = end * kTile;
+  const int64_t whole = (last - first) / lanes;
+  window_blocks<P, P::vectors>(args, first, whole, dweights, scratch);
+  if constexpr (lanes > kTile) {  // an odd tile at the end
+    if (first + whole * lanes < last) {
+      window_blocks<P, kTile / P::lanes>(args, first + whole * lanes, 1, dweights, scratch);
+    }
+  }
+}

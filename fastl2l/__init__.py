@@ -1,0 +1,1 @@
+"""fastl2l: learned optimizers, fast enough to use."""

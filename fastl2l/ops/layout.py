@@ -1,0 +1,37 @@
+"""How the state of an update rule lies in memory: tiles of 16 coordinates, [tiles, rows, 16].
+
+A tile's rows are neighbours, so a kernel that takes some tiles touches one run of memory, whatever N is; with rows of
+length N it would touch as many far-apart places as there are rows. Lanes past N in the last tile mean nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastl2l.rules import LSTMRule
+
+TILE = 16
+"""Coordinates in a tile; csrc/cpu/kernels.h has it too."""
+
+
+def state_shape(rule: LSTMRule, numel: int) -> tuple[int, int, int]:
+    """Shape of the state of `numel` coordinates."""
+    return -(-numel // TILE), rule.config.state_rows, TILE
+
+
+def new_state(rule: LSTMRule, numel: int, device: torch.device | str = "cpu") -> Tensor:
+    """State at the start of a trajectory: zeros, in the rule's dtype."""
+    return torch.zeros(state_shape(rule, numel), dtype=rule.dtype, device=device)
+
+
+def to_rows(state: Tensor, numel: int) -> Tensor:
+    """State [tiles, rows, 16] as [rows, N], the layout of reference.py. Differentiable."""
+    return state.permute(1, 0, 2).reshape(state.shape[1], -1)[:, :numel]
+
+
+def from_rows(rows: Tensor) -> Tensor:
+    """The inverse of :func:`to_rows`, with zeros in the lanes past N. Differentiable."""
+    padding = -rows.shape[1] % TILE
+    padded = torch.nn.functional.pad(rows, (0, padding))
+    return padded.reshape(rows.shape[0], -1, TILE).permute(1, 0, 2).contiguous()
