@@ -5,8 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -25,31 +25,37 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << "]";
-  return text.str();
+// Text is put together only for a message: these checks run at every step.
+inline std::string join(const int64_t* sizes, size_t count) {
+  std::string text = "[";
+  for (size_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
 }
+
+inline std::string shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return join(sizes.data(), sizes.size());
+}
+
+// The name of an argument, or of the index-th tensor of a list.
+struct Name {
+  const char* text;
+  int64_t index = -1;
+
+  std::string string() const { return index < 0 ? text : std::string(text) + "[" + std::to_string(index) + "]"; }
+};
 
 inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  if (tensor.dim() != (int64_t)shape.size()) return false;
-  int64_t i = 0;
-  for (int64_t size : shape) {
-    if (tensor.size(i++) != size) return false;
-  }
-  return true;
+  const auto sizes = tensor.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
-inline void check_tensor(const std::string& name, const Tensor& tensor, ScalarType dtype,
-                         std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected ", dtype_name(dtype), ", got ",
+inline void check_tensor(Name name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name.string(), ": expected ", dtype_name(dtype), ", got ",
                   dtype_name(tensor.scalar_type()));
-  std::ostringstream wanted;
-  for (int64_t size : shape) wanted << (wanted.tellp() > 0 ? ", " : "") << size;
-  STD_TORCH_CHECK(has_shape(tensor, shape), name, ": expected shape [", wanted.str(), "], got ", shape_of(tensor));
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+  STD_TORCH_CHECK(has_shape(tensor, shape), name.string(), ": expected shape ", join(shape.begin(), shape.size()),
+                  ", got ", shape_of(tensor));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name.string(), ": expected a contiguous tensor");
 }
 
 inline void check_length(const char* name, size_t length, size_t expected) {
@@ -75,13 +81,13 @@ inline RuleSizes check_weights(const std::vector<Tensor>& weights, const std::st
   const int64_t hidden = sizes.hidden;
   STD_TORCH_CHECK(hidden >= 1, "weights: expected at least one hidden unit");
   for (int layer = 0; layer < sizes.layers; ++layer) {
-    const std::string at = "weights, layer " + std::to_string(layer);
-    check_tensor(at + ", W_ih", weights[3 * layer], dtype, {4 * hidden, layer == 0 ? sizes.features : hidden});
-    check_tensor(at + ", W_hh", weights[3 * layer + 1], dtype, {4 * hidden, hidden});
-    check_tensor(at + ", bias", weights[3 * layer + 2], dtype, {4 * hidden});
+    const int64_t at = 3 * layer;
+    check_tensor({"weights", at}, weights[at], dtype, {4 * hidden, layer == 0 ? sizes.features : hidden});
+    check_tensor({"weights", at + 1}, weights[at + 1], dtype, {4 * hidden, hidden});
+    check_tensor({"weights", at + 2}, weights[at + 2], dtype, {4 * hidden});
   }
-  check_tensor("weights, w_out", w_out, dtype, {hidden});
-  check_tensor("weights, b_out", weights.back(), dtype, {});
+  check_tensor({"weights", 3 * sizes.layers}, w_out, dtype, {hidden});
+  check_tensor({"weights", 3 * sizes.layers + 1}, weights.back(), dtype, {});
   return sizes;
 }
 

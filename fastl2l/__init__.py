@@ -1,1 +1,37 @@
-"""fastl2l: learned optimizers, fast enough to use."""
+"""fastl2l: learned optimizers, fast enough to use.
+
+Example::
+
+    from fastl2l import FusedLSTMOptimizer, load_rule
+
+    optimizer = FusedLSTMOptimizer(model.parameters(), load_rule("mine.safetensors"))
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastl2l import baselines, tasks
+from fastl2l.evaluate import Curves, evaluate
+from fastl2l.meta import MetaTrainer
+from fastl2l.optim import FusedLSTMOptimizer
+from fastl2l.rule_files import RuleFileError, load_rule, save_rule
+from fastl2l.rules import LSTMRule
+from fastl2l.trajectory import Trajectory
+
+try:
+    __version__ = version("fastl2l")
+except PackageNotFoundError:  # a source tree that is on the path without being installed
+    __version__ = "unknown"
+
+__all__ = [
+    "Curves",
+    "FusedLSTMOptimizer",
+    "LSTMRule",
+    "MetaTrainer",
+    "RuleFileError",
+    "Trajectory",
+    "baselines",
+    "evaluate",
+    "load_rule",
+    "save_rule",
+    "tasks",
+]

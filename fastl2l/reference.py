@@ -5,6 +5,7 @@ Slow and obvious on purpose. Kernels are right when they agree with this file ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,12 +25,13 @@ def features(gradient: Tensor, preprocess: str, constant: float) -> Tensor:
     """
     if preprocess == "raw":
         return (constant * gradient).unsqueeze(0)
-    large = gradient.abs() >= torch.exp(torch.tensor(-constant, dtype=torch.float64)).to(gradient.dtype)
+    threshold = torch.tensor(math.exp(-constant), dtype=gradient.dtype, device=gradient.device)
+    large = gradient.abs() >= threshold  # rounded as the gradients are
     # The branch that is not taken must not send NaN back through autograd: feed it a harmless 1.
     log = torch.where(large, gradient, 1.0).abs().log() / constant
     # NaN compares false, so it takes the linear branch; the first feature must not hide it.
     first = torch.where(large, log, torch.where(gradient.isnan(), gradient, -1.0))
-    second = torch.where(large, gradient.sign(), gradient * torch.exp(torch.tensor(constant, dtype=torch.float64)).item())
+    second = torch.where(large, gradient.sign(), gradient * math.exp(constant))
     return torch.stack([first, second])
 
 

@@ -106,6 +106,9 @@ class LSTMRule(nn.Module):
         ValueError: an argument is out of range; the message names it.
     """
 
+    weight_out: Tensor
+    bias_out: Tensor
+
     def __init__(
         self,
         preprocess: str = "log_sign",

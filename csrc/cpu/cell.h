@@ -115,8 +115,8 @@ INLINE Cell<P> cell_forward(typename P::V i, typename P::V f, typename P::V g, t
 
 // One layer: `save(unit, v, cell)` receives the activations of every unit. U units at a time, then one by one.
 template <class P, int NV, int U, class Save>
-INLINE void layer_units(const typename P::T* weights, int first, int last, Rows<P, NV> input, int inputs,
-                        Rows<P, NV> h, int hidden, Rows<P, NV> c_before, Save save) {
+INLINE void layer_units(const typename P::T* weights, int first, int last, Rows<P, NV> input, int inputs, Rows<P, NV> h,
+                        int hidden, Rows<P, NV> c_before, Save save) {
   for (int unit = first; unit < last; unit += U) {
     typename P::V sum[U][4][NV];
     gate_sums<P, NV, U>(weights + (int64_t)unit * 4 * (1 + inputs + hidden), input, inputs, h, hidden, sum);

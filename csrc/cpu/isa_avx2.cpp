@@ -60,6 +60,6 @@ const InstructionSet kAvx2{"avx2", has_avx2, &avx2::kF32, &avx2::kF64};
 
 namespace fastl2l::cpu {
 const InstructionSet kAvx2{"avx2", [] { return false; }, nullptr, nullptr};
-}
+}  // namespace fastl2l::cpu
 
 #endif

@@ -57,8 +57,8 @@ FASTL2L_TARGET_END
 
 namespace fastl2l::cpu {
 static bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
 }
 const InstructionSet kAvx512{"avx512", has_avx512, &avx512::kF32, &avx512::kF64};
 }  // namespace fastl2l::cpu
@@ -67,6 +67,6 @@ const InstructionSet kAvx512{"avx512", has_avx512, &avx512::kF32, &avx512::kF64}
 
 namespace fastl2l::cpu {
 const InstructionSet kAvx512{"avx512", [] { return false; }, nullptr, nullptr};
-}
+}  // namespace fastl2l::cpu
 
 #endif

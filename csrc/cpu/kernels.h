@@ -12,8 +12,8 @@ constexpr int kTile = 16;
 
 struct Rule {
   int layers, hidden, features;
-  bool log_sign;         // else raw
-  double constant;       // p of log_sign, scale of raw
+  bool log_sign;    // else raw
+  double constant;  // p of log_sign, scale of raw
   double update_scale;
   double log_sign_threshold, log_sign_slope;  // exp(-p), exp(p)
 
@@ -69,8 +69,8 @@ struct WindowArgs {
 
 // How an instruction set blocks its loops; the packed weights follow it.
 struct Blocking {
-  int units;    // LSTM units whose gates are accumulated together
-  int inputs;   // inputs whose adjoints are accumulated together
+  int units;   // LSTM units whose gates are accumulated together
+  int inputs;  // inputs whose adjoints are accumulated together
 };
 
 template <typename T>
@@ -81,8 +81,8 @@ struct Kernels {
   void (*step)(const StepArgs<T>&, int64_t begin, int64_t end, T* scratch);
   // Adds the weight gradients of tiles [begin, end) to `dweights`, in the order of weight_gradient_index().
   void (*window_backward)(const WindowArgs<T>&, int64_t begin, int64_t end, double* dweights, T* scratch);
-  size_t (*step_scratch)(const Rule&);                    // elements
-  size_t (*window_scratch)(const Rule&, int64_t steps);   // elements
+  size_t (*step_scratch)(const Rule&);                   // elements
+  size_t (*window_scratch)(const Rule&, int64_t steps);  // elements
 };
 
 struct InstructionSet {

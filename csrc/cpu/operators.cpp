@@ -61,8 +61,8 @@ void add(void* param, const T* update, int n) {
 }
 
 Rule make_rule(const RuleSizes& sizes, const std::string& preprocess, double constant, double update_scale) {
-  return {sizes.layers, sizes.hidden, sizes.features, preprocess == "log_sign", constant, update_scale,
-          std::exp(-constant), std::exp(constant)};
+  return {sizes.layers, sizes.hidden, sizes.features,      preprocess == "log_sign",
+          constant,     update_scale, std::exp(-constant), std::exp(constant)};
 }
 
 template <typename T>
@@ -104,18 +104,19 @@ void check_segments(const std::vector<Tensor>& params, const std::vector<Tensor>
   check_length("grads", grads.size(), params.size());
   check_length("states", states.size(), params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    const std::string at = "[" + std::to_string(i) + "]";
+    const Name param{"params", (int64_t)i}, grad{"grads", (int64_t)i};
     const ScalarType stored = params[i].scalar_type();
     STD_TORCH_CHECK(stored == ScalarType::Float || stored == ScalarType::Double || stored == ScalarType::Half ||
                         stored == ScalarType::BFloat16,
-                    "params", at, ": expected float32, float64, float16 or bfloat16, got ", dtype_name(stored));
-    STD_TORCH_CHECK(params[i].is_contiguous(), "params", at, ": expected a contiguous tensor");
-    STD_TORCH_CHECK(grads[i].is_contiguous(), "grads", at, ": expected a contiguous tensor");
-    STD_TORCH_CHECK(grads[i].scalar_type() == stored, "grads", at, ": expected ", dtype_name(stored), ", got ",
+                    param.string(), ": expected float32, float64, float16 or bfloat16, got ", dtype_name(stored));
+    STD_TORCH_CHECK(params[i].is_contiguous(), param.string(), ": expected a contiguous tensor");
+    STD_TORCH_CHECK(grads[i].is_contiguous(), grad.string(), ": expected a contiguous tensor");
+    STD_TORCH_CHECK(grads[i].scalar_type() == stored, grad.string(), ": expected ", dtype_name(stored), ", got ",
                     dtype_name(grads[i].scalar_type()));
-    STD_TORCH_CHECK(grads[i].numel() == params[i].numel(), "grads", at, ": expected ", params[i].numel(),
-                    " elements, got ", grads[i].numel());
-    check_tensor("states" + at, states[i], dtype, {tiles_of(params[i].numel()), state_rows, kTile});
+    const int64_t numel = params[i].numel();
+    STD_TORCH_CHECK(grads[i].numel() == numel, grad.string(), ": expected ", numel, " elements, got ",
+                    grads[i].numel());
+    check_tensor({"states", (int64_t)i}, states[i], dtype, {tiles_of(numel), state_rows, kTile});
   }
 }
 
@@ -188,19 +189,19 @@ void window_all(WindowArgs<T> args, const std::vector<Tensor>& weights, T* dweig
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, Tensor adjoints,
-                                                   std::vector<Tensor> weights, std::string preprocess,
-                                                   double constant, double update_scale, std::optional<Tensor> dstate,
-                                                   bool need_dstate, bool need_dgrads) {
+                                                   std::vector<Tensor> weights, std::string preprocess, double constant,
+                                                   double update_scale, std::optional<Tensor> dstate, bool need_dstate,
+                                                   bool need_dgrads) {
   const RuleSizes sizes = check_weights(weights, preprocess);
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
   STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) >= 1, "grads: expected shape [steps >= 1, N], got ",
                   shape_of(grads));
   const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel);
-  check_tensor("grads", grads, dtype, {steps, numel});
-  check_tensor("adjoints", adjoints, dtype, {steps, numel});
-  check_tensor("state", state, dtype, {tiles, rule.state_rows(), kTile});
-  if (dstate) check_tensor("dstate", *dstate, dtype, {tiles, rule.state_rows(), kTile});
+  check_tensor({"grads"}, grads, dtype, {steps, numel});
+  check_tensor({"adjoints"}, adjoints, dtype, {steps, numel});
+  check_tensor({"state"}, state, dtype, {tiles, rule.state_rows(), kTile});
+  if (dstate) check_tensor({"dstate"}, *dstate, dtype, {tiles, rule.state_rows(), kTile});
 
   Tensor dweights = torch::stable::new_empty(state, {weight_count(rule)});
   Tensor dstate_first = torch::stable::new_zeros(state, {need_dstate ? tiles : 0, rule.state_rows(), kTile});
@@ -208,8 +209,15 @@ std::tuple<Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, T
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto data = [](const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); };
-    const WindowArgs<T> args{rule, {}, numel, steps, data(state), data(grads), data(adjoints),
-                             data_or_null<T>(dstate), need_dstate ? data(dstate_first) : nullptr,
+    const WindowArgs<T> args{rule,
+                             {},
+                             numel,
+                             steps,
+                             data(state),
+                             data(grads),
+                             data(adjoints),
+                             data_or_null<T>(dstate),
+                             need_dstate ? data(dstate_first) : nullptr,
                              need_dgrads ? data(dgrads) : nullptr};
     window_all<T>(args, weights, data(dweights));
   };

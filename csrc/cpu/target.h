@@ -16,11 +16,11 @@
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 // The vector types that compilers know, and loads and stores of them at any address.
-#define FASTL2L_VECTOR(scalar, bits, bytes)                              \
-  using T = scalar;                                                      \
-  typedef T V __attribute__((vector_size(bytes)));                       \
-  typedef bits BitsV __attribute__((vector_size(bytes)));                \
-  static constexpr int lanes = (bytes) / sizeof(T);                      \
+#define FASTL2L_VECTOR(scalar, bits, bytes)                                               \
+  using T = scalar;                                                                       \
+  typedef T V __attribute__((vector_size(bytes)));                                        \
+  typedef bits BitsV __attribute__((vector_size(bytes)));                                 \
+  static constexpr int lanes = (bytes) / sizeof(T);                                       \
   typedef T Unaligned __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias)); \
-  static INLINE V load(const T* at) { return *(const Unaligned*)at; }    \
+  static INLINE V load(const T* at) { return *(const Unaligned*)at; }                     \
   static INLINE void store(T* at, V x) { *(Unaligned*)at = x; }

@@ -200,7 +200,8 @@ struct WindowBlock {
         const auto& weights = args.weights.layer[layer];
         const Rows<P, NV> dgates = rows(layout.gates(layer, t));
         inputs_backward(weights.hidden_backward, layout.hidden, dgates, dh(layer));
-        if (layer > 0 || args.dgrads) inputs_backward(weights.input_backward, args.rule.inputs(layer), dgates, dinput());
+        if (layer > 0 || args.dgrads)
+          inputs_backward(weights.input_backward, args.rule.inputs(layer), dgates, dinput());
       }
       if (args.dgrads) write_dgrads(t);
     }
@@ -294,10 +295,11 @@ INLINE void weight_gradients(const Rule& rule, const WindowLayout& layout, typen
   const int hidden = rule.hidden;
   const int64_t block_rows = layout.rows(), steps = layout.steps, features = layout.feature_rows();
   for (int layer = 0; layer < rule.layers; ++layer) {
-    const auto product = [&](const typename P::T* x, int64_t x_step, int inputs, int column, int64_t group) INLINE_LAMBDA {
-      outer_product<P, NV, 4>(at(layout.gates(layer, 0)), 4 * hidden, 4 * hidden, x, x_step, inputs, blocks, block_rows,
-                              steps, dweights + 4 * column, group);
-    };
+    const auto product = [&](const typename P::T* x, int64_t x_step, int inputs, int column, int64_t group)
+                             INLINE_LAMBDA {
+                               outer_product<P, NV, 4>(at(layout.gates(layer, 0)), 4 * hidden, 4 * hidden, x, x_step,
+                                                       inputs, blocks, block_rows, steps, dweights + 4 * column, group);
+                             };
     const int inputs = rule.inputs(layer);
     const int64_t group = 4 * (inputs + 1 + hidden);
     if (layer == 0) {
@@ -310,8 +312,8 @@ INLINE void weight_gradients(const Rule& rule, const WindowLayout& layout, typen
     dweights += hidden * group;
   }
   const auto out = [&](const typename P::T* x, int64_t x_step, int inputs, int column) INLINE_LAMBDA {
-    outer_product<P, NV, 1>(at(layout.dupdate(0)), 1, 1, x, x_step, inputs, blocks, block_rows, steps, dweights + column,
-                            0);
+    outer_product<P, NV, 1>(at(layout.dupdate(0)), 1, 1, x, x_step, inputs, blocks, block_rows, steps,
+                            dweights + column, 0);
   };
   out(at(layout.h(rule.layers - 1, 1)), hidden, hidden, 0);
   out(at(layout.feature(0) + rule.features), features, 1, hidden);

@@ -71,9 +71,7 @@ def update(rule: LSTMRule, gradient: Tensor, state: Tensor, *, backend: str = "a
         raise ValueError(f"gradient: expected [N] of {rule.dtype}, got {list(gradient.shape)} of {gradient.dtype}")
     expected = state_shape(rule, gradient.numel())
     if tuple(state.shape) != expected or state.dtype != rule.dtype:
-        raise ValueError(
-            f"state: expected {list(expected)} of {rule.dtype}, got {list(state.shape)} of {state.dtype}"
-        )
+        raise ValueError(f"state: expected {list(expected)} of {rule.dtype}, got {list(state.shape)} of {state.dtype}")
     chosen = select(backend, gradient.device)
     new: tuple[Tensor, Tensor] = _Update.apply(
         chosen, rule.config, gradient.contiguous(), state.contiguous(), *rule.weights()

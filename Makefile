@@ -1,0 +1,55 @@
+# make demo   trains a small optimizer and compares it with tuned baselines, in a few minutes
+# make test   runs the tests
+#
+# Each first makes the virtual environment VENV and installs everything into it, where that has not been done. pip takes
+# its settings from the usual PIP_* variables; TORCH_INDEX=URL names a further package index, one of CPU builds, say.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.fastl2l-installed
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+	@echo "also: make lint, format, bench, clean"
+
+demo: $(READY)
+	$(BIN)/fastl2l train --task digits --out runs/demo
+	$(BIN)/fastl2l evaluate --task digits --rule runs/demo/rule.safetensors --out runs/demo/evaluation
+
+test: $(READY)
+	FASTL2L_REQUIRE_EXT=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: $(READY)
+	FASTL2L_REQUIRE_EXT=1 $(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info fastl2l/_C.* .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -f $(READY)
+
+# torch comes first: the kernels are built against it (--no-build-isolation).
+$(READY): pyproject.toml setup.py constraints.txt fastl2l/build.py $(CSRC)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastl2l needs Python 3.10 or newer, which $(PYTHON) is not; name another: make PYTHON=..." >&2; exit 1; }
+	@command -v $${CXX:-c++} > /dev/null || \
+	  { echo "fastl2l needs a C++20 compiler, such as g++: install one, or name it: CXX=... make" >&2; exit 1; }
+	@echo "installing fastl2l and what it needs into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) torch setuptools wheel ninja
+	@FASTL2L_REQUIRE_EXT=1 $(INSTALL) --no-build-isolation -e ".[dev]"
+	@touch $@

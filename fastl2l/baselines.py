@@ -1,0 +1,236 @@
+"""Hand-made optimizers to compare with, at their best learning rates (Andrychowicz et al. 2016, section 3).
+
+The optimizers are torch's own, all but the learning rate at torch's defaults. `tune` finds the rate that ends lowest on
+fresh problems of the task, which are never those of a test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastl2l.build import cache_folder
+from fastl2l.files import write_json
+from fastl2l.tasks.base import Problem, Task, check_start, evaluate_loss, integer, problem_seed, value_and_grad
+
+FORMAT = 1
+"""Of the cached learning rates. A new number where the same key would no longer mean the same search."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A torch optimizer and its learning rate; "tune" leaves the rate to `tune`.
+
+    Raises:
+        TypeError, ValueError: lr is neither "tune" nor a finite number > 0.
+    """
+
+    lr: float | Literal["tune"] = "tune"
+    name: ClassVar[str]
+    optimizer: ClassVar[Callable[..., torch.optim.Optimizer]]
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        if self.lr == "tune":
+            return
+        if isinstance(self.lr, bool) or not isinstance(self.lr, (int, float)):
+            raise TypeError(f'lr: expected "tune" or a number > 0, got {self.lr!r}')
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f'lr: expected "tune" or a finite number > 0, got {self.lr}')
+
+    def build(self, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer for these parameters. Raises ValueError while the learning rate is still to be tuned."""
+        if self.lr == "tune":
+            raise ValueError(f'lr of {self.name}: expected a number, got "tune"; see fastl2l.baselines.tune')
+        return self.optimizer(params, lr=self.lr, **self.options)
+
+    def with_lr(self, lr: float) -> Baseline:
+        """The same baseline with this learning rate."""
+        return replace(self, lr=lr)
+
+
+class SGD(Baseline):
+    """Stochastic gradient descent."""
+
+    name, optimizer = "sgd", torch.optim.SGD
+
+
+class NAG(Baseline):
+    """Nesterov's accelerated gradient: SGD with momentum 0.9."""
+
+    name, optimizer = "nag", torch.optim.SGD
+    options: ClassVar[dict[str, Any]] = {"momentum": 0.9, "nesterov": True}
+
+
+class RMSprop(Baseline):
+    """RMSprop, with torch's defaults."""
+
+    name, optimizer = "rmsprop", torch.optim.RMSprop
+
+
+class Adam(Baseline):
+    """Adam, with torch's defaults."""
+
+    name, optimizer = "adam", torch.optim.Adam
+
+
+ALL: dict[str, type[Baseline]] = {baseline.name: baseline for baseline in (SGD, RMSprop, NAG, Adam)}
+"""The baselines of the papers, by name."""
+
+
+def by_name(name: str, lr: float | Literal["tune"] = "tune") -> Baseline:
+    """The baseline called `name`: "sgd", "rmsprop", "nag" or "adam". Raises ValueError for another name."""
+    if name not in ALL:
+        raise ValueError(f"name: expected one of {', '.join(ALL)}, got {name!r}")
+    return ALL[name](lr)
+
+
+def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimizer], steps: int) -> Tensor:
+    """Follow an optimizer on a problem: the losses f_t(theta_t) / functions at t = 0 .. steps, float64 [steps + 1].
+
+    From the first non-finite loss on, all are inf.
+    """
+    theta = problem.theta0.clone().requires_grad_()
+    optimizer = build([theta])
+    losses = []
+    for step in range(steps):
+        loss, theta.grad = value_and_grad(problem, theta, step)
+        losses.append(loss / problem.functions)
+        optimizer.step()
+    losses.append(evaluate_loss(problem, theta, steps) / problem.functions)
+    curve = torch.stack(losses).cpu().double()  # in one go: to look at a loss every step would make a GPU wait
+    return curve.masked_fill(curve.isfinite().logical_not().cumsum(0) > 0, math.inf)
+
+
+# Tuning
+
+
+def tune(
+    task: Task,
+    baseline: Baseline,
+    steps: int,
+    *,
+    runs: int = 20,
+    seed: int = 0,
+    cache: bool = True,
+    report: Callable[[float, float], None] | None = None,
+) -> float:
+    """The learning rate with which `baseline` has the lowest mean loss after `steps` steps on `runs` fresh problems.
+
+    Rates from 1e-4 to 1e2, three a decade, and on beyond either end while the best is there; then twice the two between
+    the best and its neighbours, down to factors of 10^(1/12). Every rate meets the same problems and minibatches.
+    Divergence counts as inf, and no rate is tried above one that ends far above where it started.
+
+    The result is kept in FASTL2L_CACHE (~/.cache/fastl2l), with all rates tried and their losses, under a hash of
+    everything it depends on. A file that is damaged is ignored and written anew.
+
+    Args:
+        task: what to tune on.
+        baseline: the optimizer; its own learning rate does not matter.
+        steps: length of the trajectories.
+        runs: number of problems.
+        seed: problems are number 0 .. runs - 1 of purpose "tune" of this seed.
+        cache: whether to use and write the file.
+        report: called with each learning rate tried and its loss.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or no learning rate gives a finite loss.
+    """
+    if not isinstance(task, Task):
+        raise TypeError(f"task: expected a fastl2l Task, got {type(task).__name__}")
+    if not isinstance(baseline, Baseline):
+        raise TypeError(f"baseline: expected a Baseline such as Adam(), got {baseline!r}")
+    integer("steps", steps)
+    integer("runs", runs)
+    integer("seed", seed, least=0)
+    request = {
+        "format": FORMAT,
+        "task": task.spec(),
+        "baseline": {"name": baseline.name, **baseline.options},
+        "steps": steps,
+        "runs": runs,
+        "seed": seed,
+    }
+    path = _cache_file(request)
+    known = _read(path, request) if cache else None
+    if known is not None:
+        return known
+    check_start(task.sample(problem_seed(seed, "tune", 0)))
+
+    def try_rate(lr: float) -> tuple[float, float]:
+        start, final = _mean_losses(task, baseline.with_lr(lr), steps, runs, seed)
+        if report is not None:
+            report(lr, final)
+        return start, final
+
+    tried = _search(try_rate)
+    best = min(tried, key=lambda lr: tried[lr])
+    if tried[best] == math.inf:
+        raise ValueError(f"task {task.name!r}: {baseline.name} diverges at every learning rate, even {min(tried):.0e}")
+    if cache:
+        record = [{"lr": lr, "loss": loss if loss < math.inf else "inf"} for lr, loss in sorted(tried.items())]
+        write_json(path, request | {"lr": best, "tried": record})
+    return best
+
+
+def _mean_losses(task: Task, baseline: Baseline, steps: int, runs: int, seed: int) -> tuple[float, float]:
+    """Mean first and last loss over the tuning problems; (first, inf) as soon as one of them diverges."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for index in range(runs):
+        losses = descend(task.sample(problem_seed(seed, "tune", index)), baseline.build, steps)
+        total += losses[[0, -1]]
+        if total[1] == math.inf:
+            return total[0].item() / (index + 1), math.inf
+    start, final = (total / runs).tolist()
+    return start, final
+
+
+def _search(try_rate: Callable[[float], tuple[float, float]]) -> dict[float, float]:
+    """Final loss by learning rate, for the rates that `tune` speaks of. They are numbered: rate n is 10^(n/12)."""
+    finals: dict[int, float] = {}
+
+    def attempt(number: int) -> bool:
+        start, finals[number] = try_rate(_rate(number))
+        return finals[number] - start <= abs(start)  # False: hopeless, as higher rates will be
+
+    def best() -> int:
+        return min(finals, key=lambda number: (finals[number], number))
+
+    hopeful = all(attempt(number) for number in range(-48, 25, 4))
+    while best() == min(finals) and best() > -120:
+        attempt(best() - 4)
+    while hopeful and best() == max(finals) and best() < 120:
+        hopeful = attempt(best() + 4)
+    for distance in (2, 1):
+        centre = best()
+        attempt(centre - distance)
+        attempt(centre + distance)
+    return {_rate(number): final for number, final in finals.items()}
+
+
+def _rate(number: int) -> float:
+    return float(f"{10 ** (number / 12):.4g}")
+
+
+def _cache_file(request: dict[str, Any]) -> Path:
+    key = hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return cache_folder() / "tuning" / f"{key}.json"
+
+
+def _read(path: Path, request: dict[str, Any]) -> float | None:
+    """The learning rate that the cache holds for this request; None where it holds none that can be read."""
+    try:
+        record = json.loads(path.read_text())
+        lr = record["lr"]
+        is_answer = record == request | {"lr": lr, "tried": record["tried"]} and 0 < lr < math.inf
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return lr if is_answer else None

@@ -1,0 +1,217 @@
+"""Building and loading the native kernels: the shared library ``fastl2l/_C``.
+
+setup.py builds it ahead of time; where that has not happened, :func:`load_native` builds it on first use. Both take
+sources and flags from :func:`parameters`. setup.py loads this file by its path, before the package is installed, so
+nothing at module level may import torch or the rest of the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = Path(__file__).resolve().parent
+SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
+LIBRARY = "fastl2l_C"
+"""Name of the library that is built on first use, without suffix."""
+
+# One binary for every Python >= 3.10 and every torch >= 2.11.
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
+# The same flags for every file: instruction sets are chosen inside the sources and at run time, so a binary runs on
+# any machine of its architecture. Contraction is off so that only the multiply-adds that are written are fused, and
+# every instruction set gives the same bits.
+CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
+# An ahead-of-time build begins with the flags that Python was built with. These make the outcome the same: no debugging
+# information, which is ten times the size of the rest, and no promises about overflow, which loops pay for.
+CXX_FLAGS += ["-DNDEBUG", "-g0", "-fno-wrapv"]
+NVCC_FLAGS = ["-std=c++20", "-O3"]
+
+
+class Parameters(NamedTuple):
+    """All that a build of the native kernels needs to know."""
+
+    sources: list[Path]
+    include_dirs: list[str]
+    compile_args: dict[str, list[str]]
+    """Flags of each compiler, ``cxx`` and ``nvcc``."""
+    link_args: list[str]
+
+
+def parameters() -> Parameters:
+    """Sources and flags of the native kernels, for ahead-of-time and just-in-time builds alike."""
+    patterns = ["*.cpp", "cpu/*.cpp"] + (["cuda/*.cu"] if _compiles_cuda() else [])
+    csrc = source_folder()
+    return Parameters(
+        sources=[path for pattern in patterns for path in sorted(csrc.glob(pattern))],
+        include_dirs=[str(csrc)],
+        compile_args={"cxx": CXX_FLAGS + DEFINES, "nvcc": NVCC_FLAGS + DEFINES},
+        link_args=[],
+    )
+
+
+def source_folder() -> Path:
+    """Folder of the C++ sources: inside the package once that is installed, beside it in a checkout."""
+    inside = PACKAGE / "csrc"
+    return inside if inside.is_dir() else PACKAGE.parent / "csrc"
+
+
+def fingerprint() -> str:
+    """Hash of all sources, headers and flags; two builds of the same fingerprint are the same build."""
+    csrc = source_folder()
+    digest = hashlib.sha256(repr([CXX_FLAGS, NVCC_FLAGS, DEFINES]).encode())
+    for path in sorted(path for path in csrc.rglob("*") if path.suffix in SUFFIXES):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(csrc).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def build_environment() -> dict[str, str]:
+    """Variables to set while building: ninja is found in an environment that is not activated, and two jobs run."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    return {"PATH": path, "MAX_JOBS": os.environ.get("MAX_JOBS", "2")}
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler: the one that ``CXX`` names, else ``c++``."""
+    return shutil.which(_compiler()) is not None
+
+
+def cache_folder() -> Path:
+    """Folder for what can be made again, ``FASTL2L_CACHE`` or ``~/.cache/fastl2l``."""
+    return Path(os.environ.get("FASTL2L_CACHE") or "~/.cache/fastl2l").expanduser()
+
+
+def stamp_file(library: Path) -> Path:
+    """The file beside a library built in a checkout that holds the fingerprint of its sources."""
+    return library.with_name(library.name + ".fingerprint")
+
+
+def prebuilt() -> Path | None:
+    """The library that setup.py built, unless it did so in this checkout and the sources have changed since."""
+    library = PACKAGE / "_C.abi3.so"
+    stamp = stamp_file(library)
+    stale = stamp.exists() and stamp.read_text() != fingerprint()
+    return library if library.exists() and not stale else None
+
+
+@functools.cache
+def load_native() -> str | None:
+    """Load the native kernels into ``torch.ops.fastl2l``, building them first where that has not been done.
+
+    What the first call finds holds for the whole process. ``FASTL2L_NATIVE=0`` switches the native kernels off.
+
+    Returns:
+        None when the kernels are loaded, else the reason why not, which has been given as a warning too.
+
+    Raises:
+        RuntimeError: The kernels cannot be had and ``FASTL2L_REQUIRE_EXT=1``; holds the compiler's output.
+    """
+    if os.environ.get("FASTL2L_NATIVE") == "0":
+        return "switched off by FASTL2L_NATIVE=0"
+    try:
+        _load()
+    except (ImportError, OSError, RuntimeError) as error:
+        if os.environ.get("FASTL2L_REQUIRE_EXT") == "1":
+            raise RuntimeError(f"FASTL2L_REQUIRE_EXT=1, but there are no native kernels: {error}") from error
+        reason = _summary(error)
+        warnings.warn(
+            f"fastl2l has no native kernels and goes on without, slowly: {reason}. "
+            "With FASTL2L_REQUIRE_EXT=1 this is an error that shows the compiler's output.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return reason
+    return None
+
+
+def _load() -> None:
+    import torch
+
+    library = prebuilt()
+    if library is None:
+        _build_and_load()
+    else:
+        torch.ops.load_library(str(library))
+
+
+def _build_and_load() -> None:
+    """Load the library from the cache, where the first process to come by builds it and all others wait."""
+    import torch
+
+    build = parameters()
+    if not build.sources:
+        raise RuntimeError(f"there are no C++ sources in {source_folder()}")
+    key = hashlib.sha256(f"{fingerprint()} {build.sources} {sysconfig.get_platform()}".encode()).hexdigest()[:16]
+    folder = cache_folder().absolute() / "native" / f"torch-{torch.__version__}-{key}"
+    finished = folder / "finished"
+    if not finished.exists():
+        with _locked(folder.with_name(folder.name + ".lock")):
+            if not finished.exists():
+                # What a killed build left: half a library, or torch's own lock, which is never given back.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                _compile_and_load(build, folder)
+                finished.touch()
+    torch.ops.load_library(str(folder / f"{LIBRARY}.so"))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes out; the system gives the lock back when its holder ends, however it ends."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile_and_load(build: Parameters, folder: Path) -> None:
+    from unittest import mock
+
+    if not has_compiler():
+        raise RuntimeError(f"there is no C++ compiler: {_compiler()} is not on PATH")
+    logging.getLogger("fastl2l").warning("building the native kernels in %s, once; this may take a minute", folder)
+    with mock.patch.dict(os.environ, build_environment()):
+        from torch.utils import cpp_extension
+
+        cpp_extension.load(
+            LIBRARY,
+            [str(path) for path in build.sources],
+            extra_cflags=build.compile_args["cxx"],
+            extra_cuda_cflags=build.compile_args["nvcc"],
+            extra_ldflags=build.link_args,
+            extra_include_paths=build.include_dirs,
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+
+
+def _compiles_cuda() -> bool:
+    """Whether CUDA sources are compiled: nvcc is there and torch was built for CUDA, or ``FASTL2L_FORCE_CUDA=1``."""
+    import torch
+
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    return os.environ.get("FASTL2L_FORCE_CUDA") == "1" or (nvcc is not None and torch.version.cuda is not None)
+
+
+def _compiler() -> str:
+    return shlex.split(os.environ.get("CXX") or "c++")[0]
+
+
+def _summary(error: Exception) -> str:
+    """The one line of an error that tells most; a failed build's has all that the compiler said."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return textwrap.shorten(next((line for line in lines if "error:" in line), lines[0]), 300)

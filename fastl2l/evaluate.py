@@ -1,0 +1,371 @@
+"""Optimizers side by side on fresh problems of a task, learned ones and tuned baselines alike."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from scipy.special import stdtrit  # quantile of Student's t distribution
+from torch import Tensor, nn
+
+from fastl2l.baselines import Baseline, descend, tune
+from fastl2l.files import write_bytes, write_json, write_text
+from fastl2l.optim import FusedLSTMOptimizer
+from fastl2l.rules import RULES, LSTMRule
+from fastl2l.tasks.base import Task, check_start, fingerprint, integer, problem_seed
+
+FORMAT = 1
+"""Of the saved files."""
+
+Build = Callable[[list[Tensor]], torch.optim.Optimizer]
+_RULE_TYPES = tuple(RULES.values())
+
+
+@dataclass
+class Curves:
+    """What `evaluate` saw.
+
+    Attributes:
+        losses: by optimizer, the loss of each run (each a problem of its own, the same for every optimizer) at steps
+            0 .. steps: float64 [runs, steps + 1]. inf from the first non-finite loss on.
+        metadata: task, seed, versions; and under "optimizers", by name: "kind" ("learned", "baseline" or "other") and
+            what is known of it, such as the learning rate of a baseline.
+    """
+
+    losses: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> int:
+        """Number of problems."""
+        return next(iter(self.losses.values())).shape[0]
+
+    @property
+    def steps(self) -> int:
+        """Number of optimization steps."""
+        return next(iter(self.losses.values())).shape[1] - 1
+
+    def mean(self, name: str) -> Tensor:
+        """Mean loss over the runs, float64 [steps + 1]; inf where a run has diverged."""
+        return self.losses[name].mean(0)
+
+    def interval(self, name: str) -> tuple[Tensor, Tensor]:
+        """Both ends of the 95% confidence interval of `mean` (Student's t), float64 [steps + 1] each.
+
+        Where a run has diverged, or there is only one run, nothing is known: -inf and inf.
+        """
+        mean, half = _mean_and_half_width(self.losses[name])
+        return torch.where(half < math.inf, mean - half, -math.inf), torch.where(half < math.inf, mean + half, math.inf)
+
+    def final(self, name: str) -> tuple[float, float]:
+        """Mean loss at the last step, and half the width of its 95% interval."""
+        mean, half = _mean_and_half_width(self.losses[name][:, -1])
+        return mean.item(), half.item()
+
+    def difference(self, a: str, b: str) -> tuple[float, float]:
+        """Mean of (final loss of a - final loss of b) over the runs, and half the width of its 95% interval.
+
+        The difference is taken run by run, on the same problem and minibatches, which tells optimizers apart that
+        their own intervals would not. It is NaN where both diverged in the same run.
+        """
+        mean, half = _mean_and_half_width(self.losses[a][:, -1] - self.losses[b][:, -1])
+        return mean.item(), half.item()
+
+    def diverged(self, name: str) -> int:
+        """Number of runs that ended in a non-finite loss."""
+        return int(self.losses[name][:, -1].isinf().sum())
+
+    def kind(self, name: str) -> str:
+        """Either "learned", "baseline" or "other"."""
+        return self._about(name).get("kind", "other")
+
+    def ranking(self) -> list[str]:
+        """Names from the lowest final loss to the highest."""
+        return sorted(self.losses, key=lambda name: self.final(name)[0])
+
+    def table(self) -> Table:
+        """Final losses, the lowest first, for a rich console. Learned optimizers stand out."""
+        header, *rows = self._rows()
+        task = self.metadata.get("task", {}).get("name")
+        caption = f"mean over {self.runs} problems after {self.steps} steps, 95% intervals"
+        table = Table(*header, title=task, caption=caption)
+        for name, row in zip(self.ranking(), rows, strict=True):
+            table.add_row(*row, style="bold" if self.kind(name) == "learned" else None)
+        return table
+
+    def markdown(self) -> str:
+        """The same table as plain text."""
+        header, *rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [header, ["-" * width for width in widths], *rows]
+        return "\n".join(
+            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+            for line in lines
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the curves to `folder`, from which `load` reads them, and return it.
+
+        curves.csv (step, optimizer, mean, low, high) is for people and plots, losses.safetensors holds every loss, and
+        results.json all else, with the final loss of every run. Each file appears whole or not at all, results.json
+        last; it names the losses that it belongs to, so that `load` never mixes two evaluations.
+        """
+        path = Path(folder)
+        losses = safetensors.torch.save({name: losses.contiguous() for name, losses in self.losses.items()})
+        write_bytes(path / "losses.safetensors", losses)
+        write_text(path / "curves.csv", self._csv())
+        write_json(path / "results.json", self._results())
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Curves:
+        """The curves that `save` wrote to `folder`.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the files are damaged, of another format, or of two evaluations. The message names the file.
+        """
+        path = Path(folder)
+        try:
+            results = json.loads((path / "results.json").read_text())
+            if results["format"] != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, got {results['format']}")
+            metadata = results["metadata"]
+            losses = safetensors.torch.load((path / "losses.safetensors").read_bytes())
+            losses = {name: losses[name] for name in metadata["optimizers"]}
+            if fingerprint(*losses.values()) != results["losses"]:
+                raise ValueError("losses.safetensors is not the one that results.json was written with")
+        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"folder: expected curves saved by fastl2l in {path}, got: {error}") from error
+        return cls(losses, metadata)
+
+    def _about(self, name: str) -> dict[str, Any]:
+        return self.metadata.get("optimizers", {}).get(name, {})
+
+    def _rows(self) -> list[list[str]]:
+        rows = [["optimizer", "kind", "learning rate", "final loss", "diverged"]]
+        for name in self.ranking():
+            loss = with_half_width(*self.final(name))
+            lr = self._about(name).get("lr")
+            rows.append([name, self.kind(name), "" if lr is None else f"{lr:.3g}", loss, str(self.diverged(name))])
+        return rows
+
+    def _csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["step", "optimizer", "mean", "low", "high"])
+        for name in self.losses:
+            columns = (self.mean(name).tolist(), *(end.tolist() for end in self.interval(name)))
+            writer.writerows((step, name, *numbers) for step, numbers in enumerate(zip(*columns, strict=True)))
+        return text.getvalue()
+
+    def _results(self) -> dict[str, Any]:
+        final = {
+            name: {
+                "mean": _json_number(self.final(name)[0]),
+                "half_width_95": _json_number(self.final(name)[1]),
+                "diverged": self.diverged(name),
+                "runs": [_json_number(loss) for loss in losses[:, -1].tolist()],
+            }
+            for name, losses in self.losses.items()
+        }
+        metadata = self.metadata | {"optimizers": {name: self._about(name) for name in self.losses}}
+        return {
+            "format": FORMAT,
+            "metadata": metadata,
+            "final": final,
+            "losses": fingerprint(*self.losses.values()),
+        }
+
+
+def evaluate(
+    task: Task,
+    optimizers: Mapping[str, LSTMRule | Baseline | Build],
+    *,
+    steps: int = 100,
+    runs: int = 100,
+    seed: int = 1,
+    progress: bool | None = None,
+    backend: str = "auto",
+) -> Curves:
+    """Run every optimizer on the same fresh problems and minibatches, and record all losses.
+
+        curves = evaluate(task, {"lstm": rule, "adam": baselines.Adam(lr="tune")})
+        print(curves.markdown())
+
+    Args:
+        task: the distribution of problems.
+        optimizers: by name: an update rule; a baseline, whose rate is tuned first (on other problems) if it is "tune";
+            or a function from a list of parameters to a torch optimizer.
+        steps: optimization steps a run.
+        runs: number of problems: number 0 .. runs - 1 of purpose "test" of this seed.
+        seed: see runs.
+        progress: show progress and the time left; by default on a terminal.
+        backend: of FusedLSTMOptimizer, for update rules.
+
+    Returns:
+        The losses of every run at steps 0 .. steps. A run that diverges is inf from there on, and counts as such.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or the task's first problem breaks the contract of Problem.
+    """
+    if not isinstance(task, Task):
+        raise TypeError(f"task: expected a fastl2l Task, got {type(task).__name__}")
+    _check_optimizers(optimizers)
+    integer("steps", steps)
+    integer("runs", runs)
+    integer("seed", seed, least=0)
+    check_start(task.sample(problem_seed(seed, "test", 0)))
+    with _bar(progress) as bar:
+        tuned = {name: _tuned(task, name, optimizer, steps, bar) for name, optimizer in optimizers.items()}
+        builds = {name: _build(name, optimizer, backend) for name, optimizer in tuned.items()}
+        losses = {name: torch.empty(runs, steps + 1, dtype=torch.float64) for name in builds}
+        job = bar.add_task(f"evaluating on {task.name}", total=runs * len(builds))
+        for run in range(runs):
+            problem = task.sample(problem_seed(seed, "test", run))
+            for name, build in builds.items():
+                losses[name][run] = descend(problem, build, steps)
+                bar.advance(job)
+    metadata = {
+        "task": task.spec(),
+        "steps": steps,
+        "runs": runs,
+        "seed": seed,
+        "backend": backend,
+        "versions": _versions(),
+        "optimizers": {name: _describe(optimizer) for name, optimizer in tuned.items()},
+    }
+    return Curves(losses, metadata)
+
+
+def comparisons(curves: Curves) -> list[str]:
+    """A line for each learned optimizer and each other one: by how much its final loss is lower, problem by problem."""
+    learned = [name for name in curves.ranking() if curves.kind(name) == "learned"]
+    others = [name for name in curves.ranking() if name not in learned]
+    return [_comparison(curves, name, other) for name in learned for other in others]
+
+
+def _comparison(curves: Curves, name: str, other: str) -> str:
+    mean, half = curves.difference(other, name)
+    size = with_half_width(abs(mean), half)
+    if not math.isfinite(mean) or math.isinf(half):
+        return (
+            f"{name} against {other}: difference unknown, {curves.diverged(name)} and {curves.diverged(other)} diverged"
+        )
+    if abs(mean) <= half:
+        return f"{name} ends level with {other}: they differ by {size}"
+    return f"{name} ends {'below' if mean > 0 else 'above'} {other}, by {size}"
+
+
+def _check_optimizers(optimizers: object) -> None:
+    if not isinstance(optimizers, Mapping) or not optimizers:
+        raise TypeError(f"optimizers: expected a dict of name: optimizer, not empty, got {optimizers!r}")
+    for name, optimizer in optimizers.items():
+        if not isinstance(name, str):
+            raise TypeError(f"optimizers: expected strings as names, got {name!r}")
+        is_class = isinstance(optimizer, type) and not issubclass(optimizer, torch.optim.Optimizer)
+        is_module = isinstance(optimizer, nn.Module) and not isinstance(optimizer, _RULE_TYPES)
+        if is_class or is_module or not (isinstance(optimizer, Baseline) or callable(optimizer)):
+            raise TypeError(
+                f"optimizers[{name!r}]: expected an update rule, a Baseline such as Adam(), or a function from a list "
+                f"of parameters to a torch optimizer, got {optimizer!r}"
+            )
+
+
+def _tuned(task: Task, name: str, optimizer: Any, steps: int, bar: Progress) -> Any:
+    if not isinstance(optimizer, Baseline) or optimizer.lr != "tune":
+        return optimizer
+    job = bar.add_task(f"tuning {name}", total=None)
+
+    def report(lr: float, loss: float) -> None:
+        bar.update(job, description=f"tuning {name}: learning rate {lr:.3g} ends at {loss:.3g}")
+
+    lr = tune(task, optimizer, steps, report=report)
+    bar.update(job, description=f"tuned {name}: learning rate {lr:.3g}", total=1, completed=1)
+    return optimizer.with_lr(lr)
+
+
+def _build(name: str, optimizer: LSTMRule | Baseline | Build, backend: str) -> Build:
+    if isinstance(optimizer, Baseline):
+        return optimizer.build
+    if isinstance(optimizer, _RULE_TYPES):
+        return lambda params: FusedLSTMOptimizer(params, optimizer, nonfinite="propagate", backend=backend)
+
+    def build(params: list[Tensor]) -> torch.optim.Optimizer:
+        built = optimizer(params)
+        if not isinstance(built, torch.optim.Optimizer):
+            raise TypeError(f"optimizers[{name!r}]: expected it to return a torch optimizer, got {built!r}")
+        return built
+
+    return build
+
+
+def _describe(optimizer: Any) -> dict[str, Any]:
+    if isinstance(optimizer, Baseline):
+        return {"kind": "baseline", "optimizer": optimizer.name, "lr": optimizer.lr, **optimizer.options}
+    if isinstance(optimizer, _RULE_TYPES):
+        return {"kind": "learned", "rule": repr(optimizer.config), "weights": fingerprint(*optimizer.weights())}
+    return {"kind": "other"}
+
+
+def _versions() -> dict[str, str]:
+    try:
+        version = importlib.metadata.version("fastl2l")
+    except importlib.metadata.PackageNotFoundError:  # used from a checkout that was not installed
+        version = "unknown"
+    return {
+        "fastl2l": version,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+@contextmanager
+def _bar(progress: bool | None) -> Iterator[Progress]:
+    console = Console(stderr=True)
+    shown = console.is_terminal if progress is None else progress
+    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        yield bar
+
+
+# Statistics
+
+
+def _mean_and_half_width(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the runs (dimension 0) and half the width of its 95% interval; inf where that is unknown."""
+    runs = len(losses)
+    mean = losses.mean(0)
+    if runs < 2:
+        return mean, torch.full_like(mean, math.inf)
+    half = losses.std(0) * (stdtrit(runs - 1, 0.975) / math.sqrt(runs))
+    return mean, half.nan_to_num(nan=math.inf)
+
+
+def with_half_width(mean: float, half: float) -> str:
+    """A mean and half the width of its interval as text: 0.0661 ± 0.0049. The mean alone where the width is unknown."""
+    if not 0 < half < math.inf:
+        return f"{mean:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(half)))
+    return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
+
+
+def _json_number(value: float) -> float | str:
+    """JSON has no infinity and no NaN: they become "inf" and "nan", which float() understands."""
+    return value if math.isfinite(value) else str(value)

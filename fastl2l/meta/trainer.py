@@ -1,0 +1,261 @@
+"""MetaTrainer: trains a rule on a task by truncated BPTT (Andrychowicz et al. 2016, section 3)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastl2l.meta import checkpoint as checkpoint_module
+from fastl2l.progress import EpochProgress
+from fastl2l.rules import LSTMRule
+from fastl2l.tasks.base import Task, check_start, integer, problem_seed
+from fastl2l.trajectory import Trajectory
+from fastl2l.trajectory import step_weights as _step_weights
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+"""Factor on the meta learning rate by the share of epochs done."""
+
+
+class Epoch(NamedTuple):
+    """What an epoch gave."""
+
+    epoch: int
+    train_loss: float
+    """Mean loss over all steps of the epoch's trajectories; NaN if none was finite."""
+    validation_loss: float
+    """Mean final loss on the validation problems, infinite if any of them diverged."""
+    meta_lr: float
+    skipped: int
+    """Windows whose loss or gradient was not finite, and that were left out with the rest of their trajectory."""
+
+
+class MetaTrainer:
+    """Trains a rule by gradient descent on what it does to the problems of a task.
+
+    An epoch is `trajectories` fresh problems of `horizon` steps each. After every window of `unroll` steps the rule
+    takes a step of Adam along the window's meta-gradient. After every epoch the rule is frozen and run on the same
+    `validation_problems` problems; the weights with the best mean final loss are kept, and are what the rule has when
+    :meth:`fit` returns.
+
+    Everything random comes from `seed`: two runs with the same arguments give the same bits, on the same machine and
+    with the same number of threads for torch's own operations. With a `checkpoint` a run that was killed at any moment
+    goes on from its last finished epoch and ends with the same bits as one that was not.
+
+    Args:
+        rule: trained in place.
+        task: gives the problems.
+        horizon: steps of a trajectory.
+        unroll: steps of a window; divides `horizon`.
+        meta_lr: learning rate of Adam.
+        seed: seed of all problems.
+        trajectories: trajectories an epoch.
+        validation_problems: problems that the rule is validated on.
+        step_weights: weights of the losses in a window's objective: None for 1 everywhere, ``"last"``, or `unroll`
+            numbers.
+        second_derivatives: see :meth:`fastl2l.trajectory.Trajectory.window`.
+        clip_norm: the meta-gradient's largest norm, or None.
+        schedule: ``"constant"``, or ``"cosine"`` to bring the meta learning rate to 0 by the last epoch.
+        backend: see :class:`fastl2l.FusedLSTMOptimizer`.
+        checkpoint: file to keep the run's state in after every epoch; if it is there already, the run goes on from it.
+        tensorboard: folder for TensorBoard curves (needs the package tensorboard).
+
+    Attributes:
+        history: an :class:`Epoch` for every epoch done.
+        best_loss: the best validation loss so far.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; `rule` and files are untouched.
+        CheckpointError: `checkpoint` is damaged, or of a run with other settings.
+
+    Example::
+
+        trainer = MetaTrainer(rule, fastl2l.tasks.Digits(), seed=0)
+        trainer.fit(epochs=50)
+        fastl2l.save_rule(rule, "mine.safetensors")
+    """
+
+    def __init__(
+        self,
+        rule: LSTMRule,
+        task: Task,
+        *,
+        horizon: int = 100,
+        unroll: int = 20,
+        meta_lr: float = 1e-3,
+        seed: int = 0,
+        trajectories: int = 20,
+        validation_problems: int = 20,
+        step_weights: Sequence[float] | str | None = None,
+        second_derivatives: bool = False,
+        clip_norm: float | None = 1.0,
+        schedule: str = "constant",
+        backend: str = "auto",
+        checkpoint: str | os.PathLike[str] | None = None,
+        tensorboard: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.rule, self.task, self.seed = rule, task, seed
+        self.horizon, self.unroll = integer("horizon", horizon), integer("unroll", unroll)
+        self.trajectories = integer("trajectories", trajectories)
+        self.validation_problems = integer("validation_problems", validation_problems)
+        self.meta_lr, self.clip_norm, self.schedule = meta_lr, clip_norm, schedule
+        self.second_derivatives, self.backend = second_derivatives, backend
+        self._check()
+        self.step_weights = _step_weights(step_weights, self.unroll)
+        check_start(self._problem("validation", 0))
+        Trajectory(self._problem("validation", 0), rule, backend=backend)
+
+        self.history: list[Epoch] = []
+        self.best_loss = math.inf
+        self._adam = torch.optim.Adam(rule.weights(), lr=meta_lr, fused=rule.weight_out.device.type in ("cpu", "cuda"))
+        self._current = self._best = self._copy_weights()
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        if self._checkpoint is not None and self._checkpoint.exists():
+            self._restore(checkpoint_module.load(self._checkpoint, self.settings()))
+        self._writer = None if tensorboard is None else _summary_writer(tensorboard)
+
+    def _check(self) -> None:
+        if not isinstance(self.rule, LSTMRule):
+            raise TypeError(f"rule: expected an LSTMRule, got {type(self.rule).__name__}")
+        if not isinstance(self.task, Task):
+            raise TypeError(f"task: expected a fastl2l.tasks.Task, got {type(self.task).__name__}")
+        if self.horizon % self.unroll:
+            raise ValueError(f"unroll: expected a divisor of the horizon {self.horizon}, got {self.unroll}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        for name, value in (("meta_lr", self.meta_lr), ("clip_norm", self.clip_norm)):
+            if value is None and name == "clip_norm":
+                continue
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a finite positive number, got {value!r}")
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what this run computes, as JSON would hold it: a checkpoint is good for these alone."""
+        names = ["horizon", "unroll", "meta_lr", "seed", "trajectories", "validation_problems", "step_weights"]
+        names += ["second_derivatives", "clip_norm", "schedule"]
+        return {
+            "task": self.task.spec(),
+            "rule": {"kind": "lstm", "config": asdict(self.rule.config), "dtype": str(self.rule.dtype)},
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def fit(self, epochs: int, *, progress: bool = True) -> list[Epoch]:
+        """Train until `epochs` epochs are done in all, counting those of earlier calls and of the checkpoint.
+
+        With the cosine schedule `epochs` is also its length, so a run that is to be resumed names the same number.
+
+        Args:
+            epochs: epochs in all.
+            progress: show how far it is, with an estimate of the time left.
+
+        Returns:
+            ``history``.
+        """
+        epochs = integer("epochs", epochs, least=0)
+        self._load_weights(self._current)
+        with EpochProgress("meta-training", epochs, done=len(self.history), shown=progress) as shown:
+            for number in range(len(self.history), epochs):
+                self.history.append(self._epoch(number, epochs))
+                self._current = self._copy_weights()
+                if self.history[-1].validation_loss < self.best_loss:
+                    self.best_loss, self._best = self.history[-1].validation_loss, self._current
+                self._save()
+                shown.advance(f"validation {self.history[-1].validation_loss:.4g}, best {self.best_loss:.4g}")
+        self._load_weights(self._best)
+        return self.history
+
+    def _epoch(self, number: int, epochs: int) -> Epoch:
+        meta_lr = self.meta_lr * SCHEDULES[self.schedule](number / epochs)
+        self._adam.param_groups[0]["lr"] = meta_lr
+        losses: list[Tensor] = []
+        skipped = 0
+        for index in range(number * self.trajectories, (number + 1) * self.trajectories):
+            finite = self._train_on(self._problem("train", index), losses)
+            skipped += not finite
+        train_loss = torch.stack(losses).mean().item() if losses else math.nan
+        epoch = Epoch(number + 1, train_loss, self.validate(), meta_lr, skipped)
+        self._log(epoch)
+        return epoch
+
+    def _train_on(self, problem: Any, losses: list[Tensor]) -> bool:
+        """Train along one trajectory; False if it was left because something was not finite."""
+        trajectory = Trajectory(problem, self.rule, backend=self.backend)
+        for _ in range(self.horizon // self.unroll):
+            window = trajectory.window(self.step_weights, second_derivatives=self.second_derivatives)
+            norm = torch.linalg.vector_norm(window.gradients)
+            mean = window.losses.mean()
+            if not (math.isfinite(norm) and math.isfinite(mean)):
+                return False
+            losses.append(mean)
+            self._meta_step(window.gradients, float(norm))
+        return True
+
+    def _meta_step(self, gradients: Tensor, norm: float) -> None:
+        if self.clip_norm is not None and norm > self.clip_norm:
+            gradients = gradients * (self.clip_norm / norm)
+        weights = self.rule.weights()
+        parts = gradients.split([weight.numel() for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.grad = part.view_as(weight)
+        self._adam.step()
+        self._adam.zero_grad()
+
+    def validate(self) -> float:
+        """Mean final loss of the rule, as it is now, on the validation problems; infinite if any diverged."""
+        total = 0.0
+        for index in range(self.validation_problems):
+            trajectory = Trajectory(self._problem("validation", index), self.rule, backend=self.backend)
+            for _ in range(self.horizon):
+                trajectory.advance()
+            total += trajectory.loss.item()
+        return total / self.validation_problems if math.isfinite(total) else math.inf
+
+    def _problem(self, purpose: str, index: int) -> Any:
+        return self.task.sample(problem_seed(self.seed, purpose, index))
+
+    def _copy_weights(self) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in self.rule.named_parameters()}
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        self.rule.load_state_dict(weights)
+
+    def _save(self) -> None:
+        if self._checkpoint is None:
+            return
+        state = {
+            "history": [tuple(epoch) for epoch in self.history],
+            "best_loss": self.best_loss,
+            "current": self._current,
+            "best": self._best,
+            "adam": self._adam.state_dict(),
+        }
+        checkpoint_module.save(self._checkpoint, self.settings(), state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.history = [Epoch(*epoch) for epoch in state["history"]]
+        self.best_loss, self._current, self._best = state["best_loss"], state["current"], state["best"]
+        self._adam.load_state_dict(state["adam"])
+
+    def _log(self, epoch: Epoch) -> None:
+        if self._writer is None:
+            return
+        for name, value in epoch._asdict().items():
+            self._writer.add_scalar(f"meta/{name}", value, epoch.epoch)
+        self._writer.flush()
+
+
+def _summary_writer(folder: str | os.PathLike[str]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard: needs the package tensorboard: pip install fastl2l[tensorboard]") from error
+    return SummaryWriter(os.fspath(folder))

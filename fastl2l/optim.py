@@ -1,0 +1,257 @@
+"""FusedLSTMOptimizer: a learned rule as a drop-in ``torch.optim`` optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastl2l.ops.dispatch import select
+from fastl2l.ops.layout import new_state, state_shape
+from fastl2l.rules import LSTMRule
+
+NONFINITE = ("raise", "skip", "propagate")
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_STATE = "lstm_state"
+
+
+class _Batch(NamedTuple):
+    """What one kernel call takes of a parameter group, and the parameters that it works on copies of."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[Tensor]
+    copies: list[tuple[Tensor, Tensor]]
+
+
+class FusedLSTMOptimizer(torch.optim.Optimizer):
+    """Applies a learned rule to parameters: one fused kernel call a parameter group and step.
+
+    Every coordinate of every parameter has its own LSTM state (320 bytes in float32 for the papers' rule), zero at its
+    first step. The update is ``lr`` times the rule's own, so ``lr=1`` is what the rule was meta-trained for.
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch optimizer. A group may have its own ``rule``,
+            ``lr`` and ``maximize``. Parameters: float32, float64, float16 or bfloat16, any strides; the rule computes
+            in its own dtype whatever theirs.
+        rule: the rule of groups that do not name their own; on the parameters' device.
+        lr: factor on the update; learning-rate schedulers work on it.
+        maximize: ascend instead of descending.
+        backend: ``"auto"`` takes the fastest there is; ``"native"`` or ``"reference"`` by name.
+        nonfinite: what to do about a gradient with NaN or infinity, for the step as a whole and before anything is
+            changed: ``"raise"`` FloatingPointError, ``"skip"`` the step (counted in ``skipped_steps``), or
+            ``"propagate"``: do not look, as torch.optim's optimizers do.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        RuntimeError: the backend named cannot be used here.
+
+    Example::
+
+        optimizer = FusedLSTMOptimizer(model.parameters(), fastl2l.load_rule("mine.safetensors"))
+        loss(model(x), y).backward()
+        optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rule: LSTMRule | None = None,
+        *,
+        lr: float = 1.0,
+        maximize: bool = False,
+        backend: str = "auto",
+        nonfinite: str = "raise",
+    ) -> None:
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite: expected one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        self.backend = backend
+        self.nonfinite = nonfinite
+        self.skipped_steps = 0
+        super().__init__(params, {"rule": rule, "lr": lr, "maximize": maximize})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see ``torch.optim.Optimizer.add_param_group``. Checked before anything is changed."""
+        if isinstance(param_group, dict):
+            group = {**self.defaults, **param_group}
+            params = group.get("params", [])
+            params = [params] if isinstance(params, Tensor) else list(params)
+            _check_group(group, [entry[1] if isinstance(entry, tuple) else entry for entry in params], self.backend)
+            param_group = {**param_group, "params": params}
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the loss again and returns it.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches = [(group, self._collect(group)) for group in self.param_groups]
+        if self.nonfinite != "propagate" and not self._finite(batches):
+            return loss
+        for group, batch in batches:
+            if batch.params:
+                self._apply(group, batch)
+        return loss
+
+    def _collect(self, group: dict[str, Any]) -> _Batch:
+        batch = _Batch([], [], [], [])
+        rule = group["rule"]
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(
+                    f"gradient of a parameter of shape {list(param.shape)}: expected a dense tensor, got a sparse one; "
+                    "the rule updates every coordinate at every step"
+                )
+            state = self.state[param]
+            if _STATE not in state:
+                state[_STATE] = new_state(rule, param.numel(), param.device)
+            work = param
+            if not param.is_contiguous():
+                work = param.contiguous()
+                batch.copies.append((param, work))
+            batch.params.append(work)
+            batch.grads.append(grad.contiguous())
+            batch.states.append(state[_STATE])
+        return batch
+
+    def _finite(self, batches: list[tuple[dict[str, Any], _Batch]]) -> bool:
+        """Whether the step may go on; False to skip it."""
+        for _, batch in batches:
+            if not batch.grads or select(self.backend, batch.grads[0].device).all_finite(batch.grads):
+                continue
+            if self.nonfinite == "raise":
+                shapes = [list(grad.shape) for grad in batch.grads if not grad.isfinite().all()]
+                raise FloatingPointError(
+                    f"gradient: expected finite numbers, got NaN or infinity in {len(shapes)} of {len(batch.grads)} "
+                    f"parameters, the first of shape {shapes[0]}; nothing was changed"
+                )
+            self.skipped_steps += 1
+            return False
+        return True
+
+    def _apply(self, group: dict[str, Any], batch: _Batch) -> None:
+        rule: LSTMRule = group["rule"]
+        config = rule.config
+        select(self.backend, batch.params[0].device).step_(
+            batch.params,
+            batch.grads,
+            batch.states,
+            rule.weights(),
+            config.preprocess,
+            config.preprocess_constant,
+            config.output_scale * float(group["lr"]),
+            -1.0 if group["maximize"] else 1.0,
+        )
+        torch.autograd.graph.increment_version(batch.params)
+        for param, work in batch.copies:
+            param.copy_(work)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for any torch optimizer; a group's rule is described (kind, configuration, fingerprint), not contained."""
+        saved = super().state_dict()
+        live = self.param_groups
+        saved["param_groups"] = [
+            {**group, "rule": _describe(mine["rule"])} for group, mine in zip(saved["param_groups"], live, strict=True)
+        ]
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave; the trajectory goes on to the bit if the rules are the same.
+
+        Raises:
+            ValueError: the groups' sizes, a rule's configuration, or a state's shape or dtype differ from this
+                optimizer's. Nothing has been changed then.
+
+        Warns:
+            UserWarning: a rule's weights differ from those that the state was made with.
+        """
+        rules = [group["rule"] for group in self.param_groups]
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) == len(rules):
+            for index, (group, rule) in enumerate(zip(saved_groups, rules, strict=True)):
+                _check_same_rule(index, group["rule"], rule)
+        states = self._match_states(state_dict) if len(saved_groups) == len(rules) else []
+        super().load_state_dict(state_dict)
+        for group, rule in zip(self.param_groups, rules, strict=True):
+            group["rule"] = rule
+        # torch casts states to the parameter's dtype, but ours is the rule's: put back what was saved.
+        for param, saved in states:
+            self.state[param] = saved
+
+    def _match_states(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        matched = []
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, key in zip(group["params"], saved_group["params"], strict=False):
+                if (saved := state_dict["state"].get(key)) is None:
+                    continue
+                expected = state_shape(group["rule"], param.numel())
+                found = saved[_STATE]
+                if tuple(found.shape) != expected or found.dtype != group["rule"].dtype:
+                    raise ValueError(
+                        f"state of parameter {key}: expected {list(expected)} of {group['rule'].dtype}, "
+                        f"got {list(found.shape)} of {found.dtype}"
+                    )
+                matched.append((param, {_STATE: found.detach().to(param.device, copy=True)}))
+        return matched
+
+
+def _check_group(group: dict[str, Any], params: list[Any], backend: str) -> None:
+    rule, lr = group["rule"], group["lr"]
+    if not isinstance(rule, LSTMRule):
+        raise TypeError(f"rule: expected an LSTMRule for every parameter group, got {type(rule).__name__}")
+    if not isinstance(lr, (Tensor, int, float)) or not 0 <= float(lr) < math.inf:
+        raise ValueError(f"lr: expected a finite number >= 0, got {lr!r}")
+    device = rule.weight_out.device
+    for param in params:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params: expected tensors, got {type(param).__name__}")
+        if param.dtype not in _DTYPES:
+            expected = ", ".join(str(dtype) for dtype in _DTYPES)
+            raise ValueError(f"params: expected one of {expected}, got {param.dtype} of shape {list(param.shape)}")
+        if param.device != device:
+            raise ValueError(f"params: expected tensors on {device}, where their rule is, got one on {param.device}")
+    select(backend, device)
+
+
+def _describe(rule: LSTMRule) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for weight in rule.weights():
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {"kind": "lstm", "config": asdict(rule.config), "dtype": str(rule.dtype), "fingerprint": digest.hexdigest()}
+
+
+def _check_same_rule(index: int, saved: dict[str, Any], rule: LSTMRule) -> None:
+    mine = _describe(rule)
+    for name in ("kind", "config", "dtype"):
+        if saved[name] != mine[name]:
+            raise ValueError(
+                f"rule of group {index}: expected {name} {mine[name]}, got {saved[name]} in the state_dict"
+            )
+    if saved["fingerprint"] != mine["fingerprint"]:
+        warnings.warn(
+            f"rule of group {index} has other weights than the one this state_dict was made with; "
+            "the trajectory will not go on as it would have",
+            stacklevel=3,
+        )

@@ -1,0 +1,196 @@
+"""Figures of curves, in the manner of Figure 4 of Andrychowicz et al. 2016: learned optimizers solid, baselines dashed.
+
+Nothing here touches pyplot or leaves a setting of matplotlib changed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from fastl2l.evaluate import Curves, with_half_width
+from fastl2l.files import write_bytes
+from fastl2l.meta import Epoch
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart. A name keeps its colour in every figure.
+COLOURS = {
+    "lstm": "#D55E00",
+    "rnnprop": "#CC79A7",
+    "adam": "#0072B2",
+    "nag": "#009E73",
+    "rmsprop": "#E69F00",
+    "sgd": "#7F7F7F",
+}
+_OTHER_COLOURS = ("#000000", "#56B4E9", "#882255", "#999933", "#44AA99", "#332288")
+_DASHES = {"adam": (6, 2), "nag": (3, 1.5), "rmsprop": (7, 2, 1.5, 2), "sgd": (1.5, 1.5)}
+
+_FORMATS: dict[str, dict[str, Any]] = {  # without dates: the same curves give the same file
+    "png": {"dpi": 200},
+    "svg": {"metadata": {"Date": None}},
+    "pdf": {"metadata": {"CreationDate": None}},
+}
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.titlecolor": "#222222",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.labelcolor": "#222222",
+    "axes.linewidth": 0.8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.7,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "fastl2l",
+}
+
+
+def plot_curves(curves: Curves, path: str | os.PathLike[str], *, title: str | None = None, log: bool = True) -> Path:
+    """Draw the mean loss by step of every optimizer, with its 95% interval, and return the path.
+
+    Args:
+        curves: what `evaluate` returned, or `Curves.load` read.
+        path: where to; its suffix (.png, .svg or .pdf) says in which format. Written whole or not at all.
+        title: above the figure; by default the task and the number of problems.
+        log: logarithmic loss axis. Losses that are not all positive get a linear one.
+
+    Raises:
+        TypeError, ValueError: curves is none, or the suffix is another.
+    """
+    if not isinstance(curves, Curves):
+        raise TypeError(f"curves: expected what fastl2l.evaluate returns, got {type(curves).__name__}")
+    return _figure(path, _title(curves) if title is None else title, lambda axes: _draw(axes, curves, log))
+
+
+def plot_history(history: Sequence[Epoch], path: str | os.PathLike[str], *, title: str = "meta-training") -> Path:
+    """Draw how a meta-training run went, and return the path.
+
+    Args:
+        history: what `MetaTrainer.fit` returned.
+        path, title: as for `plot_curves`.
+
+    Raises:
+        ValueError: history is empty, or the path's suffix is not one that `plot_curves` knows.
+    """
+    if not history:
+        raise ValueError("history: expected at least one epoch, got none")
+
+    def draw(axes: Axes) -> None:
+        epochs = [epoch.epoch for epoch in history]
+        axes.plot(
+            epochs, [epoch.train_loss for epoch in history], color="#999999", label="training, mean over all steps"
+        )
+        validation = [epoch.validation_loss for epoch in history]
+        axes.plot(epochs, validation, color=COLOURS["lstm"], linewidth=2, label="validation, last step")
+        best = min(history, key=lambda epoch: epoch.validation_loss)
+        label = f"best, {best.validation_loss:.4g}"
+        axes.plot(best.epoch, best.validation_loss, "o", color="#222222", markersize=5, zorder=5, label=label)
+        axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="y")
+        axes.legend()
+
+    return _figure(path, title, draw)
+
+
+def _figure(path: str | os.PathLike[str], title: str, draw: Callable[[Axes], None]) -> Path:
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in _FORMATS:
+        raise ValueError(f"path: expected a name that ends in .{', .'.join(_FORMATS)}, got {os.fspath(path)!r}")
+    picture = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_title(title)
+        figure.savefig(picture, format=suffix, **_FORMATS[suffix])
+    return write_bytes(path, picture.getvalue())
+
+
+def _draw(axes: Axes, curves: Curves, log: bool) -> None:
+    colours = dict(_colours(curves))
+    low, high = _limits(curves)
+    for name in reversed(curves.ranking()):  # the best on top
+        learned = curves.kind(name) == "learned"
+        (line,) = axes.plot(
+            curves.mean(name).numpy(),
+            color=colours[name],
+            linewidth=2.4 if learned else 1.5,
+            zorder=4 if learned else 3,
+            label=_label(curves, name),
+            solid_capstyle="round",
+        )
+        if not learned:
+            line.set_dashes(_DASHES.get(name.lower(), (4, 2)))
+        low_end, high_end = curves.interval(name)
+        known = high_end.isfinite().numpy()
+        steps = range(curves.steps + 1)
+        axes.fill_between(steps, low_end, high_end, where=known, color=colours[name], alpha=0.16, linewidth=0, zorder=2)
+    axes.set(xlabel="step", ylabel="loss", xlim=(0, curves.steps))
+    if log and low > 0:
+        _logarithmic(axes, low, high)
+    else:
+        margin = 0.04 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+    axes.grid(axis="y")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], title="final loss, 95% interval", alignment="left", handlelength=3)
+
+
+def _colours(curves: Curves) -> Iterator[tuple[str, str]]:
+    others = cycle(_OTHER_COLOURS)
+    for name in curves.losses:
+        yield name, COLOURS.get(name.lower()) or next(others)
+
+
+def _limits(curves: Curves) -> tuple[float, float]:
+    """The range of losses to show: all means, except that what climbs far above every start is cut off."""
+    means = torch.stack([curves.mean(name) for name in curves.losses])
+    shown = means[means.isfinite()]
+    if not len(shown):
+        return 0.0, 1.0
+    lowest, highest, start = shown.min().item(), shown.max().item(), means[:, 0].max().item()
+    return lowest, min(highest, start + 2 * abs(start))
+
+
+def _logarithmic(axes: Axes, low: float, high: float) -> None:
+    axes.set_yscale("log")
+    axes.set_ylim(low / 1.25, high * 1.25)
+    decades = math.log10(high / low)
+    labelled = (1, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=labelled))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(curves: Curves, name: str) -> str:
+    if diverged := curves.diverged(name):
+        return f"{name}  diverged in {diverged} of {curves.runs}"
+    return f"{name}  {with_half_width(*curves.final(name))}"
+
+
+def _title(curves: Curves) -> str:
+    task = curves.metadata.get("task", {}).get("name")
+    problems = f"mean of {curves.runs} problems" if curves.runs > 1 else "one problem"
+    return f"{task}, {problems}" if task else problems

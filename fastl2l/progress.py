@@ -1,0 +1,61 @@
+"""How far long work is, with an estimate of the time left: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class EpochProgress:
+    """Use as a context manager, and call :meth:`advance` after every piece of the work.
+
+    Args:
+        title: what is being done.
+        total: pieces of work in all.
+        done: pieces that were done before.
+        shown: False for silence.
+    """
+
+    def __init__(self, title: str, total: int, *, done: int = 0, shown: bool = True) -> None:
+        self._title, self._total, self._done, self._shown = title, total, done, shown
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[message]}"),
+            console=self._console,
+            disable=not (shown and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, message="")
+        self._first, self._started, self._last_line = done, time.monotonic(), 0.0
+
+    def __enter__(self) -> EpochProgress:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)
+
+    def advance(self, message: str = "") -> None:
+        """One more piece is done; `message` says what it gave."""
+        self._done += 1
+        self._bar.update(self._task, completed=self._done, message=message)
+        now = time.monotonic()
+        due = self._done == self._total or now - self._last_line >= _SECONDS_BETWEEN_LINES
+        if self._shown and not self._console.is_terminal and due:
+            self._last_line = now
+            left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
+            self._console.print(
+                f"{self._title}: {self._done}/{self._total}, {left:.0f} s left; {message}", soft_wrap=True
+            )

@@ -1,0 +1,102 @@
+"""Rules as files: safetensors, with the rule's kind and configuration as metadata. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from fastl2l import files
+from fastl2l.rules import RULES, LSTMRule
+
+FORMAT = "fastl2l-rule"
+VERSION = 1
+
+
+class RuleFileError(ValueError):
+    """A file that is not a rule this version can read; the message says what was expected and what came."""
+
+
+def save_rule(rule: LSTMRule, path: str | os.PathLike[str], *, recipe: dict[str, Any] | None = None) -> Path:
+    """Write `rule` to `path`, whole or not at all.
+
+    Args:
+        rule: the rule.
+        path: file name, usually ending in .safetensors.
+        recipe: how it was made (command, seed, scores): anything JSON can hold.
+
+    Raises:
+        TypeError: `rule` is not a rule, or `recipe` holds something JSON cannot.
+    """
+    if not isinstance(rule, LSTMRule):
+        raise TypeError(f"rule: expected an LSTMRule, got {type(rule).__name__}")
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "rule": "lstm",
+        "config": json.dumps(asdict(rule.config)),
+        "recipe": json.dumps(recipe or {}),
+    }
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in rule.named_parameters()}
+    return files.write_bytes(path, save(weights, metadata))
+
+
+def load_rule(path: str | os.PathLike[str]) -> LSTMRule:
+    """Read a rule that :func:`save_rule` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuleFileError: it is damaged, a pickle, of another format or version, or its weights do not fit its
+            configuration.
+    """
+    metadata, weights = _read(Path(path))
+    kind = metadata.get("rule")
+    if kind not in RULES:
+        raise RuleFileError(f"{path}: expected a rule of kind {', '.join(RULES)}, got {kind!r}")
+    try:
+        config = json.loads(metadata["config"])
+        rule = RULES[kind](**config, dtype=weights["weight_out"].dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RuleFileError(f"{path}: its configuration cannot be used: {error}") from error
+    expected = dict(rule.config.weight_shapes)
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if found != expected or any(weight.dtype != rule.dtype for weight in weights.values()):
+        raise RuleFileError(f"{path}: expected weights {expected} of {rule.dtype}, got {found}")
+    rule.load_state_dict(weights)
+    return rule
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe that a rule file carries. Raises as :func:`load_rule` does."""
+    recipe: dict[str, Any] = json.loads(_read(Path(path))[0].get("recipe", "{}"))
+    return recipe
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a rule file, and there is no such file")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:1] == b"\x80" or start == b"PK\x03\x04":
+        raise RuleFileError(
+            f"{path}: expected a safetensors file, got a pickle, which could run any code; it was not opened"
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise RuleFileError(
+            f"{path}: expected a safetensors file, and it is damaged or something else: {error}"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise RuleFileError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
+    if metadata.get("format_version") != str(VERSION):
+        raise RuleFileError(f"{path}: expected format version {VERSION}, got {metadata.get('format_version')}")
+    return metadata, weights

@@ -1,0 +1,35 @@
+"""Distributions of problems. They know nothing of optimizers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from fastl2l.tasks.base import Problem, Task
+from fastl2l.tasks.classification import MNIST, Digits, FashionMNIST
+from fastl2l.tasks.custom import from_module
+from fastl2l.tasks.quadratic import Quadratic
+
+__all__ = ["MNIST", "Digits", "FashionMNIST", "Problem", "Quadratic", "Task", "by_name", "from_module", "names"]
+
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits)}
+
+
+def names() -> list[str]:
+    """Names that `by_name` knows."""
+    return list(_TASKS)
+
+
+def by_name(name: str, **options: Any) -> Task:
+    """The task called `name`, with `options` as its class takes them: `by_name("mnist", hidden=(40,))`.
+
+    Raises:
+        ValueError: no task has this name, or it has no such option; the message lists those there are.
+        TypeError, ValueError, ...: as the task's class does for its options.
+    """
+    if name not in _TASKS:
+        raise ValueError(f"name: expected one of {', '.join(_TASKS)}, got {name!r}")
+    known = inspect.signature(_TASKS[name]).parameters
+    for option in options.keys() - known.keys():
+        raise ValueError(f"options of task {name!r}: expected some of {', '.join(known)}, got {option!r}")
+    return _TASKS[name](**options)

@@ -1,0 +1,210 @@
+"""What a problem and a task are, and how their random numbers are drawn.
+
+A task is a distribution of problems; a problem is a sequence of functions f_0, f_1, ... of one flat vector theta, with
+a start theta_0. Neither knows of any optimizer.
+
+Random numbers come from Philox, a counter-based generator of 64-bit numbers, keyed by a 128-bit BLAKE2b hash of the
+problem's seed and of what is drawn. So everything about a problem is a function of its seed, on every machine and
+device; problems of different seeds are independent, however alike the seeds; and the minibatch of step t can be drawn
+without those of the steps before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Problem(ABC):
+    """One sequence of functions f_t of a flat vector theta, with its start.
+
+    Attributes:
+        task: name of the task it was sampled from, for messages.
+        theta0: the start, [N]: floating, one-dimensional, contiguous, without requires_grad. Not to be written to.
+        functions: how many independent functions lie side by side in theta, N / functions coordinates each.
+    """
+
+    task: str
+    theta0: Tensor
+    functions: int = 1
+
+    @abstractmethod
+    def loss(self, theta: Tensor, step: int) -> Tensor:
+        """The sum over `functions` of f_step(theta): a scalar, twice differentiable in theta [N].
+
+        It depends on the problem, theta and step alone: minibatches are a function of (seed of the problem, step), so
+        that every optimizer sees the same ones and a resumed run repeats them to the bit. The gradient of the sum holds
+        each function's own gradient. The loss one reports is the mean, `loss / functions`.
+        """
+
+
+class Task(ABC):
+    """A distribution of problems. Most tasks are frozen dataclasses, whose fields describe the distribution."""
+
+    name: str
+
+    @abstractmethod
+    def sample(self, seed: int) -> Problem:
+        """The problem of this seed, always the same. Problems of different seeds are independent, however close."""
+
+    def spec(self) -> dict[str, Any]:
+        """Complete description of the distribution, as JSON would hold it: cache key, and part of every result file.
+
+        The fields of a dataclass, without the device, which changes no problem. Other tasks must override this.
+        """
+        names = [field.name for field in dataclasses.fields(cast(Any, self)) if field.name != "device"]
+        return {"name": self.name} | {name: _plain(getattr(self, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return list(value) if isinstance(value, tuple) else value
+
+
+# Seeds and streams of random numbers
+
+
+def problem_seed(seed: int, purpose: str, index: int) -> int:
+    """Seed of problem number `index` for `purpose` ("train", "validation", "test", "tune", ...) of a run seeded `seed`.
+
+    63 bits of BLAKE2b over the three (so that it fits a signed 64-bit integer): problems of one purpose never come back
+    under another. The trainer, the evaluation and the tuning of baselines all number their problems through it.
+    """
+    return int.from_bytes(_digest(f"{seed:d}/{purpose}/{index:d}", 8), "little") >> 1
+
+
+def generator(seed: int, stream: str, block: int = 0) -> np.random.Generator:
+    """The random numbers that a problem of this seed uses for `stream`; `block` jumps to a far part of the stream."""
+    key = int.from_bytes(_digest(f"{seed:d}/{stream}", 16), "little")
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, block]))
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Hash of the tensors' dtypes, shapes and bytes, to tell data or weights apart by."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest(text: str, size: int) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()
+
+
+def normal(
+    random: np.random.Generator, shape: Sequence[int], std: float, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Iid N(0, std^2) numbers. Drawn in float64 on the CPU, so that every dtype and device gets the same, rounded."""
+    return torch.from_numpy(random.standard_normal(shape) * std).to(device, dtype)
+
+
+class Minibatches:
+    """Which rows of a data set each step of a problem sees: iid uniform, with replacement.
+
+    `minibatches[step]` is an int64 Tensor [batch_size] of row numbers below `rows`. Steps are drawn in blocks, which
+    makes one step cost well below a microsecond, and one copy to the device enough for many steps.
+    """
+
+    def __init__(self, seed: int, rows: int, batch_size: int, device: torch.device | str) -> None:
+        self._seed, self._rows, self._batch_size, self._device = seed, rows, batch_size, device
+        self._steps = max(1, min(64, 65536 // batch_size))
+        self._block: int | None = None
+        self._drawn: Sequence[Tensor] = ()
+
+    def __getitem__(self, step: int) -> Tensor:
+        block, place = divmod(step, self._steps)
+        if block != self._block:
+            random = generator(self._seed, "minibatches", block)
+            numbers = random.integers(self._rows, size=(self._steps, self._batch_size))
+            self._drawn, self._block = torch.from_numpy(numbers).to(self._device).unbind(), block
+        return self._drawn[place]
+
+
+# Evaluating a problem
+
+
+def value_and_grad(problem: Problem, theta: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of `problem` at theta [N]: a 0-d Tensor, the sum over its functions, and a Tensor [N].
+
+    Both are detached, and not looked at: non-finite values pass through.
+
+    Raises:
+        TypeError: the loss is not a Tensor.
+        ValueError: the loss is not a scalar, or does not depend on theta. Both name the task.
+    """
+    with torch.enable_grad():
+        leaf = theta.detach().requires_grad_()
+        loss = problem.loss(leaf, step)
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
+            raise _bad_loss(problem, loss)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def evaluate_loss(problem: Problem, theta: Tensor, step: int) -> Tensor:
+    """Loss of `problem` at theta [N] without gradient: a 0-d Tensor, the sum over its functions. Raises as above."""
+    with torch.no_grad():
+        loss = problem.loss(theta, step)
+    if not (isinstance(loss, Tensor) and loss.ndim == 0):
+        raise _bad_loss(problem, loss)
+    return loss
+
+
+def _bad_loss(problem: Problem, loss: object) -> Exception:
+    expected = f"task {problem.task!r}: loss(theta, step): expected a scalar Tensor that depends on theta, got "
+    if not isinstance(loss, Tensor):
+        return TypeError(expected + f"a {type(loss).__name__}")
+    if loss.ndim:
+        return ValueError(expected + f"a Tensor of shape {list(loss.shape)}; take its mean or sum")
+    return ValueError(expected + "one that autograd cannot follow back to theta")
+
+
+def check_start(problem: Problem) -> None:
+    """Check that `problem` keeps its contract where it starts.
+
+    Raises:
+        TypeError, ValueError: theta_0 is not as `Problem` says, or the loss at theta_0 is no scalar or not finite. The
+            message names the task.
+    """
+    theta0 = problem.theta0
+    if not isinstance(theta0, Tensor) or not theta0.is_floating_point():
+        raise TypeError(f"task {problem.task!r}: theta0: expected a floating Tensor, got {_kind(theta0)}")
+    if theta0.ndim != 1 or theta0.numel() == 0 or not theta0.is_contiguous() or theta0.requires_grad:
+        raise ValueError(
+            f"task {problem.task!r}: theta0: expected a contiguous, non-empty Tensor [N] that does not require grad, "
+            f"got shape {list(theta0.shape)}, strides {list(theta0.stride())}, requires_grad={theta0.requires_grad}"
+        )
+    loss, _ = value_and_grad(problem, theta0, 0)
+    if not torch.isfinite(loss):
+        raise ValueError(f"task {problem.task!r}: loss at theta0: expected a finite number, got {loss.item()}")
+
+
+def _kind(value: object) -> str:
+    return f"a Tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+# Checking arguments
+
+
+def integer(name: str, value: object, least: int = 1) -> int:
+    """`value` as an int, or a clear error: TypeError if it is no integer, ValueError if it is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+    return int(value)
+
+
+def floating(name: str, value: object) -> torch.dtype:
+    """`value` if it is a floating torch.dtype, or a TypeError."""
+    if not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise TypeError(f"{name}: expected a floating torch.dtype, got {value!r}")
+    return value

@@ -1,0 +1,124 @@
+"""Training a small network to classify images (Andrychowicz et al. 2016, section 3.2; Lv et al. 2017)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastl2l.tasks.base import Minibatches, Problem, Task, floating, generator, integer, normal
+from fastl2l.tasks.datasets import Images, load
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "elu": F.elu,
+}
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Mean cross-entropy (nats) of a multi-layer perceptron on a minibatch of images, as a function of its parameters.
+
+    theta [N] holds weight [out, in] and bias [out] of each layer in turn. theta_0 is iid N(0, init_std^2). Each step
+    has a minibatch of its own, iid uniform from the split, with replacement. Pixels lie in [0, 1].
+
+    Args:
+        hidden: units of each hidden layer; () for none.
+        activation: "sigmoid", "relu", "tanh" or "elu", after each hidden layer.
+        batch_size: images in a minibatch.
+        split: "train" or "test", the images that minibatches are drawn from.
+        init_std: standard deviation of theta_0.
+        dtype, device: of theta and the images.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        FileNotFoundError, ImportError: the data set cannot be had (see `fastl2l.tasks.datasets.load`).
+    """
+
+    hidden: Sequence[int] = (20,)
+    activation: str = "sigmoid"
+    batch_size: int = 128
+    split: str = "train"
+    init_std: float = 0.1
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
+            raise TypeError(f"hidden: expected a sequence of positive integers such as (20,), got {self.hidden!r}")
+        object.__setattr__(self, "hidden", tuple(integer("hidden", units) for units in self.hidden))
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        integer("batch_size", self.batch_size)
+        if isinstance(self.init_std, bool) or not isinstance(self.init_std, (int, float)):
+            raise TypeError(f"init_std: expected a number >= 0, got {self.init_std!r}")
+        if not 0 <= self.init_std < math.inf:
+            raise ValueError(f"init_std: expected a finite number >= 0, got {self.init_std}")
+        floating("dtype", self.dtype)
+        self.data(self.split)  # data that cannot be had should be noticed here, before anything is done with the task
+
+    def data(self, split: str) -> Images:
+        """The images and labels of a split, loaded once a process."""
+        return load(self.name, split, dtype=self.dtype, device=self.device)
+
+    def sample(self, seed: int) -> ClassificationProblem:
+        return ClassificationProblem(self, seed)
+
+
+class MNIST(Classification):
+    __doc__ = Classification.__doc__
+    name = "mnist"
+
+
+class FashionMNIST(Classification):
+    __doc__ = Classification.__doc__
+    name = "fashion-mnist"
+
+
+class Digits(Classification):
+    __doc__ = Classification.__doc__
+    name = "digits"
+
+
+class ClassificationProblem(Problem):
+    """One initialisation of the network and one sequence of minibatches."""
+
+    def __init__(self, task: Classification, seed: int) -> None:
+        self.task = task.name
+        self._data = task.data
+        self._images, self._labels, classes = task.data(task.split)
+        self._images = self._images.flatten(1)
+        self._activation = ACTIVATIONS[task.activation]
+        units = (self._images.shape[1], *task.hidden, classes)
+        self._shapes = [shape for n_in, n_out in pairwise(units) for shape in ((n_out, n_in), (n_out,))]
+        self._sizes = [math.prod(shape) for shape in self._shapes]
+        self.theta0 = normal(generator(seed, "theta0"), (sum(self._sizes),), task.init_std, task.dtype, task.device)
+        self._minibatches = Minibatches(seed, len(self._labels), task.batch_size, task.device)
+
+    def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Outputs [batch, classes] of the network with parameters theta [N] for images [batch, pixels]."""
+        weight, bias, *rest = (
+            part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True)
+        )
+        output = F.linear(images, weight, bias)
+        for weight, bias in zip(rest[::2], rest[1::2], strict=True):
+            output = F.linear(self._activation(output), weight, bias)
+        return output
+
+    def loss(self, theta: Tensor, step: int) -> Tensor:
+        rows = self._minibatches[step]
+        images, labels = self._images.index_select(0, rows), self._labels.index_select(0, rows)
+        return F.cross_entropy(self.logits(theta, images), labels)
+
+    @torch.no_grad()
+    def accuracy(self, theta: Tensor, split: str = "test") -> float:
+        """Share of a whole split ("train" or "test") that the network with parameters theta [N] classifies rightly."""
+        images, labels, _ = self._data(split)
+        return (self.logits(theta, images.flatten(1)).argmax(1) == labels).double().mean().item()

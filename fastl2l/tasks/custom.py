@@ -1,0 +1,207 @@
+"""Anyone's own network, loss and data as a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastl2l.tasks.base import (
+    Minibatches,
+    Problem,
+    Task,
+    check_start,
+    fingerprint,
+    integer,
+    problem_seed,
+    value_and_grad,
+)
+
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def from_module(
+    make_module: Callable[[], nn.Module],
+    loss: Loss,
+    data: tuple[Tensor, Tensor] | torch.utils.data.Dataset,
+    *,
+    batch_size: int = 128,
+    name: str = "custom",
+    device: torch.device | str = "cpu",
+) -> Task:
+    """The task of training the networks that `make_module` makes on `data`.
+
+        task = from_module(lambda: nn.Linear(64, 10), nn.functional.cross_entropy, (images, labels))
+
+    A problem is a fresh network and a sequence of minibatches, iid uniform from `data`, with replacement. theta [N] is
+    the network's trainable parameters, flattened in the order of `module.parameters()`.
+
+    The function is that of the network as `make_module` leaves it: call `.eval()` there for the evaluation mode. It
+    stays a pure function of theta and the step: buffers (such as batch norm's running statistics) are given to every
+    call as they were at the start, and what a call writes to them is forgotten; a network that draws random numbers
+    (dropout) draws them seeded by problem and step. Your own random numbers are left as they were.
+
+    Args:
+        make_module: makes a network on the CPU, freshly initialised from torch's random numbers.
+        loss: (output of the network, targets) -> scalar.
+        data: inputs and targets [n, ...], or a Dataset of such pairs, which is read once, into memory.
+        batch_size: examples in a minibatch.
+        name: of the task. Baselines' tuned learning rates are kept by name, network, data and the loss of one problem;
+            use different names for tasks that differ in something else.
+        device: where theta, buffers and data live.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the network has no trainable parameters, or some that are
+            not floating or of several dtypes; the loss is not a finite scalar at the start of a first problem.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name: expected a non-empty string, got {name!r}")
+    for argument, value in (("make_module", make_module), ("loss", loss)):
+        if not callable(value) or (isinstance(value, nn.Module) and argument == "make_module"):
+            raise TypeError(f"{argument}: expected a function, got {_type(value)}")
+    inputs, targets = _tensors(data)
+    integer("batch_size", batch_size)
+    return ModuleTask(make_module, loss, inputs.to(device), targets.to(device), batch_size, name, device)
+
+
+class ModuleTask(Task):
+    """See `from_module`."""
+
+    def __init__(
+        self,
+        make_module: Callable[[], nn.Module],
+        loss: Loss,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        name: str,
+        device: torch.device | str,
+    ) -> None:
+        self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
+        self.inputs, self.targets = inputs, targets
+        self._make_module, self._loss = make_module, loss
+        self._draws = False
+        first = self.sample(0)
+        with _seeded(0, self.device):
+            before = _random_state(self.device)
+            check_start(first)
+            self._draws = not torch.equal(before, _random_state(self.device))
+        self._spec = self._describe(self.sample(0))
+
+    def sample(self, seed: int) -> ModuleProblem:
+        with _seeded(seed, torch.device("cpu")):
+            module = self._make_module()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"make_module: expected it to return a torch.nn.Module, got {_type(module)}")
+        minibatches = Minibatches(seed, len(self.targets), self.batch_size, self.device)
+        draws_from = seed if self._draws else None
+        return ModuleProblem(self.name, module, self._loss, self.inputs, self.targets, minibatches, draws_from)
+
+    def spec(self) -> dict[str, Any]:
+        return dict(self._spec)
+
+    def _describe(self, problem: ModuleProblem) -> dict[str, Any]:
+        # Two functions cannot be compared, but what they do can: the network and loss are told apart by what they give.
+        loss, grad = value_and_grad(problem, problem.theta0, 0)
+        return {
+            "name": self.name,
+            "module": repr(problem.module),
+            "batch_size": self.batch_size,
+            "data": fingerprint(self.inputs, self.targets),
+            "parameters": problem.theta0.numel(),
+            "first_loss": f"{loss.item():.5g}",
+            "first_gradient": f"{grad.norm().item():.4g}",
+        }
+
+
+class ModuleProblem(Problem):
+    """One network, whose trainable parameters are theta; everything else about it stays as it was made."""
+
+    def __init__(
+        self,
+        task: str,
+        module: nn.Module,
+        loss: Loss,
+        inputs: Tensor,
+        targets: Tensor,
+        minibatches: Minibatches,
+        draws_from: int | None,
+    ) -> None:
+        self.task, self.module = task, module
+        self._loss, self._inputs, self._targets = loss, inputs, targets
+        self._minibatches, self._draws_from = minibatches, draws_from
+        trainable = _trainable(module)
+        self.theta0 = torch.cat([p.detach().flatten() for p in trainable.values()]).to(inputs.device)
+        module.to(inputs.device)
+        self._names = tuple(trainable)
+        self._shapes = [p.shape for p in trainable.values()]
+        self._sizes = [p.numel() for p in trainable.values()]
+        self._buffers = dict(module.named_buffers())
+
+    def loss(self, theta: Tensor, step: int) -> Tensor:
+        if self._draws_from is None:
+            return self._evaluate(theta, step)
+        with _seeded(problem_seed(self._draws_from, "forward", step), theta.device):
+            return self._evaluate(theta, step)
+
+    def _evaluate(self, theta: Tensor, step: int) -> Tensor:
+        rows = self._minibatches[step]
+        parts = (part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True))
+        tensors = dict(zip(self._names, parts, strict=True)) | {
+            name: buffer.clone() for name, buffer in self._buffers.items()
+        }
+        output = functional_call(self.module, tensors, (self._inputs.index_select(0, rows),))
+        return self._loss(output, self._targets.index_select(0, rows))
+
+
+def _trainable(module: nn.Module) -> dict[str, Tensor]:
+    trainable: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("make_module: expected a network with trainable parameters, got one without any")
+    dtypes = {p.dtype for p in trainable.values()}
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        got = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"make_module: expected trainable parameters of one floating dtype, got {got}")
+    for name, p in trainable.items():
+        if p.device.type != "cpu":
+            raise ValueError(f"make_module: expected a network on the CPU (see device=), got {name} on {p.device}")
+    return trainable
+
+
+def _tensors(data: object) -> tuple[Tensor, Tensor]:
+    if isinstance(data, torch.utils.data.Dataset):
+        if not isinstance(data, Sized) or len(data) == 0:
+            raise ValueError("data: expected a Dataset with a length of at least 1")
+        inputs, targets = zip(*(data[i] for i in range(len(data))), strict=True)
+        return torch.stack([torch.as_tensor(x) for x in inputs]), torch.stack([torch.as_tensor(y) for y in targets])
+    if not isinstance(data, (tuple, list)) or len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
+        raise TypeError(f"data: expected two Tensors (inputs, targets) or a torch Dataset, got {_type(data)}")
+    inputs, targets = data
+    if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets) or len(inputs) == 0:
+        shapes = f"{list(inputs.shape)} and {list(targets.shape)}"
+        raise ValueError(f"data: expected as many targets as inputs, and at least one, got shapes {shapes}")
+    return inputs.detach(), targets.detach()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's random numbers of the CPU and `device` start from `seed` inside, and go on as before afterwards."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch every other device as well
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _type(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -1,0 +1,80 @@
+"""Image data sets, whole in memory and loaded once a process."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastl2l.tasks._torchvision import torchvision
+
+SPLITS = ("train", "test")
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
+NAMES = (*_TORCHVISION, "digits")
+
+
+class Images(NamedTuple):
+    """A split of a data set: images [n, channels, height, width] in [0, 1], labels int64 [n], number of classes."""
+
+    images: Tensor
+    labels: Tensor
+    classes: int
+
+
+def data_folder() -> Path:
+    """Where data sets are kept: FASTL2L_DATA, or ~/.cache/fastl2l/data."""
+    return Path(os.environ.get("FASTL2L_DATA") or "~/.cache/fastl2l/data").expanduser()
+
+
+def load(name: str, split: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Images:
+    """A split ("train" or "test") of "mnist", "fashion-mnist" or "digits". The tensors are shared: never write to them.
+
+    MNIST and Fashion-MNIST are read from `data_folder()`, where torchvision downloads them to if they are not there.
+    Digits (1,797 images, 8 x 8) comes with scikit-learn; every fifth image, from the first on, is its test split.
+
+    Raises:
+        ValueError: unknown name or split.
+        ImportError: torchvision or scikit-learn is missing.
+        FileNotFoundError: the data set is not there and cannot be downloaded, or its files are damaged.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    return _load(name, split, dtype, torch.device(device), data_folder())
+
+
+@lru_cache(maxsize=8)
+def _load(name: str, split: str, dtype: torch.dtype, device: torch.device, folder: Path) -> Images:
+    pixels, labels, white = _digits(split) if name == "digits" else _from_torchvision(name, split, folder)
+    images = pixels.unsqueeze(1).to(device, dtype).div_(white)
+    return Images(images, labels.to(device), classes=int(labels.max()) + 1)
+
+
+def _digits(split: str) -> tuple[Tensor, Tensor, int]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits need scikit-learn, which is not installed: pip install scikit-learn") from error
+    data = load_digits()
+    is_test = torch.arange(len(data.target)) % 5 == 0
+    chosen = is_test if split == "test" else ~is_test
+    return torch.from_numpy(data.images)[chosen], torch.from_numpy(data.target).long()[chosen], 16
+
+
+def _from_torchvision(name: str, split: str, folder: Path) -> tuple[Tensor, Tensor, int]:
+    dataset = getattr(torchvision().datasets, _TORCHVISION[name])
+    try:
+        data = dataset(folder, train=split == "train", download=True)  # downloads only what is not there
+    except Exception as error:
+        place, reason = folder / dataset.__name__ / "raw", " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"data set {name!r} is not (or not whole) in {place}, and the download failed: {reason} With a network, "
+            f"remove that folder and try again; without one, put the four *-ubyte files of {dataset.__name__} there, "
+            "or set FASTL2L_DATA to a folder that has them (the root that torchvision's class takes)."
+        ) from error
+    return data.data, data.targets, 255

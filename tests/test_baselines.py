@@ -1,0 +1,217 @@
+"""Baselines are torch's optimizers, followed faithfully, and their tuned learning rates are the best of those tried."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from fastl2l import baselines
+from fastl2l.baselines import NAG, SGD, Adam, RMSprop, descend, tune
+from fastl2l.tasks import Quadratic
+from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
+
+
+class Parabola(Task):
+    """f(x) = curvature * x^2 / 2 of one number, from 1: SGD multiplies it by (1 - lr * curvature) at every step."""
+
+    name = "parabola"
+
+    def __init__(self, curvature: float) -> None:
+        self.curvature = curvature
+        self.seeds: list[int] = []
+
+    def spec(self):
+        return {"name": self.name, "curvature": self.curvature}
+
+    def sample(self, seed):
+        self.seeds.append(seed)
+        return ParabolaProblem(self.curvature)
+
+
+class ParabolaProblem(Problem):
+    task = "parabola"
+
+    def __init__(self, curvature):
+        self.theta0, self.curvature = torch.ones(1, dtype=torch.float64), curvature
+
+    def loss(self, theta, step):
+        return self.curvature * theta.square().sum() / 2
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path))
+    return tmp_path / "tuning"
+
+
+# Baselines
+
+
+@pytest.mark.parametrize(
+    ("baseline", "kind", "settings"),
+    [
+        (SGD(0.5), torch.optim.SGD, {"lr": 0.5, "momentum": 0, "nesterov": False}),
+        (NAG(0.5), torch.optim.SGD, {"lr": 0.5, "momentum": 0.9, "nesterov": True}),
+        (RMSprop(0.5), torch.optim.RMSprop, {"lr": 0.5, "alpha": 0.99, "eps": 1e-8, "momentum": 0}),
+        (Adam(0.5), torch.optim.Adam, {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}),
+    ],
+)
+def test_baselines_are_torch_s_own(baseline, kind, settings):
+    optimizer = baseline.build([torch.ones(2, requires_grad=True)])
+    assert type(optimizer) is kind
+    assert settings.items() <= optimizer.param_groups[0].items()
+
+
+def test_learning_rates_are_checked():
+    assert Adam().lr == "tune"
+    assert Adam().with_lr(0.1) == Adam(lr=0.1)
+    assert Adam(0.1) != SGD(0.1)
+    with pytest.raises(ValueError, match="lr of adam: expected a number"):
+        Adam().build([torch.ones(1, requires_grad=True)])
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match='lr: expected "tune" or a finite number > 0'):
+            SGD(lr=bad)
+    for bad in ("tuned", None, True):
+        with pytest.raises(TypeError, match='lr: expected "tune" or a number'):
+            SGD(lr=bad)
+
+
+# Descending
+
+
+def test_descend_follows_the_optimizer_by_hand():
+    problem = Quadratic(dim=3, batch=4, dtype=torch.float64).sample(0)
+    start = problem.theta0.clone()
+    theta, expected = start.clone(), []
+    for step in range(6):
+        loss, grad = value_and_grad(problem, theta, step)
+        expected.append(loss / 4)
+        theta -= 0.01 * grad
+    torch.testing.assert_close(descend(problem, SGD(0.01).build, 5), torch.stack(expected), rtol=1e-12, atol=0)
+    assert torch.equal(problem.theta0, start)
+
+
+def test_descend_counts_the_steps():
+    class Moving(ParabolaProblem):
+        def loss(self, theta, step):
+            return super().loss(theta, step) + 10**step
+
+    assert descend(Moving(1.0), SGD(1.0).build, 3).tolist() == [1.5, 10.0, 100.0, 1000.0]
+
+
+def test_divergence_is_inf_from_there_on():
+    losses = descend(ParabolaProblem(1.0), SGD(1e60).build, 10)
+    assert losses[:2].isfinite().all()
+    assert losses[-1] == math.inf  # not NaN, which inf - inf would be
+    first = int(losses.isinf().nonzero()[0])
+    assert losses[first:].isinf().all()
+
+
+# Tuning
+
+
+@pytest.mark.parametrize(("curvature", "best"), [(1.0, 1.0), (1e-5, 1e5), (1e6, 1e-6)])
+def test_tuning_finds_the_best_rate_also_beyond_the_grid(curvature, best):
+    tried = {}
+    lr = tune(Parabola(curvature), SGD(), 7, runs=1, report=tried.__setitem__)
+    assert lr == pytest.approx(best, rel=1e-6)
+    assert tried[lr] == min(tried.values())
+    rates = sorted(tried)
+    around = rates.index(lr)
+    for neighbour in (rates[around - 1], rates[around + 1]):
+        assert max(neighbour / lr, lr / neighbour) == pytest.approx(10 ** (1 / 12), rel=1e-3)
+
+
+def test_tuning_stops_above_a_rate_that_is_hopeless():
+    tried = {}
+    tune(Parabola(1.0), SGD(), 7, runs=1, report=tried.__setitem__)
+    assert 2 < max(tried) < 10
+
+
+def test_tuning_uses_problems_of_its_own_and_the_same_for_every_rate():
+    task = Parabola(1.0)
+    tried = []
+    tune(task, SGD(), 3, runs=2, seed=9, report=lambda lr, loss: tried.append(loss))
+    own = [problem_seed(9, "tune", index) for index in (0, 1)]
+    assert task.seeds == own[:1] + own * len(tried)
+
+
+def test_tuning_beats_every_coarse_rate_on_quadratics():
+    tried = {}
+    task = Quadratic(dim=4, batch=16)
+    lr = tune(task, Adam(), 15, runs=2, report=tried.__setitem__)
+    for rate, loss in tried.items():
+        again = [descend(task.sample(problem_seed(0, "tune", i)), Adam(rate).build, 15)[-1].item() for i in (0, 1)]
+        assert loss == pytest.approx(sum(again) / 2)
+    assert 0.1 < lr < 10
+
+
+def test_rates_are_kept_and_damage_is_repaired(cache):
+    calls = []
+    arguments = {"runs": 1, "report": lambda lr, loss: calls.append(lr)}
+    lr = tune(Parabola(1.0), SGD(), 3, **arguments)
+    (file,) = cache.iterdir()
+    record = json.loads(file.read_text())
+    assert record["lr"] == lr
+    assert sorted(calls) == [entry["lr"] for entry in record["tried"]]
+    calls.clear()
+    assert tune(Parabola(1.0), SGD(), 3, **arguments) == lr
+    assert calls == []
+    others = [json.dumps(record | change) for change in ({"lr": -1}, {"lr": "1"}, {"steps": 9})]
+    for damaged in ("", "{}", "[]", file.read_text()[:50], *others):
+        file.write_text(damaged)
+        assert tune(Parabola(1.0), SGD(), 3, **arguments) == lr
+        assert json.loads(file.read_text()) == record
+
+
+def test_every_part_of_the_request_has_a_file_of_its_own(cache):
+    tune(Parabola(1.0), SGD(), 3, runs=1)
+    for other in (
+        lambda: tune(Parabola(2.0), SGD(), 3, runs=1),
+        lambda: tune(Parabola(1.0), NAG(), 3, runs=1),
+        lambda: tune(Parabola(1.0), SGD(), 4, runs=1),
+        lambda: tune(Parabola(1.0), SGD(), 3, runs=2),
+        lambda: tune(Parabola(1.0), SGD(), 3, runs=1, seed=1),
+    ):
+        before = len(list(cache.iterdir()))
+        other()
+        assert len(list(cache.iterdir())) == before + 1
+
+
+def test_without_cache_nothing_is_written(cache):
+    tune(Parabola(1.0), SGD(), 3, runs=1, cache=False)
+    assert not cache.exists()
+
+
+def test_a_task_on_which_everything_diverges_is_named(cache):
+    with pytest.raises(ValueError, match="'parabola': sgd diverges at every learning rate"):
+        tune(Parabola(1e150), SGD(), 7, runs=1)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"task": "mnist"}, TypeError, "task: expected a fastl2l Task, got str"),
+        ({"baseline": Adam}, TypeError, "baseline: expected a Baseline"),
+        ({"steps": 0}, ValueError, "steps: expected an integer >= 1, got 0"),
+        ({"runs": 2.0}, TypeError, "runs: expected an integer >= 1, got 2.0"),
+        ({"seed": -1}, ValueError, "seed: expected an integer >= 0, got -1"),
+    ],
+)
+def test_bad_input_is_named(change, error, message, cache):
+    arguments = {"task": Parabola(1.0), "baseline": SGD(), "steps": 3} | change
+    with pytest.raises(error, match=message):
+        tune(**arguments)
+    assert not cache.exists()
+
+
+def test_all_baselines_have_a_name():
+    assert baselines.by_name("adam") == Adam("tune")
+    assert baselines.by_name("sgd", 0.5) == SGD(0.5)
+    with pytest.raises(ValueError, match="name: expected one of sgd, rmsprop, nag, adam, got 'lion'"):
+        baselines.by_name("lion")
+    assert {"sgd": SGD, "rmsprop": RMSprop, "nag": NAG, "adam": Adam} == baselines.ALL

@@ -1,0 +1,125 @@
+"""Figures show what they should, in each format, and leave matplotlib as it was."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastl2l.evaluate import Curves
+from fastl2l.meta import Epoch
+from fastl2l.plots import COLOURS, plot_curves, plot_history
+
+
+@pytest.fixture
+def curves():
+    falling = torch.logspace(0, -2, 21, dtype=torch.float64)
+    noise = torch.linspace(0.9, 1.1, 5, dtype=torch.float64)[:, None]
+    losses = {"adam": falling.sqrt() * noise, "lstm": falling * noise, "odd": falling.sqrt() * noise * 1.2}
+    kinds = {"adam": "baseline", "lstm": "learned", "odd": "other"}
+    metadata = {"task": {"name": "digits"}, "optimizers": {name: {"kind": kind} for name, kind in kinds.items()}}
+    return Curves(losses, metadata)
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of every figure drawn, by looking over savefig's shoulder."""
+    drawn = []
+    savefig = Figure.savefig
+
+    def spy(figure, *args, **options):
+        drawn.append(figure.axes[0])
+        return savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return drawn
+
+
+@pytest.mark.parametrize(("suffix", "head"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
+def test_each_format_is_written_and_repeats(curves, tmp_path, suffix, head):
+    path = tmp_path / f"figure.{suffix}"
+    assert plot_curves(curves, path) == path
+    first = path.read_bytes()
+    assert first.startswith(head)
+    assert len(first) > 5000
+    assert plot_curves(curves, path).read_bytes() == first
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_learned_is_solid_and_strong_and_baselines_are_dashed(curves, tmp_path, axes):
+    plot_curves(curves, tmp_path / "a.svg")
+    lines = {line.get_label().split()[0]: line for line in axes[0].get_lines()}
+    assert not lines["lstm"].is_dashed()
+    assert lines["adam"].is_dashed()
+    assert lines["lstm"].get_linewidth() > lines["adam"].get_linewidth()
+    assert lines["lstm"].get_color() == COLOURS["lstm"]
+    assert lines["adam"].get_color() == COLOURS["adam"]
+    assert lines["odd"].get_color() not in COLOURS.values()
+    for name, line in lines.items():
+        assert line.get_ydata().tolist() == curves.mean(name).tolist()
+    legend = [text.get_text() for text in axes[0].get_legend().get_texts()]
+    assert [text.split()[0] for text in legend] == ["lstm", "adam", "odd"]  # as they ended
+    assert legend[0] == "lstm  0.01000 ± 0.00098"
+    assert axes[0].get_yscale() == "log"
+    assert axes[0].get_title(loc="left") == "digits, mean of 5 problems"
+
+
+def test_the_band_is_the_interval(curves, tmp_path, axes):
+    plot_curves(curves, tmp_path / "a.svg", title="mine")
+    assert axes[0].get_title(loc="left") == "mine"
+    expected = {round(end[-1].item(), 9) for name in curves.losses for end in curves.interval(name)}
+    drawn = {round(y, 9) for band in axes[0].collections for x, y in band.get_paths()[0].vertices if x == 20}
+    assert expected <= drawn
+
+
+def test_divergence_is_said_and_cut_off(curves, tmp_path, axes):
+    curves.losses["adam"][0, 10:] = math.inf
+    curves.losses["odd"] *= torch.logspace(0, 9, 21, dtype=torch.float64)
+    plot_curves(curves, tmp_path / "a.svg")
+    assert any("adam  diverged in 1 of 5" in text.get_text() for text in axes[0].get_legend().get_texts())
+    assert axes[0].get_ylim()[1] < 10  # what explodes does not flatten the rest
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        torch.full((2, 4), math.inf, dtype=torch.float64),
+        torch.full((2, 4), -1.0, dtype=torch.float64),
+        torch.zeros(1, 2, dtype=torch.float64),
+    ],
+)
+def test_odd_losses_still_make_a_figure(losses, tmp_path, axes):
+    plot_curves(Curves({"a": losses}), tmp_path / "a.png")
+    assert axes[0].get_yscale() == "linear"
+
+
+def test_linear_on_request(curves, tmp_path, axes):
+    plot_curves(curves, tmp_path / "a.svg", log=False)
+    assert axes[0].get_yscale() == "linear"
+
+
+def test_matplotlib_is_left_as_it_was(curves, tmp_path):
+    before = dict(matplotlib.rcParams)
+    plot_curves(curves, tmp_path / "a.png")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_bad_input_is_named(curves, tmp_path):
+    with pytest.raises(ValueError, match=r"path: expected a name that ends in .png, .svg, .pdf, got '.*a.jpg'"):
+        plot_curves(curves, tmp_path / "a.jpg")
+    with pytest.raises(TypeError, match=r"curves: expected what fastl2l.evaluate returns, got dict"):
+        plot_curves({}, tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_history_is_drawn_whole_and_empty_ones_are_refused(tmp_path):
+    history = [Epoch(n, 1 / n, 0.5 / n, 1e-3, 0) for n in range(1, 6)]
+    path = plot_history(history, tmp_path / "training.png")
+    assert Image.open(path).size == (1280, 800)
+    with pytest.raises(ValueError, match="history: expected at least one epoch"):
+        plot_history([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

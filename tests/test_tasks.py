@@ -1,0 +1,431 @@
+"""Problems are what the papers say, pure in their seeds, and twice differentiable."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastl2l import tasks
+from fastl2l.tasks.base import (
+    Minibatches,
+    Problem,
+    Task,
+    check_start,
+    evaluate_loss,
+    generator,
+    problem_seed,
+    value_and_grad,
+)
+
+
+def blobs(n=300, dtype=torch.float32):
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(n, 6, generator=random, dtype=dtype), torch.randint(3, (n,), generator=random)
+
+
+def small_net():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def custom(make=small_net, **options):
+    return tasks.from_module(make, F.cross_entropy, blobs(), batch_size=16, **options)
+
+
+ALL = {
+    "quadratic": lambda: tasks.Quadratic(dim=4, batch=3),
+    "digits": lambda: tasks.Digits(batch_size=32),
+    "mnist": lambda: tasks.MNIST(hidden=(5, 4), activation="elu"),
+    "custom": custom,
+    "custom, batch norm and dropout": lambda: custom(
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+    ),
+}
+
+
+@pytest.fixture(params=ALL)
+def task(request) -> Task:
+    return ALL[request.param]()
+
+
+# Any task
+
+
+def test_a_problem_is_a_function_of_its_seed(task):
+    first, second, other = task.sample(5), task.sample(5), task.sample(6)
+    theta = first.theta0 + 0.1
+    for step in (3, 0, 700, 3):  # back and forth, over the blocks in which minibatches are drawn
+        torch.rand(3)  # whatever happens to the global random numbers
+        loss, grad = value_and_grad(first, theta, step)
+        again, same_grad = value_and_grad(second, theta, step)
+        assert torch.equal(loss, again)
+        assert torch.equal(grad, same_grad)
+        assert not torch.equal(loss, value_and_grad(other, theta, step)[0])
+    assert torch.equal(first.theta0, second.theta0)
+    assert not torch.equal(first.theta0, other.theta0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_global_random_numbers_are_left_alone(name):
+    before = torch.get_rng_state()
+    problem = ALL[name]().sample(1)
+    value_and_grad(problem, problem.theta0, 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_problem_keeps_its_contract(task):
+    problem = task.sample(2)
+    start = problem.theta0.clone()
+    check_start(problem)
+    loss, grad = value_and_grad(problem, problem.theta0, 0)
+    assert loss.shape == ()
+    assert not loss.requires_grad
+    assert grad.shape == problem.theta0.shape
+    assert not grad.requires_grad
+    assert problem.theta0.numel() % problem.functions == 0
+    assert torch.equal(evaluate_loss(problem, problem.theta0, 0), loss)
+    assert torch.equal(problem.theta0, start)
+
+
+def test_evaluating_under_no_grad_gives_the_same_gradient(task):
+    problem = task.sample(2)
+    expected = value_and_grad(problem, problem.theta0, 1)[1]
+    with torch.no_grad():
+        assert torch.equal(value_and_grad(problem, problem.theta0, 1)[1], expected)
+
+
+def test_second_derivatives(task):
+    problem = task.sample(4)
+    theta = problem.theta0.clone().requires_grad_()
+    direction = torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
+    (grad,) = torch.autograd.grad(problem.loss(theta, 2), theta, create_graph=True)
+    (product,) = torch.autograd.grad(grad @ direction, theta)
+    epsilon = 1e-2
+    ahead, behind = (value_and_grad(problem, theta + e * direction, 2)[1] for e in (epsilon, -epsilon))
+    difference = (ahead - behind) / (2 * epsilon)
+    assert (product - difference).norm() < 0.03 * difference.norm()
+
+
+def test_specs_are_json_and_tell_tasks_apart(task):
+    import json
+
+    assert json.loads(json.dumps(task.spec())) == task.spec()
+    specs = [json.dumps(make().spec()) for make in ALL.values()]
+    assert len(set(specs)) == len(specs)
+
+
+# Quadratic
+
+
+def test_quadratic_is_the_paper_s_function():
+    problem = tasks.Quadratic(dim=4, batch=3, dtype=torch.float64).sample(0)
+    theta = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, grad = value_and_grad(problem, theta, 9)
+    residuals = [problem.w[i] @ theta[4 * i : 4 * i + 4] - problem.y[i, :, 0] for i in range(3)]
+    torch.testing.assert_close(loss, sum(r @ r for r in residuals))
+    torch.testing.assert_close(grad, torch.cat([2 * problem.w[i].T @ residuals[i] for i in range(3)]))
+
+
+def test_quadratic_is_drawn_from_the_standard_normal():
+    problem = tasks.Quadratic(batch=2000, dtype=torch.float64).sample(0)
+    for drawn in (problem.w, problem.y, problem.theta0):
+        n = drawn.numel()
+        assert abs(drawn.mean()) < 4 / n**0.5
+        assert abs(drawn.var() - 1) < 4 * (2 / n) ** 0.5
+        assert abs((drawn**4).mean() - 3) < 4 * (96 / n) ** 0.5
+
+
+def test_precision_does_not_change_the_problem():
+    single, double = (tasks.Quadratic(dtype=dtype).sample(1) for dtype in (torch.float32, torch.float64))
+    assert torch.equal(double.theta0.float(), single.theta0)
+    assert torch.equal(double.w.float(), single.w)
+
+
+# Classification
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh", "elu"])
+@pytest.mark.parametrize("hidden", [(), (7,), (7, 5, 6)])
+def test_classification_is_torch_s_own_network(hidden, activation):
+    task = tasks.Digits(hidden=hidden, activation=activation, dtype=torch.float64)
+    problem = task.sample(3)
+    layers = []
+    for n_in, n_out in itertools.pairwise((64, *hidden, 10)):
+        layers += [
+            nn.Linear(n_in, n_out),
+            {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU}[activation](),
+        ]
+    network = nn.Sequential(*layers[:-1]).double()
+    nn.utils.vector_to_parameters(problem.theta0, network.parameters())
+    rows = Minibatches(3, 1437, 128, "cpu")[5]
+    images, labels, _ = task.data("train")
+    expected = F.cross_entropy(network(images.flatten(1)[rows]), labels[rows])
+    expected.backward()
+    loss, grad = value_and_grad(problem, problem.theta0, 5)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(grad, torch.cat([p.grad.flatten() for p in network.parameters()]))
+
+
+def test_mnist_starts_as_the_paper_says():
+    problem = tasks.MNIST().sample(0)
+    theta0 = problem.theta0
+    assert theta0.shape == (784 * 20 + 20 + 20 * 10 + 10,)
+    assert abs(theta0.std() - 0.1) < 0.1 * 4 / (2 * 15910) ** 0.5
+    assert abs(theta0.mean()) < 0.1 * 4 / 15910**0.5
+    assert 2.2 < evaluate_loss(problem, theta0, 0) < 2.6  # about ln 10: it knows nothing yet
+
+
+def test_training_makes_digits_accurate():
+    problem = tasks.Digits().sample(0)
+    theta = problem.theta0.clone().requires_grad_()
+    optimizer = torch.optim.Adam([theta], lr=0.1)
+    assert problem.accuracy(theta) < 0.3
+    for step in range(60):
+        theta.grad = value_and_grad(problem, theta, step)[1]
+        optimizer.step()
+    assert problem.accuracy(theta) > 0.9
+    assert problem.accuracy(theta, "train") > 0.9
+
+
+def test_the_splits_differ():
+    theta = tasks.Digits().sample(0).theta0
+    assert not torch.equal(
+        evaluate_loss(tasks.Digits().sample(0), theta, 0), evaluate_loss(tasks.Digits(split="test").sample(0), theta, 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"hidden": 20}, TypeError, "hidden: expected a sequence"),
+        ({"hidden": "20"}, TypeError, "hidden: expected a sequence"),
+        ({"hidden": (20, 0)}, ValueError, "hidden: expected an integer >= 1, got 0"),
+        ({"hidden": (2.5,)}, TypeError, "hidden: expected an integer >= 1, got 2.5"),
+        ({"activation": "selu"}, ValueError, "activation: expected one of sigmoid, relu, tanh, elu, got 'selu'"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
+        ({"split": "valid"}, ValueError, "split: expected one of train, test, got 'valid'"),
+        ({"init_std": -1.0}, ValueError, "init_std: expected a finite number >= 0"),
+        ({"init_std": "0.1"}, TypeError, "init_std: expected a number"),
+        ({"dtype": torch.int64}, TypeError, "dtype: expected a floating torch.dtype"),
+    ],
+)
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        tasks.Digits(**options)
+
+
+# Seeds and minibatches
+
+
+def test_seeds_of_different_purposes_never_meet():
+    purposes = ("train", "validation", "test", "tune")
+    seeds = [problem_seed(s, p, i) for s in range(5) for p in purposes for i in range(2000)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert problem_seed(1, "test", 2) == 8877313703680698200  # for ever: results that were published depend on it
+
+
+def test_streams_of_numbers_are_independent():
+    draws = [generator(s, name, b).standard_normal(4000) for s in (0, 1, 2**40) for name in ("a", "b") for b in (0, 1)]
+    for a, b in itertools.combinations(draws, 2):
+        assert not set(a) & set(b)  # nor the same numbers, shifted
+        assert abs((a * b).mean()) < 5 / 4000**0.5
+
+
+def test_minibatches_are_uniform_with_replacement():
+    batches = Minibatches(7, rows=50, batch_size=128, device="cpu")
+    drawn = torch.stack([batches[step] for step in range(1000)])
+    assert drawn.dtype == torch.int64
+    counts = torch.bincount(drawn.flatten(), minlength=50)
+    assert len(counts) == 50
+    expected = drawn.numel() / 50
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert 20 < chi_squared < 95  # 49 degrees of freedom: five standard deviations either way
+    assert len(drawn.unique(dim=0)) == 1000  # no step repeats another
+
+
+def test_minibatches_do_not_depend_on_the_order_of_asking():
+    forward, backward = (Minibatches(1, rows=1000, batch_size=8, device="cpu") for _ in range(2))
+    ahead = [forward[step] for step in range(200)]
+    for step in reversed(range(200)):
+        assert torch.equal(backward[step], ahead[step])
+
+
+# Custom tasks
+
+
+def test_from_module_is_the_module_s_own_gradient():
+    task, (inputs, targets) = custom(), blobs()
+    problem = task.sample(3)
+    module = problem.module
+    torch.testing.assert_close(nn.utils.parameters_to_vector(module.parameters()), problem.theta0)
+    rows = Minibatches(3, 300, 16, "cpu")[4]
+    F.cross_entropy(module(inputs[rows]), targets[rows]).backward()
+    _, grad = value_and_grad(problem, problem.theta0, 4)
+    torch.testing.assert_close(grad, torch.cat([p.grad.flatten() for p in module.parameters()]))
+
+
+def test_frozen_parameters_and_buffers_stay_as_they_were():
+    def make():
+        network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+        network[0].requires_grad_(False)
+        return network
+
+    problem = custom(make).sample(0)
+    before = {name: value.clone() for name, value in problem.module.state_dict().items()}
+    assert problem.theta0.numel() == 5 + 5 + 15 + 3
+    value_and_grad(problem, problem.theta0 * 2, 0)
+    after = problem.module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_dropout_is_drawn_anew_every_step_but_the_same_every_time():
+    data = (torch.ones(10, 6), torch.zeros(10, dtype=torch.int64))  # one example ten times: only dropout can differ
+    task = tasks.from_module(
+        lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)), F.cross_entropy, data, batch_size=1
+    )
+    problem = task.sample(0)
+    losses = [evaluate_loss(problem, problem.theta0, step).item() for step in range(20)]
+    assert len(set(losses)) > 10
+    assert losses == [evaluate_loss(problem, problem.theta0, step).item() for step in range(20)]
+
+
+def test_tied_weights_are_one_parameter():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(x))[:, :3]
+
+    problem = custom(Tied).sample(0)
+    theta = problem.theta0 + 1
+    assert theta.numel() == 36
+    inputs, targets = blobs()
+    rows = Minibatches(0, 300, 16, "cpu")[0]
+    w = theta.view(6, 6)
+    expected = F.cross_entropy((inputs[rows] @ w.T @ w.T)[:, :3], targets[rows])
+    torch.testing.assert_close(evaluate_loss(problem, theta, 0), expected)
+
+
+def test_a_dataset_gives_the_same_task_as_its_tensors():
+    inputs, targets = blobs()
+    pairs = torch.utils.data.TensorDataset(inputs, targets)
+    from_pairs = tasks.from_module(small_net, F.cross_entropy, pairs, batch_size=16)
+    assert from_pairs.spec() == custom().spec()
+
+
+def test_specs_of_custom_tasks_see_network_loss_and_data():
+    inputs, targets = blobs()
+
+    def smooth(output, target):
+        return F.cross_entropy(output, target, label_smoothing=0.1)
+
+    others = [
+        tasks.from_module(small_net, smooth, (inputs, targets), batch_size=16),
+        tasks.from_module(small_net, F.cross_entropy, (inputs + 1e-3, targets), batch_size=16),
+        tasks.from_module(lambda: nn.Linear(6, 3), F.cross_entropy, (inputs, targets), batch_size=16),
+        custom(name="other"),
+    ]
+    assert custom().spec() == custom().spec()
+    assert all(other.spec() != custom().spec() for other in others)
+
+
+def no_parameters():
+    return nn.Sequential(nn.Flatten(), nn.Tanh())
+
+
+def mixed():
+    return nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3).double())
+
+
+def explodes(output, target):
+    return output.sum() * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"make_module": small_net()}, TypeError, "make_module: expected a function, got .*Sequential"),
+        ({"make_module": lambda: 3}, TypeError, "make_module: expected it to return a torch.nn.Module, got int"),
+        ({"make_module": no_parameters}, ValueError, "make_module: expected a network with trainable parameters"),
+        ({"make_module": mixed}, ValueError, "one floating dtype, got torch.float32, torch.float64"),
+        ({"loss": "mse"}, TypeError, "loss: expected a function, got str"),
+        ({"loss": lambda o, t: F.cross_entropy(o, t, reduction="none")}, ValueError, r"'custom'.*shape \[128\]"),
+        ({"loss": lambda o, t: F.cross_entropy(o, t).item()}, TypeError, "'custom'.*got a float"),
+        ({"loss": lambda o, t: F.cross_entropy(o, t).detach()}, ValueError, "'custom'.*autograd cannot follow"),
+        ({"loss": explodes}, ValueError, "'custom': loss at theta0: expected a finite number, got nan"),
+        ({"data": blobs()[0]}, TypeError, "data: expected two Tensors"),
+        ({"data": (blobs()[0], blobs(299)[1])}, ValueError, r"data: expected as many targets.*\[300, 6\] and \[299\]"),
+        ({"data": (torch.empty(0, 6), torch.empty(0))}, ValueError, "data: .*at least one"),
+        ({"batch_size": -1}, ValueError, "batch_size: expected an integer >= 1, got -1"),
+        ({"name": ""}, TypeError, "name: expected a non-empty string"),
+    ],
+)
+def test_bad_custom_tasks_are_named(change, error, message):
+    arguments = {"make_module": small_net, "loss": F.cross_entropy, "data": blobs()} | change
+    with pytest.raises(error, match=message):
+        tasks.from_module(**arguments)
+
+
+# The contract
+
+
+class Broken(Problem):
+    task = "broken"
+
+    def __init__(self, theta0, loss):
+        self.theta0, self._loss = theta0, loss
+
+    def loss(self, theta, step):
+        return self._loss(theta)
+
+
+@pytest.mark.parametrize(
+    ("theta0", "loss", "error", "message"),
+    [
+        (
+            torch.ones(3),
+            lambda x: x.sum() / 0,
+            ValueError,
+            "'broken': loss at theta0: expected a finite number, got inf",
+        ),
+        (torch.ones(3), lambda x: x, ValueError, r"'broken': loss.*scalar.*shape \[3\]"),
+        (torch.ones(3), lambda x: 1.0, TypeError, "'broken': loss.*got a float"),
+        (torch.ones(3), lambda x: torch.ones(()), ValueError, "'broken': loss.*autograd cannot follow"),
+        (torch.ones(3, 1), lambda x: x.sum(), ValueError, r"'broken': theta0.*shape \[3, 1\]"),
+        (torch.ones(6)[::2], lambda x: x.sum(), ValueError, r"'broken': theta0.*strides \[2\]"),
+        (torch.ones(0), lambda x: x.sum(), ValueError, "'broken': theta0.*non-empty"),
+        (torch.ones(3, requires_grad=True), lambda x: x.sum(), ValueError, "'broken': theta0.*requires_grad=True"),
+        (torch.ones(3, dtype=torch.int64), lambda x: x.sum(), TypeError, "'broken': theta0.*floating.*int64"),
+        ([1.0], lambda x: x.sum(), TypeError, "'broken': theta0.*got a list"),
+    ],
+)
+def test_problems_that_break_the_contract_are_named(theta0, loss, error, message):
+    with pytest.raises(error, match=message):
+        check_start(Broken(theta0, loss))
+
+
+def test_non_finite_losses_pass_through_evaluation():
+    problem = Broken(torch.ones(3), lambda x: x.log().sum())
+    loss, grad = value_and_grad(problem, torch.tensor([0.0, 1.0, -1.0]), 0)
+    assert loss.isnan()
+    assert grad[0] == float("inf")
+
+
+# By name
+
+
+def test_by_name():
+    assert tasks.names() == ["quadratic", "mnist", "fashion-mnist", "digits"]
+    assert tasks.by_name("quadratic", dim=3) == tasks.Quadratic(dim=3)
+    assert tasks.by_name("digits", hidden=[8]) == tasks.Digits(hidden=(8,))
+    with pytest.raises(ValueError, match="name: expected one of quadratic, mnist, fashion-mnist, digits, got 'cifar'"):
+        tasks.by_name("cifar")
+    with pytest.raises(ValueError, match=r"options of task 'quadratic': expected some of dim, batch.*, got 'hidden'"):
+        tasks.by_name("quadratic", hidden=(3,))
