@@ -123,7 +123,13 @@ def evaluate_command(
     if baseline != "none":
         optimizers |= {name: baselines.by_name(name) for name in baseline.split(",")}
     curves = evaluate(
-        _task(task, hidden, activation, batch_size), optimizers, steps=steps, runs=runs, seed=seed, backend=backend
+        _task(task, hidden, activation, batch_size),
+        optimizers,
+        steps=steps,
+        runs=runs,
+        seed=seed,
+        backend=backend,
+        progress=True,
     )
     curves.save(out)
     files.write_text(out / "table.md", curves.markdown() + "\n")

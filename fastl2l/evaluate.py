@@ -9,16 +9,13 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from scipy.special import stdtrit  # quantile of Student's t distribution
 from torch import Tensor, nn
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 from fastl2l.baselines import Baseline, descend, tune
 from fastl2l.files import write_bytes, write_json, write_text
 from fastl2l.optim import FusedLSTMOptimizer
+from fastl2l.progress import Progress
 from fastl2l.rules import RULES, LSTMRule
 from fastl2l.tasks.base import Task, check_start, fingerprint, integer, problem_seed
 
@@ -200,7 +198,7 @@ def evaluate(
     steps: int = 100,
     runs: int = 100,
     seed: int = 1,
-    progress: bool | None = None,
+    progress: bool = False,
     backend: str = "auto",
 ) -> Curves:
     """Run every optimizer on the same fresh problems and minibatches, and record all losses.
@@ -215,7 +213,7 @@ def evaluate(
         steps: optimization steps a run.
         runs: number of problems: number 0 .. runs - 1 of purpose "test" of this seed.
         seed: see runs.
-        progress: show progress and the time left; by default on a terminal.
+        progress: show how far it is, with an estimate of the time left.
         backend: of FusedLSTMOptimizer, for update rules.
 
     Returns:
@@ -231,16 +229,15 @@ def evaluate(
     integer("runs", runs)
     integer("seed", seed, least=0)
     check_start(task.sample(problem_seed(seed, "test", 0)))
-    with _bar(progress) as bar:
-        tuned = {name: _tuned(task, name, optimizer, steps, bar) for name, optimizer in optimizers.items()}
-        builds = {name: _build(name, optimizer, backend) for name, optimizer in tuned.items()}
-        losses = {name: torch.empty(runs, steps + 1, dtype=torch.float64) for name in builds}
-        job = bar.add_task(f"evaluating on {task.name}", total=runs * len(builds))
+    tuned = _tuned(task, optimizers, steps, progress)
+    builds = {name: _build(name, optimizer, backend) for name, optimizer in tuned.items()}
+    losses = {name: torch.empty(runs, steps + 1, dtype=torch.float64) for name in builds}
+    with Progress(f"evaluating on {task.name}", runs * len(builds), shown=progress) as shown:
         for run in range(runs):
             problem = task.sample(problem_seed(seed, "test", run))
             for name, build in builds.items():
                 losses[name][run] = descend(problem, build, steps)
-                bar.advance(job)
+                shown.advance()
     metadata = {
         "task": task.spec(),
         "steps": steps,
@@ -287,17 +284,20 @@ def _check_optimizers(optimizers: object) -> None:
             )
 
 
-def _tuned(task: Task, name: str, optimizer: Any, steps: int, bar: Progress) -> Any:
-    if not isinstance(optimizer, Baseline) or optimizer.lr != "tune":
-        return optimizer
-    job = bar.add_task(f"tuning {name}", total=None)
+def _tuned(task: Task, optimizers: Mapping[str, Any], steps: int, progress: bool) -> dict[str, Any]:
+    """The optimizers, with their learning rates found for the baselines that leave theirs open."""
+    left_open = [name for name, one in optimizers.items() if isinstance(one, Baseline) and one.lr == "tune"]
+    found = dict(optimizers)
+    with Progress("tuning learning rates", len(left_open), shown=progress) as shown:
+        for name in left_open:
 
-    def report(lr: float, loss: float) -> None:
-        bar.update(job, description=f"tuning {name}: learning rate {lr:.3g} ends at {loss:.3g}")
+            def report(lr: float, loss: float, name: str = name) -> None:
+                shown.note(f"{name}: {lr:.3g} ends at {loss:.3g}")
 
-    lr = tune(task, optimizer, steps, report=report)
-    bar.update(job, description=f"tuned {name}: learning rate {lr:.3g}", total=1, completed=1)
-    return optimizer.with_lr(lr)
+            lr = tune(task, optimizers[name], steps, report=report)
+            found[name] = optimizers[name].with_lr(lr)
+            shown.advance(f"{name}: {lr:.3g}")
+    return found
 
 
 def _build(name: str, optimizer: LSTMRule | Baseline | Build, backend: str) -> Build:
@@ -334,15 +334,6 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-
-
-@contextmanager
-def _bar(progress: bool | None) -> Iterator[Progress]:
-    console = Console(stderr=True)
-    shown = console.is_terminal if progress is None else progress
-    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not shown) as bar:
-        yield bar
 
 
 # Statistics

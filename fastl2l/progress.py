@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 15.0
 
 
-class EpochProgress:
+class Progress:
     """Use as a context manager, and call :meth:`advance` after every piece of the work.
 
     Args:
@@ -24,21 +24,21 @@ class EpochProgress:
     def __init__(self, title: str, total: int, *, done: int = 0, shown: bool = True) -> None:
         self._title, self._total, self._done, self._shown = title, total, done, shown
         self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[message]}"),
+        self._bar = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("left"),
+            rich_progress.TimeRemainingColumn(),
+            rich_progress.TextColumn("{task.fields[message]}"),
             console=self._console,
             disable=not (shown and self._console.is_terminal),
         )
         self._task = self._bar.add_task(title, total=total, completed=done, message="")
         self._first, self._started, self._last_line = done, time.monotonic(), 0.0
 
-    def __enter__(self) -> EpochProgress:
+    def __enter__(self) -> Progress:
         self._bar.__enter__()
         return self
 
@@ -46,6 +46,10 @@ class EpochProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.__exit__(kind, error, trace)
+
+    def note(self, message: str) -> None:
+        """Say what is being tried, on a terminal."""
+        self._bar.update(self._task, message=message)
 
     def advance(self, message: str = "") -> None:
         """One more piece is done; `message` says what it gave."""
@@ -56,6 +60,5 @@ class EpochProgress:
         if self._shown and not self._console.is_terminal and due:
             self._last_line = now
             left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
-            self._console.print(
-                f"{self._title}: {self._done}/{self._total}, {left:.0f} s left; {message}", soft_wrap=True
-            )
+            text = f"{self._title}: {self._done}/{self._total}, {left:.0f} s left"
+            self._console.print(f"{text}; {message}" if message else text, soft_wrap=True, highlight=False)

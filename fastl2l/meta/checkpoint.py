@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from fastl2l import files
 
 VERSION = 1
+_MAGIC = b"fastl2l checkpoint\n"
 
 
 class CheckpointError(ValueError):
@@ -22,7 +23,8 @@ def save(path: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
     """Write a run's settings (what it is) and state (how far it is)."""
     buffer = io.BytesIO()
     torch.save({"version": VERSION, "settings": settings, "state": state}, buffer)
-    files.write_bytes(path, buffer.getvalue())
+    data = buffer.getvalue()
+    files.write_bytes(path, _MAGIC + hashlib.sha256(data).digest() + data)
 
 
 def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -31,11 +33,12 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged, of another version, or of another run; it names what differs.
     """
-    try:
-        content = torch.load(path, weights_only=True)
-        version, saved, state = content["version"], content["settings"], content["state"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path}: expected a checkpoint, and it is damaged or something else: {error}") from error
+    content = path.read_bytes()
+    digest, data = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
+    if not content.startswith(_MAGIC) or hashlib.sha256(data).digest() != digest:
+        raise CheckpointError(f"{path}: expected a checkpoint, and it is damaged or something else")
+    loaded = torch.load(io.BytesIO(data), weights_only=True)
+    version, saved, state = loaded["version"], loaded["settings"], loaded["state"]
     if version != VERSION:
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION}, got {version}")
     different = [name for name in sorted(settings.keys() | saved.keys()) if settings.get(name) != saved.get(name)]

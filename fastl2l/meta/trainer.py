@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastl2l.meta import checkpoint as checkpoint_module
-from fastl2l.progress import EpochProgress
+from fastl2l.progress import Progress
 from fastl2l.rules import LSTMRule
 from fastl2l.tasks.base import Task, check_start, integer, problem_seed
 from fastl2l.trajectory import Trajectory
@@ -103,7 +104,7 @@ class MetaTrainer:
         checkpoint: str | os.PathLike[str] | None = None,
         tensorboard: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.rule, self.task, self.seed = rule, task, seed
+        self.rule, self.task, self.seed = rule, task, integer("seed", seed, least=0)
         self.horizon, self.unroll = integer("horizon", horizon), integer("unroll", unroll)
         self.trajectories = integer("trajectories", trajectories)
         self.validation_problems = integer("validation_problems", validation_problems)
@@ -118,6 +119,7 @@ class MetaTrainer:
         self.best_loss = math.inf
         self._adam = torch.optim.Adam(rule.weights(), lr=meta_lr, fused=rule.weight_out.device.type in ("cpu", "cuda"))
         self._current = self._best = self._copy_weights()
+        self._adam_state = copy.deepcopy(self._adam.state_dict())
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         if self._checkpoint is not None and self._checkpoint.exists():
             self._restore(checkpoint_module.load(self._checkpoint, self.settings()))
@@ -161,11 +163,13 @@ class MetaTrainer:
             ``history``.
         """
         epochs = integer("epochs", epochs, least=0)
+        # As they were after the last finished epoch: one that was interrupted has left both somewhere else.
         self._load_weights(self._current)
-        with EpochProgress("meta-training", epochs, done=len(self.history), shown=progress) as shown:
+        self._adam.load_state_dict(copy.deepcopy(self._adam_state))
+        with Progress("meta-training", epochs, done=len(self.history), shown=progress) as shown:
             for number in range(len(self.history), epochs):
                 self.history.append(self._epoch(number, epochs))
-                self._current = self._copy_weights()
+                self._current, self._adam_state = self._copy_weights(), copy.deepcopy(self._adam.state_dict())
                 if self.history[-1].validation_loss < self.best_loss:
                     self.best_loss, self._best = self.history[-1].validation_loss, self._current
                 self._save()
@@ -236,14 +240,14 @@ class MetaTrainer:
             "best_loss": self.best_loss,
             "current": self._current,
             "best": self._best,
-            "adam": self._adam.state_dict(),
+            "adam": self._adam_state,
         }
         checkpoint_module.save(self._checkpoint, self.settings(), state)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.history = [Epoch(*epoch) for epoch in state["history"]]
         self.best_loss, self._current, self._best = state["best_loss"], state["current"], state["best"]
-        self._adam.load_state_dict(state["adam"])
+        self._adam_state = state["adam"]
 
     def _log(self, epoch: Epoch) -> None:
         if self._writer is None:
