@@ -66,15 +66,16 @@ INLINE void features_backward(const Rule& rule, const typename P::T* gradient, R
   }
 }
 
-// The gates of U units before their activations: bias + W_ih input + W_hh h.
+// The sums of U units' gates, bias + W_ih input + W_hh h, times the factors of pack.h.
 template <class P, int NV, int U>
-INLINE void gate_sums(const typename P::T* weights, Rows<P, NV> input, int inputs, Rows<P, NV> h, int hidden,
-                      typename P::V (&sum)[U][4][NV]) {
+INLINE void gate_sums_of_units(const typename P::T* weights, Rows<P, NV> input, int inputs, Rows<P, NV> h, int hidden,
+                               Rows<P, NV> sums) {
   using V = typename P::V;
+  V sum[4 * U][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < 4 * U; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) sum[r / 4][r % 4][v] = P::set1(weights[r]);
+    for (int v = 0; v < NV; ++v) sum[r][v] = P::set1(weights[r]);
   }
   const auto accumulate = [&](Rows<P, NV> rows, int n) INLINE_LAMBDA {
     for (int k = 0; k < n; ++k) {
@@ -86,56 +87,72 @@ INLINE void gate_sums(const typename P::T* weights, Rows<P, NV> input, int input
       for (int r = 0; r < 4 * U; ++r) {
         const V w = P::set1(weights[r]);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[r / 4][r % 4][v] = P::fma(w, x[v], sum[r / 4][r % 4][v]);
+        for (int v = 0; v < NV; ++v) sum[r][v] = P::fma(w, x[v], sum[r][v]);
       }
     }
   };
   accumulate(input, inputs);
   accumulate(h, hidden);
-}
-
-template <class P>
-struct Cell {
-  typename P::V i, f, g, o, c, tanh_c, h;
-};
-
-template <class P>
-INLINE Cell<P> cell_forward(typename P::V i, typename P::V f, typename P::V g, typename P::V o,
-                            typename P::V c_before) {
-  Cell<P> cell;
-  cell.i = sigmoid<P>(i);
-  cell.f = sigmoid<P>(f);
-  cell.g = tanh<P>(g);
-  cell.o = sigmoid<P>(o);
-  cell.c = P::fma(cell.f, c_before, cell.i * cell.g);
-  cell.tanh_c = tanh<P>(cell.c);
-  cell.h = cell.o * cell.tanh_c;
-  return cell;
-}
-
-// One layer: `save(unit, v, cell)` receives the activations of every unit. U units at a time, then one by one.
-template <class P, int NV, int U, class Save>
-INLINE void layer_units(const typename P::T* weights, int first, int last, Rows<P, NV> input, int inputs, Rows<P, NV> h,
-                        int hidden, Rows<P, NV> c_before, Save save) {
-  for (int unit = first; unit < last; unit += U) {
-    typename P::V sum[U][4][NV];
-    gate_sums<P, NV, U>(weights + (int64_t)unit * 4 * (1 + inputs + hidden), input, inputs, h, hidden, sum);
+#pragma GCC unroll 8
+  for (int r = 0; r < 4 * U; ++r) {
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        save(unit + u, v,
-             cell_forward<P>(sum[u][0][v], sum[u][1][v], sum[u][2][v], sum[u][3][v], c_before.load(unit + u, v)));
-      }
-    }
+    for (int v = 0; v < NV; ++v) sums.store(r, v, sum[r][v]);
   }
 }
 
-template <class P, int NV, class Save>
-INLINE void layer_forward(const typename P::T* weights, Rows<P, NV> input, int inputs, Rows<P, NV> h, int hidden,
-                          Rows<P, NV> c_before, Save save) {
+// Row 4 * unit + gate of `sums` for all units of a layer.
+template <class P, int NV>
+INLINE void gate_sums(const typename P::T* weights, Rows<P, NV> input, int inputs, Rows<P, NV> h, int hidden,
+                      Rows<P, NV> sums) {
   constexpr int U = P::blocking.units;
-  const int whole = hidden / U * U;
-  layer_units<P, NV, U>(weights, 0, whole, input, inputs, h, hidden, c_before, save);
-  if constexpr (U > 1) layer_units<P, NV, 1>(weights, whole, hidden, input, inputs, h, hidden, c_before, save);
+  const int64_t unit_weights = 4 * (1 + inputs + hidden);
+  int unit = 0;
+  for (; unit + U <= hidden; unit += U) {
+    gate_sums_of_units<P, NV, U>(weights + unit * unit_weights, input, inputs, h, hidden, sums.from(4 * unit));
+  }
+  for (; unit < hidden; ++unit) {
+    gate_sums_of_units<P, NV, 1>(weights + unit * unit_weights, input, inputs, h, hidden, sums.from(4 * unit));
+  }
+}
+
+// From sums to gates, in place: i, f and o through sigmoid, g through tanh.
+template <class P, int NV>
+INLINE void activate_gates(Rows<P, NV> gates, int hidden) {
+  for (int unit = 0; unit < hidden; ++unit) {
+    const Rows<P, NV> unit_gates = gates.from(4 * unit);
+    typename P::V ifo[3 * NV], g[NV];
+    constexpr int row[3] = {0, 1, 3};
+    each<3 * NV>([&](int j) INLINE_LAMBDA { ifo[j] = unit_gates.load(row[j / NV], j % NV); });
+    each<NV>([&](int v) INLINE_LAMBDA { g[v] = unit_gates.load(2, v); });
+    tanh<P>(g);
+    sigmoid<P>(ifo);
+    each<3 * NV>([&](int j) INLINE_LAMBDA { unit_gates.store(row[j / NV], j % NV, ifo[j]); });
+    each<NV>([&](int v) INLINE_LAMBDA { unit_gates.store(2, v, g[v]); });
+  }
+}
+
+// One layer: gates [4 * unit + gate] and the new c and h; `save_tanh_c(unit, v, x)` receives tanh(c). h may be h_before
+// and c c_before. The sums, the gates and the cells each are a loop of their own: within each the units are
+// independent, and hide the latency of each other's long chains of operations.
+template <class P, int NV, class Save>
+INLINE void layer_forward(const typename P::T* weights, Rows<P, NV> input, int inputs, Rows<P, NV> h_before,
+                          Rows<P, NV> c_before, int hidden, Rows<P, NV> gates, Rows<P, NV> c, Rows<P, NV> h,
+                          Save save_tanh_c) {
+  gate_sums<P, NV>(weights, input, inputs, h_before, hidden, gates);
+  activate_gates<P, NV>(gates, hidden);
+  for (int unit = 0; unit < hidden; ++unit) {
+    const Rows<P, NV> unit_gates = gates.from(4 * unit);
+    typename P::V c_now[NV], tanh_c[NV];
+    each<NV>([&](int v) INLINE_LAMBDA {
+      const typename P::V new_part = unit_gates.load(0, v) * unit_gates.load(2, v);
+      c_now[v] = P::fma(unit_gates.load(1, v), c_before.load(unit, v), new_part);
+      tanh_c[v] = c_now[v] * P::set1(Constants<P>::two_log2e);
+    });
+    tanh<P>(tanh_c);
+    each<NV>([&](int v) INLINE_LAMBDA {
+      c.store(unit, v, c_now[v]);
+      save_tanh_c(unit, v, tanh_c[v]);
+      h.store(unit, v, unit_gates.load(3, v) * tanh_c[v]);
+    });
+  }
 }

@@ -19,6 +19,13 @@ struct F32 {
   static INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   // min and max return their second operand when one is NaN
   static INLINE V clamp(V x, T bound) { return _mm256_min_ps(set1(bound), _mm256_max_ps(set1(-bound), x)); }
+  static constexpr bool has_table = true;
+  // Bits of 2^(j/8) - (j << 20), j the last three bits; see exp2_parts_by_table().
+  static INLINE BitsV eighths(BitsV bits) {
+    const BitsV table = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                         0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+    return (BitsV)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)bits);
+  }
   static INLINE void add_sums(V a, V b, V c, V d, double* out) {
     const __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
     const __m256 cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
@@ -32,6 +39,8 @@ struct F64 {
   FASTL2L_VECTOR(double, uint64_t, 32)
   static constexpr int vectors = 2, block_tiles = 1, outer_inputs = 2;
   static constexpr Blocking blocking{1, 5};
+
+  static constexpr bool has_table = false;
 
   static INLINE V set1(T x) { return _mm256_set1_pd(x); }
   static INLINE V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }

@@ -12,13 +12,21 @@ namespace avx512 {
 
 struct F32 {
   FASTL2L_VECTOR(float, uint32_t, 64)
-  static constexpr int vectors = 2, block_tiles = 2, outer_inputs = 5;
+  static constexpr int vectors = 2, block_tiles = 2, outer_inputs = 6;
   static constexpr Blocking blocking{2, 10};
 
   static INLINE V set1(T x) { return _mm512_set1_ps(x); }
   static INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   // min and max return their second operand when one is NaN
   static INLINE V clamp(V x, T bound) { return _mm512_min_ps(set1(bound), _mm512_max_ps(set1(-bound), x)); }
+  static constexpr bool has_table = true;
+  // Bits of 2^(j/8) - (j << 20), j the last three bits; see exp2_parts_by_table().
+  static INLINE BitsV eighths(BitsV bits) {
+    const BitsV table = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a,
+                         0x3f7744fd, 0x3f7ac0c7, 0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                         0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+    return (BitsV)_mm512_permutexvar_epi32((__m512i)bits, (__m512i)table);
+  }
   static INLINE void add_sums(V a, V b, V c, V d, double* out) {
     const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
     const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
@@ -31,8 +39,10 @@ struct F32 {
 
 struct F64 {
   FASTL2L_VECTOR(double, uint64_t, 64)
-  static constexpr int vectors = 2, block_tiles = 1, outer_inputs = 5;
+  static constexpr int vectors = 2, block_tiles = 1, outer_inputs = 6;
   static constexpr Blocking blocking{2, 10};
+
+  static constexpr bool has_table = false;
 
   static INLINE V set1(T x) { return _mm512_set1_pd(x); }
   static INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }

@@ -13,6 +13,7 @@ struct F32 {
   FASTL2L_VECTOR(float, uint32_t, 16)
   static constexpr int vectors = 2, block_tiles = 1, outer_inputs = 2;
   static constexpr Blocking blocking{1, 5};
+  static constexpr bool has_table = false;
 
   static INLINE V set1(T x) { return V{x, x, x, x}; }
 #if defined(__aarch64__)
@@ -36,6 +37,7 @@ struct F64 {
   FASTL2L_VECTOR(double, uint64_t, 16)
   static constexpr int vectors = 2, block_tiles = 1, outer_inputs = 2;
   static constexpr Blocking blocking{1, 5};
+  static constexpr bool has_table = false;
 
   static INLINE V set1(T x) { return V{x, x}; }
 #if defined(__aarch64__)

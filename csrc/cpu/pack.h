@@ -9,6 +9,11 @@
 
 namespace fastl2l::cpu {
 
+// What the gates' sums are multiplied by, in the order i, f, g, o: the kernels take powers of 2 of them, -x log2(e) for
+// sigmoid and 2 x log2(e) for tanh.
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kGateFactors[4] = {-kLog2E, -kLog2E, 2 * kLog2E, -kLog2E};
+
 // Calls visit(first, count) for blocks of `block` items, then for what is left one by one.
 template <typename Visit>
 void for_blocks(int n, int block, Visit visit) {
@@ -48,7 +53,9 @@ class Packer {
     for_blocks(hidden, units, [&](int first, int count) {
       const auto column = [&](const T* matrix, int width, int k) {
         for (int unit = first; unit < first + count; ++unit) {
-          for (int gate = 0; gate < 4; ++gate) data_.push_back(matrix[(gate * hidden + unit) * width + k]);
+          for (int gate = 0; gate < 4; ++gate) {
+            data_.push_back((T)(kGateFactors[gate] * matrix[(gate * hidden + unit) * width + k]));
+          }
         }
       };
       column(bias, 1, 0);

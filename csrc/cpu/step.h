@@ -11,7 +11,7 @@ struct TileOf {
 
 inline size_t step_scratch(const Rule& rule) {
   const int most = kMaxBlockLanes;
-  return (size_t)most * (rule.features + rule.hidden + 2);
+  return (size_t)most * (rule.features + 4 * rule.hidden);
 }
 
 // A block is NV vectors: several whole tiles, or a part of one. `state` points at each vector's first row.
@@ -21,19 +21,13 @@ INLINE void step_block(const Rule& rule, const PackedWeights<typename P::T>& wei
   using V = typename P::V;
   const int hidden = rule.hidden;
   const Rows<P, NV> features = dense<P, NV>(scratch);
-  const Rows<P, NV> h_new = dense<P, NV>(scratch + (int64_t)rule.features * NV * P::lanes);
+  const Rows<P, NV> gates = features.from(rule.features);
   write_features<P, NV>(rule, gradient, features);
   Rows<P, NV> input = features;
   for (int layer = 0; layer < rule.layers; ++layer) {
     const Rows<P, NV> h = state.from(2 * layer * hidden), c = h.from(hidden);
-    layer_forward<P, NV>(weights.layer[layer].forward, input, rule.inputs(layer), h, hidden, c,
-                         [&](int unit, int v, const Cell<P>& cell) INLINE_LAMBDA {
-                           c.store(unit, v, cell.c);
-                           h_new.store(unit, v, cell.h);  // not in place: the other units still read h
-                         });
-    for (int unit = 0; unit < hidden; ++unit) {
-      for (int v = 0; v < NV; ++v) h.store(unit, v, h_new.load(unit, v));
-    }
+    layer_forward<P, NV>(weights.layer[layer].forward, input, rule.inputs(layer), h, c, hidden, gates, c, h,
+                         [](int, int, V) INLINE_LAMBDA {});
     input = h;
   }
   V out[NV];

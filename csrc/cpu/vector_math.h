@@ -1,8 +1,10 @@
-// exp, sigmoid, tanh and log on vectors. Included inside the namespace of an instruction set, which defines the
-// precisions F32 and F64: V (a vector of T), lanes, set1, fma, clamp (NaN stays NaN), sum4.
+// sigmoid, tanh and log on vectors. Included inside the namespace of an instruction set, which defines the precisions
+// F32 and F64: V (a vector of T), lanes, set1, fma, clamp (NaN stays NaN), and, if has_table, eighths.
 //
-// Every operation is the same, lane by lane, on AVX2 and AVX-512 (explicit fused multiply-adds, IEEE division), so the
-// two agree to the bit. Polynomials are Chebyshev interpolants of (exp(r) - 1 - r) / r^2 on |r| <= ln2 / 2.
+// Exponentials are powers of 2: the packed weights hold the factor log2(e) already (pack.h), so a gate's sum is rounded
+// to an integer, which becomes the exponent, and what is left over is exact and goes into a polynomial. Every operation
+// is the same, lane by lane, on AVX2 and AVX-512 (explicit fused multiply-adds, IEEE division), so the two agree to the
+// bit. Polynomials are Chebyshev interpolants of (2^f - 1) / f.
 
 template <class P>
 struct Constants;
@@ -10,75 +12,111 @@ struct Constants;
 template <>
 struct Constants<F32> {
   using Bits = uint32_t;
-  static constexpr int mantissa_bits = 23;
-  static constexpr int bias = 127;
-  static constexpr float log2e = 1.4426950216293335f;
+  static constexpr int mantissa_bits = 23, bias = 127;
+  static constexpr float rounder = 12582912.0f + bias;              // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float eighths_rounder = 1572864.0f;              // 1.5 * 2^20: to a multiple of 1/8
+  static constexpr float sigmoid_bound = 126, tanh_bound = 26.05f;  // 2^126 is finite; tanh(26.05 / 2 log2(e)) is 1
+  static constexpr float two_log2e = 2.8853900432586670f;
   static constexpr float ln2_high = 0.6931471824645996f, ln2_low = -1.9046542121259336e-09f;
-  static constexpr float rounder = 12582912.0f + bias;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float sigmoid_bound = 87.0f;         // exp(87) is finite
-  static constexpr float tanh_bound = 9.02f;            // tanh(9.02) rounds to 1
   static constexpr float smallest_normal = 1.17549435e-38f, largest = 3.40282347e38f;
-  static constexpr float exp_tail[] = {1.3926213141530752e-3f, 8.363203145563602e-3f, 4.1666556149721146e-2f,
-                                       1.6666576266288757e-1f, 0.5f};
+  static constexpr float exp2_halves[] = {1.5453164814971387e-4f, 1.339086564257741e-3f,  9.618083015084267e-3f,
+                                          5.5503569543361664e-2f, 2.4022650718688965e-1f, 6.931471824645996e-1f};
+  static constexpr float exp2_sixteenths[] = {5.550801381468773e-2f, 2.4025468528270721e-1f, 6.931471824645996e-1f};
   static constexpr int log_terms = 5;
 };
 
 template <>
 struct Constants<F64> {
   using Bits = uint64_t;
-  static constexpr int mantissa_bits = 52;
-  static constexpr int bias = 1023;
-  static constexpr double log2e = 1.4426950408889634;
+  static constexpr int mantissa_bits = 52, bias = 1023;
+  static constexpr double rounder = 6755399441055744.0 + bias;
+  static constexpr double sigmoid_bound = 1022, tanh_bound = 55.2;
+  static constexpr double two_log2e = 2.8853900817779268;
   static constexpr double ln2_high = 0.6931471805599453, ln2_low = 2.3190468138462996e-17;
-  static constexpr double rounder = 6755399441055744.0 + bias;  // 1.5 * 2^52
-  static constexpr double sigmoid_bound = 708.0;
-  static constexpr double tanh_bound = 19.1;
   static constexpr double smallest_normal = 2.2250738585072014e-308, largest = 1.7976931348623157e308;
-  static constexpr double exp_tail[] = {2.5100424157005067e-08, 2.7620138719733994e-07,
-                                        2.7557268378684192e-06, 2.480152119021773e-05,
-                                        0.00019841269863105968, 0.0013888888917281794,
-                                        0.008333333333330051,   0.04166666666662399,
-                                        0.16666666666666669,    0.5};
+  static constexpr double exp2_halves[] = {4.454960975460706e-10,  7.072586657066206e-09,  1.0178062443959398e-07,
+                                           1.3215442584382707e-06, 1.5252733829839213e-05, 0.00015403530441741856,
+                                           0.0013333558146416933,  0.009618129107606885,   0.0555041086648216,
+                                           0.24022650695910097,    0.6931471805599453};
   static constexpr int log_terms = 13;
 };
 
 template <class P>
 using BitsVector = typename P::BitsV;
 
-// exp(x) = scale * (1 + p). Keeping p, not 1 + p, keeps exp(x) - 1 accurate near 0. |x| within the bounds above.
-template <class P>
-INLINE void exp_parts(typename P::V x, typename P::V& scale, typename P::V& p) {
+// f(0) ... f(J - 1), unrolled. The functions below take J vectors at a time and do each operation for all of them
+// before the next: what one vector waits for (4 cycles an operation, 20 in a row) the others fill.
+template <int J, class F>
+INLINE void each(F f) {
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j) f(j);
+}
+
+// p = the polynomial at x, highest coefficient first.
+template <class P, int J, unsigned N>
+INLINE void polynomial(const typename P::T (&coefficients)[N], const typename P::V (&x)[J], typename P::V (&p)[J]) {
+  each<J>([&](int j) INLINE_LAMBDA { p[j] = P::set1(coefficients[0]); });
+#pragma GCC unroll 16
+  for (unsigned i = 1; i < N; ++i) {
+    each<J>([&](int j) INLINE_LAMBDA { p[j] = P::fma(p[j], x[j], P::set1(coefficients[i])); });
+  }
+}
+
+// 2^t = scale * (1 + p), |t| <= sigmoid_bound. Keeping p, not 1 + p, keeps 2^t - 1 accurate near 0.
+template <class P, int J>
+INLINE void exp2_parts(const typename P::V (&t)[J], typename P::V (&scale)[J], typename P::V (&p)[J]) {
   using C = Constants<P>;
   using V = typename P::V;
-  const V rounder = P::set1(C::rounder);
-  const V shifted = P::fma(x, P::set1(C::log2e), rounder);
-  const V n = shifted - rounder;
-  scale = (V)((BitsVector<P>)shifted << C::mantissa_bits);  // 2^n: the bias is part of the rounder
-  V r = P::fma(n, P::set1(-C::ln2_high), x);
-  r = P::fma(n, P::set1(-C::ln2_low), r);
-  V tail = P::set1(C::exp_tail[0]);
-#pragma GCC unroll 16
-  for (unsigned i = 1; i < sizeof(C::exp_tail) / sizeof(C::exp_tail[0]); ++i) {
-    tail = P::fma(tail, r, P::set1(C::exp_tail[i]));
-  }
-  p = P::fma(r * r, tail, r);
+  V f[J];
+  each<J>([&](int j) INLINE_LAMBDA { scale[j] = t[j] + P::set1(C::rounder); });
+  each<J>([&](int j) INLINE_LAMBDA { f[j] = t[j] - (scale[j] - P::set1(C::rounder)); });
+  // 2^n: the exponent's bias is part of the rounder
+  each<J>([&](int j) INLINE_LAMBDA { scale[j] = (V)((BitsVector<P>)scale[j] << C::mantissa_bits); });
+  polynomial<P>(C::exp2_halves, f, p);
+  each<J>([&](int j) INLINE_LAMBDA { p[j] = p[j] * f[j]; });
 }
 
-template <class P>
-INLINE typename P::V sigmoid(typename P::V x) {
-  typename P::V scale, p;
+// The same with a table of 2^(j/8): a shorter polynomial, but scale is rounded, so 2^t - 1 is not as good near 0.
+template <class P, int J>
+INLINE void exp2_parts_by_table(const typename P::V (&t)[J], typename P::V (&scale)[J], typename P::V (&p)[J]) {
+  using C = Constants<P>;
+  using V = typename P::V;
+  V f[J];
+  each<J>([&](int j) INLINE_LAMBDA { scale[j] = t[j] + P::set1(C::eighths_rounder); });
+  each<J>([&](int j) INLINE_LAMBDA { f[j] = t[j] - (scale[j] - P::set1(C::eighths_rounder)); });
+  // The last three bits choose the table's entry, which is stored less what they add to the shifted exponent.
+  each<J>([&](int j) INLINE_LAMBDA {
+    const BitsVector<P> bits = (BitsVector<P>)scale[j];
+    scale[j] = (V)(P::eighths(bits) + (bits << (C::mantissa_bits - 3)));
+  });
+  polynomial<P>(C::exp2_sixteenths, f, p);
+  each<J>([&](int j) INLINE_LAMBDA { p[j] = p[j] * f[j]; });
+}
+
+// In place, 1 / (1 + 2^t): sigmoid(x) for t = -x log2(e).
+template <class P, int J>
+INLINE void sigmoid(typename P::V (&t)[J]) {
   const typename P::V one = P::set1(1);
-  exp_parts<P>(-P::clamp(x, Constants<P>::sigmoid_bound), scale, p);
-  return one / P::fma(scale, p, scale + one);
+  typename P::V scale[J], p[J];
+  each<J>([&](int j) INLINE_LAMBDA { t[j] = P::clamp(t[j], Constants<P>::sigmoid_bound); });
+  if constexpr (P::has_table) {
+    exp2_parts_by_table<P>(t, scale, p);
+  } else {
+    exp2_parts<P>(t, scale, p);
+  }
+  each<J>([&](int j) INLINE_LAMBDA { t[j] = P::fma(scale[j], p[j], scale[j] + one); });
+  each<J>([&](int j) INLINE_LAMBDA { t[j] = one / t[j]; });
 }
 
-template <class P>
-INLINE typename P::V tanh(typename P::V x) {
-  typename P::V scale, p;
-  x = P::clamp(x, Constants<P>::tanh_bound);
-  exp_parts<P>(x + x, scale, p);
-  const typename P::V expm1 = P::fma(scale, p, scale - P::set1(1));
-  return expm1 / (expm1 + P::set1(2));
+// In place, (2^t - 1) / (2^t + 1): tanh(x) for t = 2 x log2(e).
+template <class P, int J>
+INLINE void tanh(typename P::V (&t)[J]) {
+  const typename P::V one = P::set1(1), two = P::set1(2);
+  typename P::V scale[J], p[J];
+  each<J>([&](int j) INLINE_LAMBDA { t[j] = P::clamp(t[j], Constants<P>::tanh_bound); });
+  exp2_parts<P>(t, scale, p);
+  each<J>([&](int j) INLINE_LAMBDA { t[j] = P::fma(scale[j], p[j], scale[j] - one); });
+  each<J>([&](int j) INLINE_LAMBDA { t[j] = t[j] / (t[j] + two); });
 }
 
 // log of a positive x, subnormals included; inf and NaN come back as they are.

@@ -8,11 +8,13 @@ struct WindowLayout {
   int layers, hidden, features;
   int64_t steps;
 
-  int64_t feature_rows() const { return features + 1; }  // and a row of ones: the biases' input
+  // features and h end with a row of ones, the input of the biases
+  int64_t feature_rows() const { return features + 1; }
+  int64_t h_rows() const { return hidden + 1; }
   int64_t gates(int layer, int64_t t) const { return (layer * steps + t) * 4 * hidden; }
   int64_t tanh_c(int layer, int64_t t) const { return gates(layers, 0) + (layer * steps + t) * hidden; }
   // h and c have steps + 1 entries: entry t is the state before step t
-  int64_t h(int layer, int64_t t) const { return tanh_c(layers, 0) + (layer * (steps + 1) + t) * hidden; }
+  int64_t h(int layer, int64_t t) const { return tanh_c(layers, 0) + (layer * (steps + 1) + t) * h_rows(); }
   int64_t c(int layer, int64_t t) const { return h(layers, 0) + (layer * (steps + 1) + t) * hidden; }
   int64_t feature(int64_t t) const { return c(layers, 0) + t * feature_rows(); }
   int64_t gradient(int64_t t) const { return feature(steps) + t; }
@@ -94,33 +96,28 @@ struct WindowBlock {
       T* gradient = base + layout.gradient(t) * lanes;
       read_coordinates(args.grads + t * args.numel, gradient);
       write_features<P, NV>(args.rule, gradient, rows(layout.feature(t)));
-      const Rows<P, NV> ones = rows(layout.feature(t) + layout.features);
-      const Rows<P, NV> dupdate = rows(layout.dupdate(t));
+      write_ones(layout.feature(t) + layout.features);
+      for (int layer = 0; layer < layout.layers; ++layer) write_ones(layout.h(layer, t + 1) + layout.hidden);
       read_coordinates(args.adjoints + t * args.numel, base + layout.dupdate(t) * lanes);
+      const Rows<P, NV> dupdate = rows(layout.dupdate(t));
       for (int v = 0; v < NV; ++v) {
-        ones.store(0, v, P::set1(1));
         dupdate.store(0, v, dupdate.load(0, v) * P::set1((T)args.rule.update_scale));
       }
     }
+  }
+  INLINE void write_ones(int64_t row) const {
+    for (int v = 0; v < NV; ++v) rows(row).store(0, v, P::set1(1));
   }
 
   INLINE void forward() const {
     for (int64_t t = 0; t < layout.steps; ++t) {
       Rows<P, NV> input = rows(layout.feature(t));
       for (int layer = 0; layer < layout.layers; ++layer) {
-        const Rows<P, NV> gates = rows(layout.gates(layer, t)), tanh_c = rows(layout.tanh_c(layer, t));
-        const Rows<P, NV> h = rows(layout.h(layer, t + 1)), c = rows(layout.c(layer, t + 1));
+        const Rows<P, NV> tanh_c = rows(layout.tanh_c(layer, t)), h = rows(layout.h(layer, t + 1));
         layer_forward<P, NV>(args.weights.layer[layer].forward, input, args.rule.inputs(layer),
-                             rows(layout.h(layer, t)), layout.hidden, rows(layout.c(layer, t)),
-                             [&](int unit, int v, const Cell<P>& cell) INLINE_LAMBDA {
-                               gates.store(4 * unit + 0, v, cell.i);
-                               gates.store(4 * unit + 1, v, cell.f);
-                               gates.store(4 * unit + 2, v, cell.g);
-                               gates.store(4 * unit + 3, v, cell.o);
-                               tanh_c.store(unit, v, cell.tanh_c);
-                               c.store(unit, v, cell.c);
-                               h.store(unit, v, cell.h);
-                             });
+                             rows(layout.h(layer, t)), rows(layout.c(layer, t)), layout.hidden,
+                             rows(layout.gates(layer, t)), rows(layout.c(layer, t + 1)), h,
+                             [&](int unit, int v, V x) INLINE_LAMBDA { tanh_c.store(unit, v, x); });
         input = h;
       }
     }
@@ -264,25 +261,38 @@ INLINE void outer_block(const typename P::T* d, int64_t d_step, const typename P
   }
 }
 
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls f(Constant<n>), 1 <= n <= Most.
+template <int Most, class F>
+INLINE void with_constant(int n, F f) {
+  if constexpr (Most > 1) {
+    if (n < Most) return with_constant<Most - 1>(n, f);
+  }
+  f(Constant<Most>());
+}
+
 // The weight gradients of one matrix of `rows` / R row groups and `inputs` columns, laid out [group][input][R].
 template <class P, int NV, int R>
 INLINE void outer_product(const typename P::T* d, int64_t d_step, int rows, const typename P::T* x, int64_t x_step,
                           int inputs, int64_t blocks, int64_t block_rows, int64_t steps, double* dweights,
                           int64_t group_stride) {
-  constexpr int lanes = NV * P::lanes, X = P::outer_inputs;
-  int k = 0;
-  // Inputs outside: the few rows of x stay in L1 while all rows of d stream past.
-  for (; k + X <= inputs; k += X) {
-    for (int r = 0; r < rows; r += R) {
-      outer_block<P, NV, R, X>(d + r * lanes, d_step, x + k * lanes, x_step, blocks, block_rows, steps,
-                               dweights + (r / R) * group_stride + k * R);
-    }
-  }
-  for (; k < inputs; ++k) {
-    for (int r = 0; r < rows; r += R) {
-      outer_block<P, NV, R, 1>(d + r * lanes, d_step, x + k * lanes, x_step, blocks, block_rows, steps,
-                               dweights + (r / R) * group_stride + k * R);
-    }
+  constexpr int lanes = NV * P::lanes;
+  // Inputs outside: the few rows of x stay in L1 while all rows of d stream past. Blocks are as equal as can be, so
+  // that none is so small that loads outnumber multiply-adds.
+  const int input_blocks = (inputs + P::outer_inputs - 1) / P::outer_inputs;
+  for (int b = 0, k = 0; b < input_blocks; ++b) {
+    const int size = (inputs - k) / (input_blocks - b);
+    with_constant<P::outer_inputs>(size, [&](auto constant) INLINE_LAMBDA {
+      for (int r = 0; r < rows; r += R) {
+        outer_block<P, NV, R, constant.value>(d + r * lanes, d_step, x + k * lanes, x_step, blocks, block_rows, steps,
+                                              dweights + (r / R) * group_stride + k * R);
+      }
+    });
+    k += size;
   }
 }
 
@@ -293,30 +303,24 @@ INLINE void weight_gradients(const Rule& rule, const WindowLayout& layout, typen
   constexpr int lanes = NV * P::lanes;
   const auto at = [&](int64_t row) { return base + row * lanes; };
   const int hidden = rule.hidden;
-  const int64_t block_rows = layout.rows(), steps = layout.steps, features = layout.feature_rows();
+  const int64_t block_rows = layout.rows(), steps = layout.steps;
   for (int layer = 0; layer < rule.layers; ++layer) {
-    const auto product = [&](const typename P::T* x, int64_t x_step, int inputs, int column, int64_t group)
-                             INLINE_LAMBDA {
-                               outer_product<P, NV, 4>(at(layout.gates(layer, 0)), 4 * hidden, 4 * hidden, x, x_step,
-                                                       inputs, blocks, block_rows, steps, dweights + 4 * column, group);
-                             };
+    const auto product = [&](int64_t x, int64_t x_step, int inputs, int column, int64_t group) INLINE_LAMBDA {
+      outer_product<P, NV, 4>(at(layout.gates(layer, 0)), 4 * hidden, 4 * hidden, at(x), x_step, inputs, blocks,
+                              block_rows, steps, dweights + 4 * column, group);
+    };
     const int inputs = rule.inputs(layer);
     const int64_t group = 4 * (inputs + 1 + hidden);
     if (layer == 0) {
-      product(at(layout.feature(0)), features, inputs + 1, 0, group);
+      product(layout.feature(0), layout.feature_rows(), inputs + 1, 0, group);
     } else {
-      product(at(layout.h(layer - 1, 1)), hidden, inputs, 0, group);
-      product(at(layout.feature(0) + rule.features), features, 1, inputs, group);
+      product(layout.h(layer - 1, 1), layout.h_rows(), inputs + 1, 0, group);
     }
-    product(at(layout.h(layer, 0)), hidden, hidden, inputs + 1, group);
+    product(layout.h(layer, 0), layout.h_rows(), hidden, inputs + 1, group);
     dweights += hidden * group;
   }
-  const auto out = [&](const typename P::T* x, int64_t x_step, int inputs, int column) INLINE_LAMBDA {
-    outer_product<P, NV, 1>(at(layout.dupdate(0)), 1, 1, x, x_step, inputs, blocks, block_rows, steps,
-                            dweights + column, 0);
-  };
-  out(at(layout.h(rule.layers - 1, 1)), hidden, hidden, 0);
-  out(at(layout.feature(0) + rule.features), features, 1, hidden);
+  outer_product<P, NV, 1>(at(layout.dupdate(0)), 1, 1, at(layout.h(rule.layers - 1, 1)), layout.h_rows(), hidden + 1,
+                          blocks, block_rows, steps, dweights, 0);
 }
 
 template <class P, int NV>
