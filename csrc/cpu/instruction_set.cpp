@@ -7,16 +7,23 @@
 
 namespace fastl2l::cpu {
 
-const InstructionSet& instruction_set() {
-  const InstructionSet* const all[] = {&kAvx512, &kAvx2, &kGeneric};
-  const char* wanted = std::getenv("FASTL2L_CPU_ISA");  // read at every call, so that tests can change it
+static const InstructionSet* const kAll[] = {&kAvx512, &kAvx2, &kGeneric};
+
+std::string instruction_sets() {
   std::string names;
-  for (const InstructionSet* isa : all) {
-    if (!isa->supported()) continue;
-    if (!wanted || !*wanted || std::string(wanted) == isa->name) return *isa;
-    names += std::string(names.empty() ? "" : ", ") + isa->name;
+  for (const InstructionSet* isa : kAll) {
+    if (isa->supported()) names += (names.empty() ? "" : ",") + std::string(isa->name);
   }
-  throw std::runtime_error("FASTL2L_CPU_ISA: expected one of " + names + " on this machine, got " + wanted);
+  return names;
+}
+
+const InstructionSet& instruction_set() {
+  const char* wanted = std::getenv("FASTL2L_CPU_ISA");  // read at every call, so that tests can change it
+  for (const InstructionSet* isa : kAll) {
+    if (isa->supported() && (!wanted || !*wanted || std::string(wanted) == isa->name)) return *isa;
+  }
+  throw std::runtime_error("FASTL2L_CPU_ISA: expected one of " + instruction_sets() + " on this machine, got " +
+                           wanted);
 }
 
 }  // namespace fastl2l::cpu

@@ -20,7 +20,7 @@ struct F32 {
   // min and max return their second operand when one is NaN
   static INLINE V clamp(V x, T bound) { return _mm256_min_ps(set1(bound), _mm256_max_ps(set1(-bound), x)); }
   static constexpr bool has_table = true;
-  // Bits of 2^(j/8) - (j << 20), j the last three bits; see exp2_parts_by_table().
+  // Bits of 2^(j/8) - (j << 20), j the last three bits; see exp2_by_table().
   static INLINE BitsV eighths(BitsV bits) {
     const BitsV table = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                          0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};

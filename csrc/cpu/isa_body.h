@@ -8,9 +8,20 @@ constexpr int kMaxBlockLanes = 32;
 #include "cpu/window_backward.h"
 
 template <class P>
+void elementwise(Function function, const typename P::T* from, typename P::T* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += P::lanes) {
+    typename P::V x[1] = {P::load(from + i)};
+    if (function == Function::kSigmoid) sigmoid<P>(x);
+    if (function == Function::kTanh) tanh<P>(x);
+    if (function == Function::kLog) x[0] = log<P>(x[0]);
+    P::store(to + i, x[0]);
+  }
+}
+
+template <class P>
 constexpr Kernels<typename P::T> table() {
   static_assert(P::vectors * P::lanes <= kMaxBlockLanes);
-  return {P::blocking, P::block_tiles, step<P>, window_backward<P>, step_scratch, window_scratch};
+  return {P::blocking, P::block_tiles, step<P>, window_backward<P>, elementwise<P>, step_scratch, window_scratch};
 }
 
 const Kernels<float> kF32 = table<F32>();

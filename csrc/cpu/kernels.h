@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace fastl2l::cpu {
 
@@ -73,6 +74,8 @@ struct Blocking {
   int inputs;  // inputs whose adjoints are accumulated together
 };
 
+enum class Function { kSigmoid, kTanh, kLog };
+
 template <typename T>
 struct Kernels {
   Blocking blocking;
@@ -81,6 +84,8 @@ struct Kernels {
   void (*step)(const StepArgs<T>&, int64_t begin, int64_t end, T* scratch);
   // Adds the weight gradients of tiles [begin, end) to `dweights`, in the order of weight_gradient_index().
   void (*window_backward)(const WindowArgs<T>&, int64_t begin, int64_t end, double* dweights, T* scratch);
+  // One of the functions of vector_math.h, for tests: n is a multiple of kTile.
+  void (*elementwise)(Function, const T* from, T* to, int64_t n);
   size_t (*step_scratch)(const Rule&);                   // elements
   size_t (*window_scratch)(const Rule&, int64_t steps);  // elements
 };
@@ -96,5 +101,8 @@ extern const InstructionSet kAvx512, kAvx2, kGeneric;
 
 // The instruction set in use: the best that the machine has, or what FASTL2L_CPU_ISA names.
 const InstructionSet& instruction_set();
+
+// Names of all that the machine has, the best first, separated by commas.
+std::string instruction_sets();
 
 }  // namespace fastl2l::cpu

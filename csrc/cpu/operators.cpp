@@ -270,7 +270,34 @@ bool all_finite(std::vector<Tensor> tensors) {
   return true;
 }
 
+Tensor elementwise(Tensor x, std::string function) {
+  STD_TORCH_CHECK(function == "sigmoid" || function == "tanh" || function == "log",
+                  "function: expected sigmoid, tanh or log, got ", function);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "x: expected float32 or float64, got ", dtype_name(x.scalar_type()));
+  STD_TORCH_CHECK(x.is_contiguous() && x.numel() % kTile == 0, "x: expected a contiguous tensor of a multiple of ",
+                  kTile, " elements, got ", x.numel());
+  const Function which =
+      function == "sigmoid" ? Function::kSigmoid : (function == "tanh" ? Function::kTanh : Function::kLog);
+  Tensor result = torch::stable::empty_like(x);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(x.data_ptr());
+    T* to = static_cast<T*>(result.data_ptr());
+    torch::stable::parallel_for(0, x.numel() / kTile, 64, [&](int64_t begin, int64_t end) {
+      kernels<T>().elementwise(which, from + begin * kTile, to + begin * kTile, (end - begin) * kTile);
+    });
+  };
+  if (x.scalar_type() == ScalarType::Float) {
+    run(float());
+  } else {
+    run(double());
+  }
+  return result;
+}
+
 std::string cpu_isa() { return instruction_set().name; }
+std::string cpu_isas() { return instruction_sets(); }
 
 }  // namespace
 
@@ -278,8 +305,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastl2l, CPU, m) {
   m.impl("step_", TORCH_BOX(&step_));
   m.impl("window_backward", TORCH_BOX(&window_backward));
   m.impl("all_finite", TORCH_BOX(&all_finite));
+  m.impl("elementwise", TORCH_BOX(&elementwise));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastl2l, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(fastl2l, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
+}
 
 }  // namespace fastl2l::cpu

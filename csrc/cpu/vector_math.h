@@ -76,9 +76,9 @@ INLINE void exp2_parts(const typename P::V (&t)[J], typename P::V (&scale)[J], t
   each<J>([&](int j) INLINE_LAMBDA { p[j] = p[j] * f[j]; });
 }
 
-// The same with a table of 2^(j/8): a shorter polynomial, but scale is rounded, so 2^t - 1 is not as good near 0.
+// 2^t = scale * m with a table of 2^(j/8): a shorter polynomial, but scale is rounded, so 2^t - 1 is not good near 0.
 template <class P, int J>
-INLINE void exp2_parts_by_table(const typename P::V (&t)[J], typename P::V (&scale)[J], typename P::V (&p)[J]) {
+INLINE void exp2_by_table(const typename P::V (&t)[J], typename P::V (&scale)[J], typename P::V (&m)[J]) {
   using C = Constants<P>;
   using V = typename P::V;
   V f[J];
@@ -89,23 +89,23 @@ INLINE void exp2_parts_by_table(const typename P::V (&t)[J], typename P::V (&sca
     const BitsVector<P> bits = (BitsVector<P>)scale[j];
     scale[j] = (V)(P::eighths(bits) + (bits << (C::mantissa_bits - 3)));
   });
-  polynomial<P>(C::exp2_sixteenths, f, p);
-  each<J>([&](int j) INLINE_LAMBDA { p[j] = p[j] * f[j]; });
+  polynomial<P>(C::exp2_sixteenths, f, m);
+  each<J>([&](int j) INLINE_LAMBDA { m[j] = P::fma(m[j], f[j], P::set1(1)); });
 }
 
 // In place, 1 / (1 + 2^t): sigmoid(x) for t = -x log2(e).
 template <class P, int J>
 INLINE void sigmoid(typename P::V (&t)[J]) {
   const typename P::V one = P::set1(1);
-  typename P::V scale[J], p[J];
+  typename P::V scale[J], m[J];
   each<J>([&](int j) INLINE_LAMBDA { t[j] = P::clamp(t[j], Constants<P>::sigmoid_bound); });
   if constexpr (P::has_table) {
-    exp2_parts_by_table<P>(t, scale, p);
+    exp2_by_table<P>(t, scale, m);
   } else {
-    exp2_parts<P>(t, scale, p);
+    exp2_parts<P>(t, scale, m);
+    each<J>([&](int j) INLINE_LAMBDA { m[j] = m[j] + one; });
   }
-  each<J>([&](int j) INLINE_LAMBDA { t[j] = P::fma(scale[j], p[j], scale[j] + one); });
-  each<J>([&](int j) INLINE_LAMBDA { t[j] = one / t[j]; });
+  each<J>([&](int j) INLINE_LAMBDA { t[j] = one / P::fma(scale[j], m[j], one); });
 }
 
 // In place, (2^t - 1) / (2^t + 1): tanh(x) for t = 2 x log2(e).

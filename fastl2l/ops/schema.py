@@ -17,8 +17,14 @@ window_backward
 all_finite
     Whether every number in all tensors is finite.
 
+elementwise
+    The kernels' own sigmoid (``1 / (1 + 2^x)``), tanh (``(2^x - 1) / (2^x + 1)``) and log, to test their accuracy.
+
 cpu_isa
-    The instruction set that the native CPU kernels use: avx512, avx2 or generic.
+    The instruction set that the native CPU kernels use: avx512, avx2 or generic; ``FASTL2L_CPU_ISA`` names another.
+
+cpu_isas
+    All that the machine has, the best first, separated by commas.
 """
 
 from __future__ import annotations
@@ -35,7 +41,9 @@ library.define(
     "Tensor? dstate, bool need_dstate, bool need_dgrads) -> (Tensor, Tensor, Tensor)"
 )
 library.define("all_finite(Tensor[] tensors) -> bool")
+library.define("elementwise(Tensor x, str function) -> Tensor")
 library.define("cpu_isa() -> str")
+library.define("cpu_isas() -> str")
 
 
 @torch.library.register_fake("fastl2l::step_")
