@@ -45,7 +45,9 @@ def machine() -> dict[str, float]:
     source, target = torch.randn(1 << 25), torch.empty(1 << 25)
     sgemm = n**3 / _median_seconds(lambda: torch.mm(a, b, out=out)) / 1e9
     copy = 2 * source.nbytes / _median_seconds(lambda: target.copy_(source)) / 1e9
-    return {"sgemm_multiply_adds_per_ns": sgemm, "copy_bytes_per_ns": copy}
+    small = torch.randn(1 << 16)
+    exp = small.numel() / _median_seconds(lambda: torch.exp(small, out=small.clone()), 99) / 1e9
+    return {"sgemm_multiply_adds_per_ns": sgemm, "copy_bytes_per_ns": copy, "exp_per_ns": exp}
 
 
 def _rows(session: pytest.Session) -> list[dict[str, Any]]:

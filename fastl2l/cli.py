@@ -39,7 +39,10 @@ Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
 def _task(name: str, hidden: str | None, activation: str | None, batch_size: int | None) -> tasks.Task:
     options: dict[str, Any] = {"activation": activation, "batch_size": batch_size}
     if hidden is not None:
-        options["hidden"] = tuple(int(units) for units in hidden.split(","))
+        try:
+            options["hidden"] = tuple(int(units) for units in hidden.split(","))
+        except ValueError:
+            raise ValueError(f"hidden: expected numbers such as 40,40, got {hidden!r}") from None
     return tasks.by_name(name, **{option: value for option, value in options.items() if value is not None})
 
 

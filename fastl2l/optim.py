@@ -24,9 +24,9 @@ _STATE = "lstm_state"
 class _Batch(NamedTuple):
     """What one kernel call takes of a parameter group, and the parameters that it works on copies of."""
 
+    owners: list[Tensor]
     params: list[Tensor]
     grads: list[Tensor]
-    states: list[Tensor]
     copies: list[tuple[Tensor, Tensor]]
 
 
@@ -81,7 +81,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
             params = group.get("params", [])
-            params = [params] if isinstance(params, Tensor) else list(params)
+            if not isinstance(params, set):  # which torch refuses
+                params = [params] if isinstance(params, Tensor) else list(params)
             _check_group(group, [entry[1] if isinstance(entry, tuple) else entry for entry in params], self.backend)
             param_group = {**param_group, "params": params}
         super().add_param_group(param_group)
@@ -98,7 +99,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or of another dtype than its parameter. Nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -113,28 +114,30 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         return loss
 
     def _collect(self, group: dict[str, Any]) -> _Batch:
-        batch = _Batch([], [], [], [])
-        rule = group["rule"]
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.is_sparse:
-                raise RuntimeError(
-                    f"gradient of a parameter of shape {list(param.shape)}: expected a dense tensor, got a sparse one; "
-                    "the rule updates every coordinate at every step"
-                )
-            state = self.state[param]
-            if _STATE not in state:
-                state[_STATE] = new_state(rule, param.numel(), param.device)
-            work = param
-            if not param.is_contiguous():
-                work = param.contiguous()
-                batch.copies.append((param, work))
-            batch.params.append(work)
-            batch.grads.append(grad.contiguous())
-            batch.states.append(state[_STATE])
-        return batch
+        # The only loop over parameters in Python: for a model of many small ones its cost shows.
+        owners = [param for param in group["params"] if param.grad is not None]
+        grads: list[Tensor] = [param.grad for param in owners]
+        batch = _Batch(owners, owners, grads, [])
+        if all(map(_is_plain, owners, grads)):
+            return batch
+        return self._collect_others(batch)
+
+    def _collect_others(self, batch: _Batch) -> _Batch:
+        """Contiguous copies of what is not; clear errors for what cannot be updated."""
+        for param, grad in zip(batch.owners, batch.grads, strict=True):
+            _check_gradient(param, grad)
+        params = [param.contiguous() for param in batch.owners]
+        copies = [(param, work) for param, work in zip(batch.owners, params, strict=True) if work is not param]
+        return _Batch(batch.owners, params, [grad.contiguous() for grad in batch.grads], copies)
+
+    def _states(self, rule: LSTMRule, params: list[Tensor]) -> list[Tensor]:
+        states = self.state
+        try:
+            return [states[param][_STATE] for param in params]
+        except KeyError:
+            for param in params:
+                states[param].setdefault(_STATE, new_state(rule, param.numel(), param.device))
+            return self._states(rule, params)
 
     def _finite(self, batches: list[tuple[dict[str, Any], _Batch]]) -> bool:
         """Whether the step may go on; False to skip it."""
@@ -157,7 +160,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         select(self.backend, batch.params[0].device).step_(
             batch.params,
             batch.grads,
-            batch.states,
+            self._states(rule, batch.owners),
             rule.weights(),
             config.preprocess,
             config.preprocess_constant,
@@ -167,6 +170,11 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(batch.params)
         for param, work in batch.copies:
             param.copy_(work)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: torch's optimizers name what they hold."""
+        mine = {name: getattr(self, name) for name in ("backend", "nonfinite", "skipped_steps")}
+        return {**super().__getstate__(), **mine}
 
     def state_dict(self) -> dict[str, Any]:
         """As for any torch optimizer; a group's rule is described (kind, configuration, fingerprint), not contained."""
@@ -181,8 +189,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         """Restore what :meth:`state_dict` gave; the trajectory goes on to the bit if the rules are the same.
 
         Raises:
-            ValueError: the groups' sizes, a rule's configuration, or a state's shape or dtype differ from this
-                optimizer's. Nothing has been changed then.
+            ValueError: it is of another kind of optimizer, or the groups' sizes, a rule's configuration, or a state's
+                shape or dtype differ from this optimizer's. Nothing has been changed then.
 
         Warns:
             UserWarning: a rule's weights differ from those that the state was made with.
@@ -191,7 +199,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         saved_groups = state_dict["param_groups"]
         if len(saved_groups) == len(rules):
             for index, (group, rule) in enumerate(zip(saved_groups, rules, strict=True)):
-                _check_same_rule(index, group["rule"], rule)
+                _check_same_rule(index, group.get("rule"), rule)
         states = self._match_states(state_dict) if len(saved_groups) == len(rules) else []
         super().load_state_dict(state_dict)
         for group, rule in zip(self.param_groups, rules, strict=True):
@@ -217,12 +225,27 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         return matched
 
 
+def _is_plain(param: Tensor, grad: Tensor) -> bool:
+    """Whether the kernels can take both as they are; only strided tensors can be asked for more."""
+    return grad.layout == torch.strided and grad.dtype == param.dtype and param.is_contiguous() and grad.is_contiguous()
+
+
+def _check_gradient(param: Tensor, grad: Tensor) -> None:
+    of = f"gradient of a parameter of shape {list(param.shape)}: expected "
+    if grad.layout != torch.strided:
+        raise RuntimeError(of + "a dense tensor, got a sparse one; the rule updates every coordinate at every step")
+    if grad.dtype != param.dtype:
+        raise RuntimeError(of + f"{param.dtype} as the parameter is, got {grad.dtype}")
+
+
 def _check_group(group: dict[str, Any], params: list[Any], backend: str) -> None:
     rule, lr = group["rule"], group["lr"]
     if not isinstance(rule, LSTMRule):
         raise TypeError(f"rule: expected an LSTMRule for every parameter group, got {type(rule).__name__}")
     if not isinstance(lr, (Tensor, int, float)) or not 0 <= float(lr) < math.inf:
         raise ValueError(f"lr: expected a finite number >= 0, got {lr!r}")
+    if len({id(param) for param in params}) < len(params):
+        raise ValueError("params: expected every parameter once, got one twice in a group")
     device = rule.weight_out.device
     for param in params:
         if not isinstance(param, Tensor):
@@ -242,7 +265,9 @@ def _describe(rule: LSTMRule) -> dict[str, Any]:
     return {"kind": "lstm", "config": asdict(rule.config), "dtype": str(rule.dtype), "fingerprint": digest.hexdigest()}
 
 
-def _check_same_rule(index: int, saved: dict[str, Any], rule: LSTMRule) -> None:
+def _check_same_rule(index: int, saved: dict[str, Any] | None, rule: LSTMRule) -> None:
+    if saved is None:
+        raise ValueError(f"rule of group {index}: expected a state_dict of FusedLSTMOptimizer, got one without a rule")
     mine = _describe(rule)
     for name in ("kind", "config", "dtype"):
         if saved[name] != mine[name]:

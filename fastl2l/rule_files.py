@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -13,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fastl2l import files
-from fastl2l.rules import RULES, LSTMRule
+from fastl2l.rules import RULES, LSTMConfig, LSTMRule
 
 FORMAT = "fastl2l-rule"
 VERSION = 1
+_METADATA = {"format", "format_version", "rule", "config", "recipe", "checksum"}
 
 
 class RuleFileError(ValueError):
@@ -44,6 +46,7 @@ def save_rule(rule: LSTMRule, path: str | os.PathLike[str], *, recipe: dict[str,
         "recipe": json.dumps(recipe or {}),
     }
     weights = {name: weight.detach().cpu().contiguous() for name, weight in rule.named_parameters()}
+    metadata["checksum"] = _checksum(metadata, weights)
     return files.write_bytes(path, save(weights, metadata))
 
 
@@ -60,14 +63,17 @@ def load_rule(path: str | os.PathLike[str]) -> LSTMRule:
     if kind not in RULES:
         raise RuleFileError(f"{path}: expected a rule of kind {', '.join(RULES)}, got {kind!r}")
     try:
-        config = json.loads(metadata["config"])
-        rule = RULES[kind](**config, dtype=weights["weight_out"].dtype)
+        config = LSTMConfig(**json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise RuleFileError(f"{path}: its configuration cannot be used: {error}") from error
-    expected = dict(rule.config.weight_shapes)
+    # Before a rule is made: a wrong size in the configuration could ask for any amount of memory.
+    expected = dict(config.weight_shapes)
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if found != expected or any(weight.dtype != rule.dtype for weight in weights.values()):
-        raise RuleFileError(f"{path}: expected weights {expected} of {rule.dtype}, got {found}")
+    dtypes = {weight.dtype for weight in weights.values()}
+    if found != expected or dtypes not in ({torch.float32}, {torch.float64}):
+        got = " and ".join(sorted(map(str, dtypes)))
+        raise RuleFileError(f"{path}: expected weights {expected}, all float32 or all float64, got {found} of {got}")
+    rule = RULES[kind](**asdict(config), dtype=dtypes.pop())
     rule.load_state_dict(weights)
     return rule
 
@@ -83,15 +89,15 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise FileNotFoundError(f"{path}: expected a rule file, and there is no such file")
     with path.open("rb") as file:
         start = file.read(4)
-    if start[:1] == b"\x80" or start == b"PK\x03\x04":
-        raise RuleFileError(
-            f"{path}: expected a safetensors file, got a pickle, which could run any code; it was not opened"
-        )
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
+        if start[:1] == b"\x80" or start == b"PK\x03\x04":  # looked at only now: a safetensors file may begin so too
+            raise RuleFileError(
+                f"{path}: expected a safetensors file, got a pickle, which could run any code; it was not unpickled"
+            ) from error
         raise RuleFileError(
             f"{path}: expected a safetensors file, and it is damaged or something else: {error}"
         ) from error
@@ -99,4 +105,18 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise RuleFileError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
     if metadata.get("format_version") != str(VERSION):
         raise RuleFileError(f"{path}: expected format version {VERSION}, got {metadata.get('format_version')}")
+    expected = _checksum(metadata, weights)
+    if metadata.get("checksum", expected) != expected or not metadata.keys() <= _METADATA:
+        raise RuleFileError(f"{path}: is damaged: its content does not match its checksum")
     return metadata, weights
+
+
+def _checksum(metadata: dict[str, str], weights: dict[str, torch.Tensor]) -> str:
+    """Of all that a file holds. Safetensors has none of its own, and a wrong bit in a weight is not seen otherwise."""
+    digest = hashlib.sha256()
+    for name in sorted(metadata.keys() - {"checksum"}):
+        digest.update(f"{name} {metadata[name]}\n".encode())
+    for name in sorted(weights):
+        digest.update(f"{name} {weights[name].dtype} {list(weights[name].shape)}\n".encode())
+        digest.update(weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

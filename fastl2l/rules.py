@@ -36,7 +36,10 @@ class LSTMConfig:
 
     preprocess: str = "log_sign"
     p: float = 10.0
-    """``log_sign`` only: gradients below ``exp(-p)`` are passed on linearly (Andrychowicz et al. 2016, App. A)."""
+    """``log_sign`` only: gradients below ``exp(-p)`` are passed on linearly (Andrychowicz et al. 2016, App. A).
+
+    At most 88: ``exp(p)`` is infinite in float32 beyond, and a gradient of 0 would become NaN.
+    """
     scale: float = 1.0
     """``raw`` only: the feature is ``scale * gradient``."""
     output_scale: float = 0.1
@@ -48,6 +51,8 @@ class LSTMConfig:
             raise ValueError(f"preprocess: expected one of {', '.join(PREPROCESSORS)}, got {self.preprocess!r}")
         for name in ("p", "scale", "output_scale"):
             _require_positive(name, getattr(self, name))
+        if self.p > 88:
+            raise ValueError(f"p: expected at most 88, got {self.p!r}")
         _require_int("hidden_size", self.hidden_size, 1)
         _require_int("num_layers", self.num_layers, 1)
 
@@ -169,6 +174,10 @@ class LSTMRule(nn.Module):
         Raises:
             ValueError: a module's sizes do not fit; the message names it.
         """
+        if not cells:
+            raise ValueError("cells: expected at least one nn.LSTMCell, got none")
+        if output.out_features != 1:
+            raise ValueError(f"output: expected nn.Linear(hidden_size, 1), got {output.out_features} outputs")
         hidden = cells[0].hidden_size
         rule = cls(preprocess, hidden_size=hidden, num_layers=len(cells), dtype=output.weight.dtype, **constants)  # type: ignore[arg-type]
         found: dict[str, Tensor] = {}

@@ -6,7 +6,7 @@ steps; state and theta go on from window to window, gradients do not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def step_weights(weights: Sequence[float] | str | None, unroll: int) -> list[flo
         return [1.0] * unroll
     if weights == "last":
         return [0.0] * (unroll - 1) + [1.0]
-    if isinstance(weights, str):
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
         raise ValueError(f"step_weights: expected None, 'last' or {unroll} numbers, got {weights!r}")
     numbers = [float(weight) for weight in weights]
     if len(numbers) != unroll or not all(0 <= weight < float("inf") for weight in numbers) or not any(numbers):
@@ -151,4 +151,4 @@ class Trajectory:
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
         loss, gradient = value_and_grad(self.problem, self.theta, self.steps)
-        return loss / self.problem.functions, gradient
+        return loss / self.problem.functions, gradient.contiguous()

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastl2l import reference
 from fastl2l.ops.dispatch import Backend, select
-from fastl2l.ops.layout import state_shape
+from fastl2l.ops.layout import state_shape, to_rows
 from fastl2l.rules import LSTMConfig, LSTMRule
 
 
@@ -26,10 +26,13 @@ class _Update(torch.autograd.Function):
         return update, new_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dupdate: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         gradient, state, *weights = ctx.saved_tensors
         config = ctx.config
+        if torch.is_grad_enabled():  # create_graph=True
+            needed = [tensor for tensor, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True) if need]
+            found = iter(_backward_with_graph(config, gradient, state, weights, dupdate, dstate, needed))
+            return (None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:]))
         dweights, dstate_first, dgrads = ctx.backend.window_backward(
             state,
             gradient.unsqueeze(0),
@@ -52,8 +55,28 @@ class _Update(torch.autograd.Function):
         )
 
 
+def _backward_with_graph(
+    config: LSTMConfig,
+    gradient: Tensor,
+    state: Tensor,
+    weights: list[Tensor],
+    dupdate: Tensor,
+    dstate: Tensor,
+    needed: list[Tensor],
+) -> tuple[Tensor, ...]:
+    """Gradients that can be differentiated again, which the kernels' cannot: by reference.py."""
+    numel, constants = gradient.numel(), (config.preprocess, config.preprocess_constant, config.output_scale)
+    outputs = reference.step(gradient, to_rows(state, numel), weights, *constants)
+    return torch.autograd.grad(
+        outputs, needed, (dupdate, to_rows(dstate, numel)), create_graph=True, materialize_grads=True
+    )
+
+
 def update(rule: LSTMRule, gradient: Tensor, state: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """One step of `rule`, differentiable once in gradient, state and the rule's weights.
+    """One step of `rule`, differentiable in gradient, state and the rule's weights.
+
+    Derivatives are the kernels', unless they are to be differentiated again (``create_graph=True``): then they are
+    those of ``reference.py``.
 
     Args:
         rule: the rule.

@@ -1,0 +1,91 @@
+"""The command line does what it says, and its errors are one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastl2l.cli import app
+from fastl2l.rule_files import load_rule, read_recipe
+
+SMALL = ["--task", "quadratic", "--horizon", "4", "--unroll", "2", "--trajectories", "2", "--epochs", "2"]
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return done
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
+    assert run("train", *SMALL, "--out", tmp_path / "run").exit_code == 0
+    return tmp_path / "run"
+
+
+def test_train_writes_rule_recipe_checkpoint_and_figure(trained):
+    rule = load_rule(trained / "rule.safetensors")
+    assert (rule.config.preprocess, rule.config.output_scale) == ("raw", 1.0)  # what the paper has for quadratics
+    recipe = read_recipe(trained / "rule.safetensors")
+    assert recipe["epochs"] == 2
+    assert recipe["task"]["name"] == "quadratic"
+    assert Image.open(trained / "training.png").size == (1280, 800)
+    assert (trained / "checkpoint.pt").exists()
+
+
+def test_train_goes_on_from_its_checkpoint(trained):
+    before = (trained / "rule.safetensors").read_bytes()
+    again = run("train", *SMALL, "--out", trained)
+    assert "going on after epoch 2" in again.stdout
+    after = load_rule(trained / "rule.safetensors")
+    (trained / "before.safetensors").write_bytes(before)
+    assert all(map(lambda a, b: a.equal(b), after.weights(), load_rule(trained / "before.safetensors").weights()))
+
+
+def test_evaluate_prints_a_table_and_writes_everything(trained, tmp_path):
+    out = tmp_path / "evaluation"
+    rule = f"mine={trained / 'rule.safetensors'}"
+    options = ["--task", "quadratic", "--steps", 3, "--runs", 4, "--baseline", "sgd", "--out", out]
+    done = run("evaluate", "--rule", rule, *options)
+    assert done.exit_code == 0
+    assert "mine" in done.stdout
+    assert "sgd" in done.stdout
+    assert set(json.loads((out / "results.json").read_text())["final"]) == {"mine", "sgd"}
+    assert "| sgd" in (out / "table.md").read_text()
+    assert Image.open(out / "curves.png").size == (1280, 800)
+
+
+def test_env_names_backends_and_folders():
+    done = run("env")
+    assert done.exit_code == 0
+    for word in ("torch", "native", "reference", "instruction set", "threads", "FASTL2L_DATA"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "env"])
+def test_help_shows_an_example(command):
+    assert f"Example: fastl2l {command}" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--task", "nothing"], "expected one of quadratic"),
+        (["train", "--task", "quadratic", "--unroll", "7"], "unroll: expected a divisor of the horizon 100, got 7"),
+        (["train", "--task", "quadratic", "--hidden", "20"], "options of task 'quadratic'"),
+        (["train", "--task", "digits", "--hidden", "twenty"], "hidden: expected numbers such as 40,40, got 'twenty'"),
+        (["evaluate", "--rule", "missing.safetensors"], "missing.safetensors: expected a rule file"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(arguments, message, tmp_path):
+    program = [sys.executable, "-m", "fastl2l.cli", *arguments, "--out", "out"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
