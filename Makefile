@@ -27,13 +27,13 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/portable/*.cpp
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CSRC) tests/portable/*.cpp
 
 bench: $(READY)
 	FASTL2L_REQUIRE_EXT=1 $(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)

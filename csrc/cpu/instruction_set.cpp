@@ -12,7 +12,9 @@ static const InstructionSet* const kAll[] = {&kAvx512, &kAvx2, &kGeneric};
 std::string instruction_sets() {
   std::string names;
   for (const InstructionSet* isa : kAll) {
-    if (isa->supported()) names += (names.empty() ? "" : ",") + std::string(isa->name);
+    if (!isa->supported()) continue;
+    if (!names.empty()) names += ',';
+    names += isa->name;
   }
   return names;
 }

@@ -1,0 +1,71 @@
+// Runs the kernels without torch: reads weights, state, gradients and adjoints as float32 from a file, and writes the
+// updates and the state after the steps, and the gradients of the weights. tests/test_portable.py builds it, for this
+// machine and for others.
+//
+//     run_kernels IN OUT hidden layers N steps
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+
+using namespace fastl2l::cpu;
+
+int main(int argc, char** argv) {
+  if (argc != 7) return 2;
+  const int hidden = std::atoi(argv[3]), layers = std::atoi(argv[4]);
+  const int64_t n = std::atol(argv[5]), steps = std::atol(argv[6]), tiles = (n + kTile - 1) / kTile;
+  const Rule rule{layers, hidden, 2, true, 10.0, 0.1, std::exp(-10.0), std::exp(10.0)};
+  std::FILE* in = std::fopen(argv[1], "rb");
+  const auto read = [&](size_t count) {
+    std::vector<float> numbers(count);
+    if (std::fread(numbers.data(), sizeof(float), count, in) != count) std::exit(3);
+    return numbers;
+  };
+  std::vector<std::vector<float>> weights;
+  for (int layer = 0; layer < layers; ++layer) {
+    for (int width : {rule.inputs(layer), hidden, 1}) weights.push_back(read((size_t)4 * hidden * width));
+  }
+  weights.push_back(read(hidden));
+  weights.push_back(read(1));
+  const std::vector<float> first = read(tiles * rule.state_rows() * kTile);
+  const std::vector<float> gradients = read(steps * n), adjoints = read(steps * n);
+
+  const Kernels<float>& kernel = *instruction_set().f32;
+  std::vector<const float*> pointers;
+  for (const auto& weight : weights) pointers.push_back(weight.data());
+  Packer<float> packer;
+  const PackedWeights<float> packed = packer.pack(rule, pointers, kernel.blocking, true);
+  std::vector<float> scratch(std::max(kernel.step_scratch(rule), kernel.window_scratch(rule, steps)));
+
+  std::vector<float> updates(n), state = first;
+  const int64_t first_tile[2] = {0, tiles};
+  for (int64_t t = 0; t < steps; ++t) {
+    const Segment<float> segment{
+        reinterpret_cast<char*>(updates.data()),
+        reinterpret_cast<const char*>(&gradients[t * n]),
+        state.data(),
+        n,
+        sizeof(float),
+        [](const void* from, float* to, int count) { std::copy_n(static_cast<const float*>(from), count, to); },
+        [](void* to, const float* update, int count) {
+          for (int i = 0; i < count; ++i) static_cast<float*>(to)[i] += update[i];
+        }};
+    kernel.step({rule, packed, 1.0f, &segment, first_tile}, 0, tiles, scratch.data());
+  }
+  std::vector<double> sums(weight_count(rule));
+  kernel.window_backward(
+      {rule, packed, n, steps, first.data(), gradients.data(), adjoints.data(), nullptr, nullptr, nullptr}, 0, tiles,
+      sums.data(), scratch.data());
+  std::vector<float> dweights(sums.size());
+  unpack_gradients(rule, sums.data(), dweights.data());
+
+  std::FILE* out = std::fopen(argv[2], "wb");
+  for (const auto* numbers : {&updates, &state, &dweights}) {
+    std::fwrite(numbers->data(), sizeof(float), numbers->size(), out);
+  }
+  return std::fclose(out);
+}

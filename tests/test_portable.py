@@ -1,0 +1,73 @@
+"""The plain kernels on this machine and on aarch64: cross-compiled, and run by an emulator."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import constants, detached, excess, random_gradients, random_rows, random_rule, tiles
+
+from fastl2l import build
+from fastl2l.ops import reference
+from fastl2l.ops.layout import new_state, to_rows
+
+HERE = Path(__file__).parent / "portable"
+TARGETS = {"host": ("c++", []), "aarch64": ("aarch64-linux-gnu-g++", ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"])}
+
+
+@pytest.fixture(scope="session", params=TARGETS)
+def program(request, tmp_path_factory):
+    compiler, runner = TARGETS[request.param]
+    missing = [tool for tool in (compiler, *runner[:1]) if shutil.which(tool) is None]
+    if missing and os.environ.get("CI") != "true":  # CI installs them, and must not do without
+        pytest.skip(f"needs {' and '.join(missing)}")
+    csrc = build.source_folder()
+    sources = [str(path) for path in csrc.glob("cpu/*.cpp") if path.name != "operators.cpp"]
+    flags = [flag for flag in build.CXX_FLAGS if not flag.startswith("-g")]
+    target = tmp_path_factory.mktemp(request.param) / "run_kernels"
+    subprocess.run([compiler, *flags, f"-I{csrc}", HERE / "run_kernels.cpp", *sources, "-o", target], check=True)
+    return [*runner, str(target)]
+
+
+def run(program, rule, n, steps, numbers, folder):
+    (folder / "in").write_bytes(np.concatenate([tensor.numpy().ravel() for tensor in numbers]).tobytes())
+    config = rule.config
+    sizes = [str(size) for size in (config.hidden_size, config.num_layers, n, steps)]
+    subprocess.run([*program, folder / "in", folder / "out", *sizes], check=True)
+    found = torch.from_numpy(np.fromfile(folder / "out", np.float32))
+    state = new_state(rule, n)
+    return found.split([n, state.numel(), sum(weight.numel() for weight in rule.weights())]), state.shape
+
+
+@pytest.mark.parametrize(("hidden", "layers"), [(20, 2), (7, 3)])
+def test_plain_kernels_are_accurate(program, hidden, layers, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTL2L_CPU_ISA", "generic")
+    n, steps = 83, 5
+    rule = random_rule(hidden=hidden, layers=layers, output_scale=0.1)
+    gradients, adjoints = random_gradients(steps, n), torch.randn(steps, n, generator=torch.Generator().manual_seed(1))
+    first = tiles(random_rows(rule, n), poison=0.0)
+    (update, state, dweights), shape = run(
+        program, rule, n, steps, [*detached(rule), first, gradients, adjoints], tmp_path
+    )
+    found = {"update": update, "state": to_rows(state.view(shape), n), "dweights": dweights}
+    truth, single = (
+        by_reference(rule, first.to(dtype), gradients.to(dtype), adjoints.to(dtype))
+        for dtype in (torch.float64, torch.float32)
+    )
+    for name, mine in found.items():
+        assert all(ratio <= 1 for ratio in excess(mine, truth[name], single[name]).values()), name
+
+
+def by_reference(rule, first, gradients, adjoints):
+    weights, state, update = detached(rule, first.dtype), first.clone(), torch.zeros_like(gradients[0])
+    for gradient in gradients:
+        reference.step_([update], [gradient], [state], weights, *constants(rule), 1.0)
+    dweights, _, _ = reference.window_backward(
+        first, gradients, adjoints, weights, *constants(rule), None, False, False
+    )
+    return {"update": update, "state": to_rows(state, update.numel()), "dweights": dweights}
