@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -22,69 +21,73 @@ void for_blocks(int n, int block, Visit visit) {
   for (; first < n; ++first) visit(first, 1);
 }
 
-// Weights in `weights` are W_ih, W_hh and bias of each layer, then w_out and b_out (see LSTMConfig.weight_shapes).
-template <typename T>
-class Packer {
- public:
-  PackedWeights<T> pack(const Rule& rule, const std::vector<const T*>& weights, Blocking blocking, bool backward) {
-    data_.clear();
-    std::vector<std::array<size_t, 3>> offsets;
-    for (int layer = 0; layer < rule.layers; ++layer) {
-      const T *w_ih = weights[3 * layer], *w_hh = weights[3 * layer + 1], *bias = weights[3 * layer + 2];
-      const int inputs = rule.inputs(layer), hidden = rule.hidden;
-      offsets.push_back({data_.size(), 0, 0});
-      pack_forward(w_ih, w_hh, bias, inputs, hidden, blocking.units);
-      if (!backward) continue;
-      offsets.back()[1] = data_.size();
-      pack_backward(w_ih, inputs, hidden, blocking.inputs);
-      offsets.back()[2] = data_.size();
-      pack_backward(w_hh, hidden, hidden, blocking.inputs);
-    }
-    const size_t out = data_.size();
-    data_.insert(data_.end(), weights[3 * rule.layers], weights[3 * rule.layers] + rule.hidden);
-    data_.push_back(*weights[3 * rule.layers + 1]);
-    layers_.clear();
-    for (const auto& at : offsets) layers_.push_back({&data_[at[0]], &data_[at[1]], &data_[at[2]]});
-    return {layers_.data(), &data_[out]};
-  }
-
- private:
-  void pack_forward(const T* w_ih, const T* w_hh, const T* bias, int inputs, int hidden, int units) {
-    for_blocks(hidden, units, [&](int first, int count) {
-      const auto column = [&](const T* matrix, int width, int k) {
-        for (int unit = first; unit < first + count; ++unit) {
-          for (int gate = 0; gate < 4; ++gate) {
-            data_.push_back((T)(kGateFactors[gate] * matrix[(gate * hidden + unit) * width + k]));
-          }
-        }
-      };
-      column(bias, 1, 0);
-      for (int k = 0; k < inputs; ++k) column(w_ih, inputs, k);
-      for (int k = 0; k < hidden; ++k) column(w_hh, hidden, k);
-    });
-  }
-
-  void pack_backward(const T* matrix, int inputs, int hidden, int block) {
-    for_blocks(inputs, block, [&](int first, int count) {
-      for (int unit = 0; unit < hidden; ++unit) {
-        for (int gate = 0; gate < 4; ++gate) {
-          const T* row = matrix + (gate * hidden + unit) * inputs + first;
-          data_.insert(data_.end(), row, row + count);
-        }
-      }
-    });
-  }
-
-  std::vector<T> data_;  // keeps its memory from call to call
-  std::vector<typename PackedWeights<T>::Layer> layers_;
-};
-
 // How many weights a rule has.
 inline int64_t weight_count(const Rule& rule) {
   int64_t n = rule.hidden + 1;
   for (int layer = 0; layer < rule.layers; ++layer) n += 4 * rule.hidden * (rule.inputs(layer) + 1 + rule.hidden);
   return n;
 }
+
+// Weights in `weights` are W_ih, W_hh and bias of each layer, then w_out and b_out (see LSTMConfig.weight_shapes).
+// Small problems pack as often as they step, so this writes through a pointer into memory that is kept.
+template <typename T>
+class Packer {
+ public:
+  PackedWeights<T> pack(const Rule& rule, const std::vector<const T*>& weights, Blocking blocking, bool backward) {
+    data_.resize((backward ? 2 : 1) * weight_count(rule));
+    layers_.resize(rule.layers);
+    T* to = data_.data();
+    const int hidden = rule.hidden;
+    for (int layer = 0; layer < rule.layers; ++layer) {
+      const T *w_ih = weights[3 * layer], *w_hh = weights[3 * layer + 1], *bias = weights[3 * layer + 2];
+      const int inputs = rule.inputs(layer);
+      layers_[layer].forward = to;
+      to = pack_forward(w_ih, w_hh, bias, inputs, hidden, blocking.units, to);
+      if (!backward) continue;
+      layers_[layer].input_backward = to;
+      to = pack_backward(w_ih, inputs, hidden, blocking.inputs, to);
+      layers_[layer].hidden_backward = to;
+      to = pack_backward(w_hh, hidden, hidden, blocking.inputs, to);
+    }
+    const T* out = to;
+    to = std::copy_n(weights[3 * rule.layers], hidden, to);
+    *to = *weights[3 * rule.layers + 1];
+    return {layers_.data(), out};
+  }
+
+ private:
+  static T* pack_forward(const T* w_ih, const T* w_hh, const T* bias, int inputs, int hidden, int units, T* to) {
+    for_blocks(hidden, units, [&](int first, int count) {
+      const int row = 4 * count;  // of the packed block: the gates of its units
+      for (int unit = 0; unit < count; ++unit) {
+        for (int gate = 0; gate < 4; ++gate) {
+          const double factor = kGateFactors[gate];
+          const int from = gate * hidden + first + unit;
+          T* at = to + 4 * unit + gate;
+          *at = (T)(factor * bias[from]);
+          for (int k = 0; k < inputs; ++k) *(at += row) = (T)(factor * w_ih[from * inputs + k]);
+          for (int k = 0; k < hidden; ++k) *(at += row) = (T)(factor * w_hh[from * hidden + k]);
+        }
+      }
+      to += row * (1 + inputs + hidden);
+    });
+    return to;
+  }
+
+  static T* pack_backward(const T* matrix, int inputs, int hidden, int block, T* to) {
+    for_blocks(inputs, block, [&](int first, int count) {
+      for (int unit = 0; unit < hidden; ++unit) {
+        for (int gate = 0; gate < 4; ++gate) {
+          to = std::copy_n(matrix + (gate * hidden + unit) * inputs + first, count, to);
+        }
+      }
+    });
+    return to;
+  }
+
+  std::vector<T> data_;
+  std::vector<typename PackedWeights<T>::Layer> layers_;
+};
 
 // From the kernels' order, for each layer [unit][inputs, bias, h][gate], to that of the weights.
 template <typename T>
