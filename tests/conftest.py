@@ -1,0 +1,45 @@
+"""Fixtures that several tests use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import ISAS
+
+from fastl2l.ops import dispatch
+
+
+def supported_isas() -> list[str]:
+    """What this machine has as torch, not fastl2l, sees it: a set of ours that goes missing must not go unnoticed."""
+    return list(ISAS[{"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2) :])
+
+
+@pytest.fixture(scope="session")
+def native() -> dispatch.Backend:
+    return dispatch.select("native", "cpu")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch) -> str:
+    """The test runs once with every instruction set."""
+    if request.param not in supported_isas():
+        pytest.skip(f"this machine does not have {request.param}")
+    monkeypatch.setenv("FASTL2L_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory holds NaN, also that which operators allocate for their results."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,192 @@
+"""Rules come back from files to the bit, and no damage goes unnoticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+from helpers import random_rule
+from safetensors.torch import save
+
+from fastl2l import LSTMRule, RuleFileError, load_rule, save_rule
+from fastl2l.rule_files import read_recipe
+
+
+def same(one: LSTMRule, other: LSTMRule) -> bool:
+    pairs = zip(one.weights(), other.weights(), strict=True)
+    return one.config == other.config and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("preprocess", "hidden", "layers"), [("raw", 1, 1), ("log_sign", 20, 2), ("raw", 7, 3)])
+def test_a_rule_comes_back_to_the_bit(tmp_path, preprocess, hidden, layers, dtype):
+    rule = random_rule(preprocess, hidden, layers, dtype=dtype, p=1 / 3, scale=1e-7, output_scale=0.1)
+    recipe = {"command": "fastl2l train --task ü", "seed": 3, "scores": [0.1, None], "deep": {"a": True}}
+    path = save_rule(rule, tmp_path / "deep" / "mine.safetensors", recipe=recipe)
+    loaded = load_rule(path)
+    assert same(loaded, rule)
+    assert all(weight.requires_grad for weight in loaded.weights())
+    assert read_recipe(str(path)) == recipe
+
+
+def test_weights_of_any_kind_come_back(tmp_path):
+    rule = random_rule(hidden=3)
+    with torch.no_grad():
+        rule.weight_out[:] = torch.tensor([float("nan"), -0.0, 1e-45])
+        rule.weight_hh_l0.data = rule.weight_hh_l0.data.T.contiguous().T
+    loaded = load_rule(save_rule(rule, tmp_path / "a"))
+    assert torch.equal(loaded.weight_out.view(torch.int32), rule.weight_out.view(torch.int32))
+    assert torch.equal(loaded.weight_hh_l0, rule.weight_hh_l0)
+    assert read_recipe(tmp_path / "a") == {}
+
+
+def test_a_recipe_of_any_length_leaves_a_readable_file(tmp_path):
+    # The header's length is the file's first byte: at 128 it looks like a pickle's, which this must not be taken for.
+    rule, starts = random_rule("raw", 1, 1), set()
+    for length in range(256):
+        path = save_rule(rule, tmp_path / "a", recipe={"x": "y" * length})
+        starts.add(path.read_bytes()[0])
+        assert same(load_rule(path), rule)
+    assert 128 in starts
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return save_rule(random_rule(hidden=3), tmp_path / "whole", recipe={"seed": 1}).read_bytes()
+
+
+def refused(tmp_path, content: bytes, message: str | None = None) -> None:
+    path = tmp_path / "damaged"
+    path.write_bytes(content)
+    for read in (load_rule, read_recipe):
+        with pytest.raises(RuleFileError, match=message) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_was_cut_short_is_refused(tmp_path, whole):
+    for length in range(0, len(whole), 37):
+        refused(tmp_path, whole[:length], "damaged or something else")
+    refused(tmp_path, whole + b"\0", "damaged or something else")
+
+
+def test_every_wrong_bit_is_noticed(tmp_path, whole):
+    numbers = random.Random(0)
+    for _ in range(500):
+        damaged = bytearray(whole)
+        damaged[numbers.randrange(len(whole))] ^= 1 << numbers.randrange(8)
+        refused(tmp_path, bytes(damaged))
+
+
+def test_garbage_is_refused(tmp_path):
+    numbers = random.Random(0)
+    for length in (1, 8, 9, 100, 5000):
+        refused(tmp_path, numbers.randbytes(length), "expected a safetensors file")
+
+
+class Trap:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_are_refused_and_not_opened(tmp_path, protocol):
+    trap = tmp_path / "trap"
+    refused(tmp_path, pickle.dumps(Trap(trap), protocol), "got a pickle, which could run any code")
+    for zipped in (True, False):
+        path = tmp_path / "saved"
+        torch.save(Trap(trap), path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        refused(tmp_path, path.read_bytes(), "got a pickle, which could run any code")
+    assert not trap.exists()
+
+
+def by_hand(made, weights=None, **metadata):
+    """A safetensors file as save_rule would write it, but without a checksum and with other metadata."""
+    standard = {"format": "fastl2l-rule", "format_version": "1", "rule": "lstm", "config": json.dumps(asdict(made.config))}
+    weights = weights or {name: weight.detach() for name, weight in made.named_parameters()}
+    return save(weights, {name: text for name, text in (standard | metadata).items() if text is not None})
+
+
+def test_a_file_without_checksum_is_read(tmp_path):
+    rule = random_rule(hidden=3)
+    (tmp_path / "a").write_bytes(by_hand(rule))
+    assert same(load_rule(tmp_path / "a"), rule)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "other"}, "expected format 'fastl2l-rule', got 'other'"),
+        ({"format": None}, "expected format 'fastl2l-rule', got None"),
+        ({"format_version": "2"}, "expected format version 1, got 2"),
+        ({"rule": "rnnprop"}, "expected a rule of kind lstm, got 'rnnprop'"),
+        ({"config": None}, "its configuration cannot be used"),
+        ({"config": "{"}, "its configuration cannot be used"),
+        ({"config": "[]"}, "its configuration cannot be used"),
+        ({"config": '{"p": -1}'}, "its configuration cannot be used: p: expected a finite positive number"),
+        ({"config": '{"units": 20}'}, "its configuration cannot be used"),
+        ({"config": '{"hidden_size": 100000000}'}, "expected weights"),
+    ],
+)
+def test_other_files_and_versions_are_refused(tmp_path, metadata, message):
+    (tmp_path / "a").write_bytes(by_hand(random_rule(hidden=3), **metadata))
+    with pytest.raises(RuleFileError, match=message):
+        load_rule(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: weights.pop("weight_out"),
+        lambda weights: weights.pop("bias_l1"),
+        lambda weights: weights.update(more=torch.zeros(3)),
+        lambda weights: weights.update(bias_l0=torch.zeros(11)),
+        lambda weights: weights.update(weight_hh_l0=weights["weight_hh_l0"].reshape(-1)),
+        lambda weights: weights.update(bias_out=torch.zeros(1)),
+        lambda weights: weights.update(bias_out=torch.zeros((), dtype=torch.float64)),
+        lambda weights: weights.update({name: weight.bfloat16() for name, weight in weights.items()}),
+        lambda weights: weights.update({name: weight.int() for name, weight in weights.items()}),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, change):
+    rule = random_rule(hidden=3)
+    weights = {name: weight.detach() for name, weight in rule.named_parameters()}
+    change(weights)
+    (tmp_path / "a").write_bytes(by_hand(rule, weights))
+    with pytest.raises(RuleFileError, match=r"expected weights .*'weight_out': \(3,\).*, got "):
+        load_rule(tmp_path / "a")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a rule file"):
+        load_rule(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="expected a rule file"):
+        load_rule(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, whole):
+    path = tmp_path / "whole"
+    with pytest.raises(TypeError, match="rule: expected an LSTMRule, got Linear"):
+        save_rule(torch.nn.Linear(1, 1), path)
+    with pytest.raises(TypeError):
+        save_rule(random_rule(hidden=4), path, recipe={"task": object()})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_rule(random_rule(hidden=4), path)
+    assert path.read_bytes() == whole
+    assert [entry.name for entry in tmp_path.iterdir()] == ["whole"]
