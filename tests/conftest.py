@@ -14,6 +14,12 @@ def supported_isas() -> list[str]:
     return list(ISAS[{"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2) :])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Most tests are small, and threads of torch that wait for a busy machine make them many times slower."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def native() -> dispatch.Backend:
     return dispatch.select("native", "cpu")

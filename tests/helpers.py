@@ -207,7 +207,7 @@ def errors(found: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def excess(found: Tensor, truth: Tensor, single: Tensor) -> dict[str, float]:
-    """Errors of `found` as multiples of what is allowed: twice those of `single`, which is float32 PyTorch, and a floor.
+    """Errors of `found` in units of what is allowed: twice those of `single`, which is float32 PyTorch, and a floor.
 
     In float64 the truth is rounded as well, so its error counts once more: three times float32 PyTorch's, scaled.
     """

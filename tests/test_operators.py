@@ -86,7 +86,7 @@ def test_the_reference_backend_is_the_reference(preprocess):
 def test_features_are_accurate_over_all_magnitudes(native, isa):
     # One unit whose input gate is open and whose candidate is a small multiple of one feature: h is that feature.
     magnitudes = torch.logspace(-44, 38, 4001, dtype=torch.float64).float()
-    gradients = torch.cat([magnitudes, -magnitudes])
+    gradients, zeros = torch.cat([magnitudes, -magnitudes]), torch.zeros(2, 8002)
     for feature in (0, 1):
         rule = random_rule(hidden=1, layers=1, output_scale=1.0)
         with torch.no_grad():
@@ -97,11 +97,10 @@ def test_features_are_accurate_over_all_magnitudes(native, isa):
             rule.weight_out.fill_(1.0)
         found = torch.zeros_like(gradients)
         native.step_([found], [gradients], [new_state(rule, 8002)], detached(rule), *constants(rule), 1.0)
-        features = [
-            reference.step(gradients.to(dtype), torch.zeros(2, 8002).to(dtype), detached(rule, dtype), *constants(rule))[0]
+        truth, single = (
+            reference.step(gradients.to(dtype), zeros.to(dtype), detached(rule, dtype), *constants(rule))[0]
             for dtype in (torch.float64, torch.float32)
-        ]
-        truth, single = features
+        )
         relative = ((found.double() - truth) / truth).abs().max()
         assert relative <= 2 * ((single.double() - truth) / truth).abs().max() + 4 * torch.finfo(torch.float32).eps
 
@@ -561,7 +560,7 @@ def test_backends_are_chosen_by_name():
     assert dispatch.select("auto", "meta").name == "reference"
     with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, got 'cuda'"):
         dispatch.select("cuda", "cpu")
-    with pytest.raises(RuntimeError, match="backend 'native' cannot be used: its kernels take CPU tensors.*on meta"):
+    with pytest.raises(RuntimeError, match=r"backend 'native' cannot be used: .* CPU tensors.*on meta"):
         dispatch.select("native", "meta")
 
 
@@ -603,9 +602,7 @@ def test_update_has_the_gradients_of_the_reference(preprocess, n, backend):
     mine = objective(lambda g, s: update(rule, g, s, backend=backend), from_rows(rows), lambda s: to_rows(s, n))
     truth = objective(lambda g, s: reference.step(g, s, rule.weights(), *constants(rule)), rows, lambda s: s)
     torch.testing.assert_close(mine, truth, rtol=1e-13, atol=1e-13)
-    for found, expected in zip(
-        torch.autograd.grad(mine, leaves), torch.autograd.grad(truth, leaves), strict=True
-    ):
+    for found, expected in zip(torch.autograd.grad(mine, leaves), torch.autograd.grad(truth, leaves), strict=True):
         assert found.shape == expected.shape
         assert errors(found, expected)["largest"] < 1e-13
 

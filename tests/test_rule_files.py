@@ -113,7 +113,12 @@ def test_pickles_are_refused_and_not_opened(tmp_path, protocol):
 
 def by_hand(made, weights=None, **metadata):
     """A safetensors file as save_rule would write it, but without a checksum and with other metadata."""
-    standard = {"format": "fastl2l-rule", "format_version": "1", "rule": "lstm", "config": json.dumps(asdict(made.config))}
+    standard = {
+        "format": "fastl2l-rule",
+        "format_version": "1",
+        "rule": "lstm",
+        "config": json.dumps(asdict(made.config)),
+    }
     weights = weights or {name: weight.detach() for name, weight in made.named_parameters()}
     return save(weights, {name: text for name, text in (standard | metadata).items() if text is not None})
 

@@ -1,0 +1,451 @@
+"""Meta-training improves a rule, and gives the same bits however often it is stopped."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastl2l import LSTMRule, MetaTrainer, Trajectory
+from fastl2l.meta import checkpoint as checkpoint_module
+from fastl2l.meta.checkpoint import CheckpointError
+from fastl2l.tasks import Quadratic
+from fastl2l.tasks.base import problem_seed
+
+SMALL = {"horizon": 8, "unroll": 4, "trajectories": 3, "validation_problems": 2, "meta_lr": 0.01}
+TASK = Quadratic(dim=3, batch=4)
+
+
+def small_rule(**arguments):
+    return LSTMRule("raw", **{"output_scale": 1.0, "hidden_size": 4, "num_layers": 1} | arguments)
+
+
+def trainer(task=TASK, rule=None, **changes):
+    return MetaTrainer(rule or small_rule(), task, **SMALL | changes)
+
+
+def outcome(trained):
+    """All that a run leaves, for comparison to the bit; repr, since NaN is not equal to itself."""
+    history = repr([tuple(epoch) for epoch in trained.history])
+    return history, trained.best_loss, [weight.tolist() for weight in trained.rule.weights()]
+
+
+def finished(trained, epochs):
+    trained.fit(epochs, progress=False)
+    return outcome(trained)
+
+
+# Learning
+
+
+def final_losses(rule, task, reset=False):
+    losses = []
+    for seed in range(10):
+        trajectory = Trajectory(task.sample(problem_seed(0, "test", seed)), rule)
+        start = trajectory.loss
+        for _ in range(20):
+            trajectory.advance()
+            if reset:
+                trajectory.state.zero_()
+        losses.append((trajectory.loss / start).item())
+    return sum(losses) / len(losses)
+
+
+def test_training_makes_a_rule_that_optimizes_new_problems_and_needs_its_state():
+    task, rule = Quadratic(dim=5, batch=32), LSTMRule("raw", output_scale=1.0)
+    before = final_losses(rule, task)
+    trained = MetaTrainer(rule, task, horizon=20, unroll=10, meta_lr=3e-3, trajectories=10, validation_problems=4)
+    history = trained.fit(10, progress=False)
+    after = final_losses(rule, task)
+    assert before > 1  # the untrained rule diverges
+    assert after < 0.05
+    assert history[-1].train_loss < 0.2 * history[0].train_loss
+    # With a state that is reset at every step, as in a widespread fork, it is far worse.
+    assert final_losses(rule, task, reset=True) > 2 * after
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"clip_norm": None}, {"clip_norm": 1e-3}, {"step_weights": "last"}, {"second_derivatives": True}]
+)
+def test_an_epoch_is_what_the_documentation_says(change):
+    trained, twin = trainer(seed=5, **change), small_rule()
+    trained.fit(1, progress=False)
+    adam, losses = torch.optim.Adam(twin.parameters(), lr=0.01), []
+    for index in range(3):
+        trajectory = Trajectory(TASK.sample(problem_seed(5, "train", index)), twin)
+        for _ in range(2):
+            window = trajectory.window(
+                [0, 0, 0, 1] if "step_weights" in change else [1] * 4,
+                second_derivatives=change.get("second_derivatives", False),
+            )
+            sizes = [weight.numel() for weight in twin.weights()]
+            for weight, grad in zip(twin.weights(), window.gradients.split(sizes), strict=True):
+                weight.grad = grad.view_as(weight)
+            if (norm := change.get("clip_norm", 1.0)) is not None:
+                torch.nn.utils.clip_grad_norm_(twin.parameters(), norm)
+            adam.step()
+            losses.append(window.losses.mean())
+    assert trained.history[0].train_loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    for found, expected in zip(trained.rule.weights(), twin.weights(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    validation = [Trajectory(TASK.sample(problem_seed(5, "validation", index)), trained.rule) for index in range(2)]
+    for trajectory in validation:
+        for _ in range(8):
+            trajectory.advance()
+    mean = sum(trajectory.loss.item() for trajectory in validation) / 2
+    assert trained.history[0].validation_loss == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_rule_ends_with_the_best_weights():
+    trained = trainer(meta_lr=0.3)
+    validation = [epoch.validation_loss for epoch in trained.fit(8, progress=False)]
+    assert min(validation) < validation[-1]  # or this would show nothing
+    assert trained.best_loss == min(validation) == trained.validate()
+
+
+def test_schedules():
+    assert [epoch.meta_lr for epoch in trainer().fit(3, progress=False)] == [0.01] * 3
+    cosine = [epoch.meta_lr for epoch in trainer(schedule="cosine").fit(4, progress=False)]
+    assert cosine == pytest.approx([0.01 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)])
+
+
+def test_progress_is_shown_unless_not_wanted(capsys):
+    trainer().fit(2)
+    assert "meta-training" in capsys.readouterr().err
+    trainer().fit(2, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("change", [{}, {"second_derivatives": True}, {"backend": "reference"}])
+def test_runs_with_one_seed_have_the_same_bits_and_others_do_not(change):
+    torch.manual_seed(1)
+    one = finished(trainer(seed=1, **change), 3)
+    torch.manual_seed(2)
+    assert finished(trainer(seed=1, **change), 3) == one
+    assert finished(trainer(seed=2, **change), 3) != one
+
+
+def test_two_calls_of_fit_are_one():
+    whole = finished(trainer(), 6)
+    parts = trainer()
+    for epochs in (0, 2, 2, 5, 6, 3):
+        parts.fit(epochs, progress=False)
+    assert outcome(parts) == whole
+
+
+@dataclass(frozen=True)
+class Interrupted(Quadratic):
+    """Interrupts the run that asks for its `stop_at`-th problem."""
+
+    stop_at: int = 0
+    asked = [0]  # noqa: RUF012
+
+    def sample(self, seed):
+        self.asked[0] += 1
+        if self.asked[0] == self.stop_at:
+            raise KeyboardInterrupt
+        return super().sample(seed)
+
+    def spec(self):
+        return TASK.spec()
+
+
+@pytest.mark.parametrize("stop_at", range(4, 20, 3))
+def test_a_run_that_was_interrupted_can_be_taken_up_again(stop_at, tmp_path):
+    whole = finished(trainer(), 4)
+    Interrupted.asked[0] = 0
+    stopped = trainer(Interrupted(dim=3, batch=4, stop_at=stop_at), checkpoint=tmp_path / "checkpoint")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(4, progress=False)
+    assert len(stopped.history) < 4
+    assert finished(trainer(checkpoint=tmp_path / "checkpoint"), 4) == whole
+    (tmp_path / "checkpoint").unlink()
+    assert finished(stopped, 4) == whole  # in the same process, as in a notebook
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_run_that_could_not_be_saved_can_be_taken_up_again(moment, tmp_path, monkeypatch):
+    whole = finished(trainer(), 4)
+    stopped, calls, real = trainer(checkpoint=tmp_path / "checkpoint"), [], getattr(os, moment)
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise OSError("disk full")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, moment, fail)
+    with pytest.raises(OSError, match="disk full"):
+        stopped.fit(4, progress=False)
+    assert finished(trainer(checkpoint=tmp_path / "checkpoint"), 4) == whole
+    assert finished(stopped, 4) == whole
+
+
+CHILD = """
+    import sys
+    import torch
+    from fastl2l import LSTMRule, MetaTrainer
+    from fastl2l.tasks import Quadratic
+
+    torch.set_num_threads(1)
+    rule = LSTMRule("raw", output_scale=1.0, hidden_size=4, num_layers=1)
+    trainer = MetaTrainer(rule, Quadratic(dim=3, batch=4), horizon=8, unroll=4, trajectories=3, validation_problems=2,
+                          meta_lr=0.01, schedule="cosine", checkpoint=sys.argv[1])
+    print(len(trainer.history), flush=True)
+    trainer.fit(200, progress=False)
+    print([tuple(epoch) for epoch in trainer.history], trainer.best_loss, [w.tolist() for w in rule.weights()])
+"""
+
+
+def start(path):
+    arguments, folder = [sys.executable, "-c", textwrap.dedent(CHILD), str(path)], Path(__file__).resolve().parents[1]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=folder)
+
+
+def killed(path, saves, delay):
+    """How many epochs a run had behind it that was killed `delay` seconds after it had saved so many times."""
+    child, last = start(path), None
+    first = int(child.stdout.readline())
+    while saves >= 0:
+        now = path.stat().st_ino if path.exists() else None
+        saves, last = saves - (now != last), now
+        assert child.poll() is None, "it was over before it was killed"
+        time.sleep(0.0005)
+    time.sleep(delay)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    child.stdout.close()
+    return first
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
+    whole, numbers = start(tmp_path / "whole"), random.Random()
+    path = tmp_path / "checkpoint"
+    behind = [killed(path, saves, numbers.uniform(0, 0.02)) for saves in (1, 20, 30)]
+    last = start(path)
+    resumed = last.communicate()[0].splitlines()
+    assert behind[0] == 0
+    assert behind[0] < behind[1] < behind[2] < int(resumed[0]) < 200
+    assert last.returncode == 0
+    assert resumed[1] == whole.communicate()[0].splitlines()[1]
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "checkpoint"
+    trainer(checkpoint=path).fit(2, progress=False)
+    return path
+
+
+def refused(path, message, **changes):
+    content = path.read_bytes()
+    rule = changes.pop("rule", None) or small_rule()
+    before = copy.deepcopy(rule.state_dict())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        trainer(rule=rule, checkpoint=path, **changes)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == content
+    assert all(torch.equal(rule.state_dict()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"meta_lr": 0.02}, "meta_lr: expected 0.02, got 0.01"),
+        ({"seed": 1}, "seed: expected 1, got 0"),
+        ({"horizon": 4}, "horizon: expected 4, got 8"),
+        ({"schedule": "cosine"}, "schedule: expected 'cosine', got 'constant'"),
+        ({"clip_norm": None}, "clip_norm: expected None, got 1.0"),
+        ({"step_weights": "last"}, r"step_weights: expected \[0.0, 0.0, 0.0, 1.0\], got \[1.0"),
+        ({"second_derivatives": True}, "second_derivatives: expected True, got False"),
+        ({"task": Quadratic(dim=4, batch=4)}, "task: expected .*'dim': 4.*got .*'dim': 3"),
+        ({"rule": small_rule(hidden_size=5)}, "rule: expected .*'hidden_size': 5.*got .*'hidden_size': 4"),
+        ({"meta_lr": 0.02, "seed": 1, "trajectories": 9}, "meta_lr: expected 0.02, got 0.01 .and 2 more"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(saved, change, message):
+    refused(saved, message, **change)
+
+
+def test_a_damaged_checkpoint_is_refused(saved):
+    numbers, whole = random.Random(0), saved.read_bytes()
+    damaged = [whole[:length] for length in range(0, len(whole), 501)]
+    damaged += [numbers.randbytes(length) for length in (1, 30, 1000, 9000)]
+    for _ in range(100):
+        wrong = bytearray(whole)
+        wrong[numbers.randrange(len(wrong))] ^= 1 << numbers.randrange(8)
+        damaged.append(bytes(wrong))
+    for content in damaged:
+        saved.write_bytes(content)
+        refused(saved, "expected a checkpoint, and it is damaged or something else")
+
+
+def test_other_files_are_refused(saved, monkeypatch):
+    for other in ({}, [1], torch.zeros(3), {"version": 1, "settings": {}, "state": {}}):
+        torch.save(other, saved)
+        refused(saved, "expected a checkpoint, and it is damaged or something else")
+    saved.unlink()
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint_module, "VERSION", 99)
+        trainer(checkpoint=saved).fit(1, progress=False)
+    refused(saved, "expected checkpoint version 1, got 99")
+
+
+# What is not finite
+
+
+@dataclass(frozen=True)
+class Cliff(Quadratic):
+    """From step `edge` on, the losses of the problems with these seeds are `value`."""
+
+    edge: int = 0
+    seeds: tuple = ()
+    value: float = math.nan
+
+    def sample(self, seed):
+        problem = super().sample(seed)
+        if seed in self.seeds:
+            loss = problem.loss
+            problem.loss = lambda theta, step: loss(theta, step) * (self.value if step >= self.edge else 1)
+        return problem
+
+
+def seeds(purpose, *indices):
+    return tuple(problem_seed(0, purpose, index) for index in indices)
+
+
+@pytest.mark.parametrize("second_derivatives", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_windows_that_are_not_finite_are_skipped_and_counted(value, second_derivatives):
+    change = {"second_derivatives": second_derivatives}
+    cliff = Cliff(3, 4, edge=6, seeds=seeds("train", 1, 4), value=value)
+    history = (trained := trainer(cliff, **change)).fit(3, progress=False)
+    assert [epoch.skipped for epoch in history] == [1, 1, 0]
+    assert all(math.isfinite(epoch.train_loss) and math.isfinite(epoch.validation_loss) for epoch in history)
+    assert all(weight.isfinite().all() for weight in trained.rule.weights())
+    # The first window of such a trajectory counts, and nothing of the second.
+    one = finished(trainer(Cliff(3, 4, edge=6, seeds=seeds("train", 0), value=value), trajectories=1, **change), 1)
+    short = trainer(trajectories=1, horizon=4, **change)
+    short.fit(1, progress=False)
+    assert one[2] == outcome(short)[2]
+
+
+def test_an_epoch_without_any_finite_window_changes_nothing():
+    trained = trainer(Cliff(3, 4, edge=1, seeds=seeds("train", 0, 1, 2)))
+    history = trained.fit(1, progress=False)
+    assert history[0].skipped == 3
+    assert math.isnan(history[0].train_loss)
+    assert outcome(trained)[2] == [weight.tolist() for weight in small_rule().weights()]
+
+
+def test_diverged_validation_is_infinite_and_never_the_best():
+    trained = trainer(Cliff(3, 4, edge=3, seeds=seeds("validation", 1)))
+    history = trained.fit(2, progress=False)
+    assert [epoch.validation_loss for epoch in history] == [math.inf] * 2
+    assert trained.best_loss == math.inf
+    assert outcome(trained)[2] == [weight.tolist() for weight in small_rule().weights()]
+
+
+def test_a_loss_that_is_not_finite_at_the_start_is_refused():
+    with pytest.raises(ValueError, match="task 'quadratic': loss at theta0: expected a finite number, got nan"):
+        trainer(Cliff(3, 4, seeds=seeds("validation", 0)))
+
+
+@dataclass(frozen=True)
+class Vector(Quadratic):
+    """Its losses are no scalars from step `edge` on."""
+
+    edge: int = 0
+
+    def sample(self, seed):
+        problem = super().sample(seed)
+        loss = problem.loss
+        problem.loss = lambda theta, step: loss(theta, step).expand(2) if step >= self.edge else loss(theta, step)
+        return problem
+
+
+def test_a_loss_that_is_no_scalar_is_refused():
+    with pytest.raises(ValueError, match=r"task 'quadratic': loss.*got a Tensor of shape \[2\]; take its mean or sum"):
+        trainer(Vector(3, 4))
+    with pytest.raises(ValueError, match=r"task 'quadratic': loss.*got a Tensor of shape \[2\]; take its mean or sum"):
+        trainer(Vector(3, 4, edge=3)).fit(1, progress=False)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rule": torch.nn.Linear(1, 1)}, TypeError, "rule: expected an LSTMRule, got Linear"),
+        ({"task": "quadratic"}, TypeError, "task: expected a fastl2l.tasks.Task, got str"),
+        ({"task": Quadratic(dtype=torch.float64)}, ValueError, "problem: expected theta_0 in torch.float32"),
+        ({"unroll": 3}, ValueError, "unroll: expected a divisor of the horizon 8, got 3"),
+        ({"unroll": 16}, ValueError, "unroll: expected a divisor of the horizon 8, got 16"),
+        ({"unroll": 0}, ValueError, "unroll: expected an integer >= 1, got 0"),
+        ({"horizon": 8.0}, TypeError, "horizon: expected an integer >= 1, got 8.0"),
+        ({"trajectories": 0}, ValueError, "trajectories: expected an integer >= 1, got 0"),
+        ({"validation_problems": "2"}, TypeError, "validation_problems: expected an integer >= 1, got '2'"),
+        ({"seed": "a"}, TypeError, "seed: expected an integer >= 0, got 'a'"),
+        ({"seed": -1}, ValueError, "seed: expected an integer >= 0, got -1"),
+        ({"meta_lr": 0}, ValueError, "meta_lr: expected a finite positive number, got 0"),
+        ({"meta_lr": "1"}, ValueError, "meta_lr: expected a finite positive number, got '1'"),
+        ({"meta_lr": None}, ValueError, "meta_lr: expected a finite positive number, got None"),
+        ({"clip_norm": -1.0}, ValueError, "clip_norm: expected a finite positive number, got -1.0"),
+        ({"schedule": "linear"}, ValueError, "schedule: expected one of constant, cosine, got 'linear'"),
+        ({"step_weights": [1, 1]}, ValueError, "step_weights: expected 4 finite numbers"),
+        ({"step_weights": 1.0}, ValueError, "step_weights: expected None, 'last' or 4 numbers, got 1.0"),
+        ({"backend": "fast"}, ValueError, "backend: expected one of auto, reference, native, got 'fast'"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message, tmp_path):
+    paths = {"checkpoint": tmp_path / "checkpoint", "tensorboard": tmp_path / "curves"}
+    with pytest.raises(error, match=message):
+        trainer(**paths, **change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_are_counted():
+    with pytest.raises(TypeError, match=r"epochs: expected an integer >= 0, got 1.5"):
+        trainer().fit(1.5)
+    with pytest.raises(ValueError, match="epochs: expected an integer >= 0, got -1"):
+        trainer().fit(-1)
+    assert trainer().fit(0) == []
+
+
+# TensorBoard
+
+
+def test_curves_are_written_for_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = trainer(tensorboard=tmp_path / "curves").fit(3, progress=False)
+    events = EventAccumulator(str(tmp_path / "curves"))
+    events.Reload()
+    for name in ("train_loss", "validation_loss", "meta_lr", "skipped"):
+        found = events.Scalars(f"meta/{name}")
+        assert [event.step for event in found] == [1, 2, 3]
+        assert [event.value for event in found] == pytest.approx([getattr(epoch, name) for epoch in history])
+
+
+def test_a_missing_tensorboard_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install fastl2l\[tensorboard\]"):
+        trainer(tensorboard=tmp_path)

@@ -1,0 +1,290 @@
+"""Windows of truncated BPTT give the gradients that autograd gives, and trajectories go on from one to the next."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import constants, detached, errors, random_rule
+
+from fastl2l import LSTMRule, Trajectory, reference
+from fastl2l.ops.layout import to_rows
+from fastl2l.tasks import Problem, Quadratic
+from fastl2l.trajectory import step_weights
+
+F64 = torch.float64
+
+
+class Waves(Problem):
+    """Three functions that are not convex, another one at every step; counts its evaluations."""
+
+    task, functions = "waves", 3
+
+    def __init__(self, n=6, dtype=F64):
+        generator = torch.Generator().manual_seed(0)
+        self.theta0 = torch.randn(self.functions * n, generator=generator, dtype=F64).to(dtype)
+        self.scale = torch.randn(64, self.functions * n, generator=generator, dtype=F64).to(dtype)
+        self.steps = []
+
+    def loss(self, theta, step):
+        self.steps.append(step)
+        return ((theta * self.scale[step]).sin() + 0.1 * theta.roll(1) * theta.square()).sum()
+
+
+class Sum(Problem):
+    """Its gradient is an expanded tensor, all of whose numbers are one in memory."""
+
+    task, functions = "sum", 1
+    theta0 = torch.zeros(40)
+
+    def loss(self, theta, step):
+        return theta.sum()
+
+
+PROBLEMS = {"waves": Waves, "quadratic": lambda: Quadratic(dim=3, batch=4, dtype=F64).sample(0)}
+
+
+def by_autograd(problem, rule, window_weights, second=False, state=None, first_step=0, theta=None):
+    """Losses and meta-gradient of a window by autograd through all of it; with detached gradients unless `second`."""
+    theta = (problem.theta0 if theta is None else theta).clone().requires_grad_(second)
+    rows = torch.zeros(rule.config.state_rows, theta.numel(), dtype=F64) if state is None else state
+    objective, losses = 0, []
+    for step, weight in enumerate(window_weights, first_step):
+        now = theta if second else theta.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(problem.loss(now, step), now, create_graph=second)
+        change, rows = reference.step(gradient, rows, rule.weights(), *constants(rule))
+        theta = theta + change
+        loss = problem.loss(theta, step + 1) / problem.functions
+        losses.append(loss.detach())
+        objective = objective + weight * loss
+    gradients = torch.autograd.grad(objective, rule.weights(), materialize_grads=True)
+    return torch.stack(losses), torch.cat([gradient.flatten() for gradient in gradients]), rows.detach(), theta.detach()
+
+
+def assert_same_window(found, losses, gradients):
+    torch.testing.assert_close(found.losses, losses, rtol=1e-12, atol=1e-12)
+    assert found.gradients.shape == gradients.shape
+    assert errors(found.gradients, gradients)["largest"] < 1e-11
+
+
+WEIGHTS = {
+    "all": step_weights(None, 8),
+    "last": step_weights("last", 8),
+    "some": [0.0, 2.0, 0.0, 0.5, 1.0, 3.0, 0.25, 0.0],
+    "first": [1.0] + [0.0] * 7,
+    "one step": [1.5],
+}
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("preprocess", ["raw", "log_sign"])
+@pytest.mark.parametrize("window_weights", WEIGHTS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_first_order_windows_are_autograd_s_with_detached_gradients(problem, window_weights, preprocess, backend):
+    problem, window_weights = PROBLEMS[problem](), WEIGHTS[window_weights]
+    rule = random_rule(preprocess, 5, 2, dtype=F64)
+    found = Trajectory(problem, rule, backend=backend).window(window_weights)
+    assert_same_window(found, *by_autograd(problem, rule, window_weights)[:2])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("preprocess", ["raw", "log_sign"])
+@pytest.mark.parametrize("window_weights", WEIGHTS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_exact_windows_are_autograd_s_through_everything(problem, window_weights, preprocess, backend):
+    problem, window_weights = PROBLEMS[problem](), WEIGHTS[window_weights]
+    rule = random_rule(preprocess, 5, 2, dtype=F64)
+    found = Trajectory(problem, rule, backend=backend).window(window_weights, second_derivatives=True)
+    assert_same_window(found, *by_autograd(problem, rule, window_weights, second=True)[:2])
+    first_order = by_autograd(problem, rule, window_weights)[1]
+    # Up to the first loss no gradient depends on the rule.
+    assert (errors(found.gradients, first_order)["rms"] > 1e-5) == any(window_weights[1:])
+
+
+def test_the_papers_rule_in_float32_is_close():
+    problem = Quadratic().sample(1)
+    rule = LSTMRule("raw", output_scale=0.1)
+    found = Trajectory(problem, rule).window([1.0] * 20)
+    exact = Quadratic(dtype=F64).sample(1)
+    losses, gradients, _, _ = by_autograd(exact, rule.double(), [1.0] * 20)
+    torch.testing.assert_close(found.losses.double(), losses, rtol=1e-4, atol=0)
+    assert errors(found.gradients, gradients)["rms"] < 1e-4
+
+
+def ends(trajectory):
+    state = to_rows(trajectory.state, trajectory.theta.numel())
+    return [trajectory.theta, state, trajectory.loss, trajectory._gradient, torch.tensor(trajectory.steps)]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_windows_end_where_steps_end_to_the_bit(backend, dtype):
+    rule = random_rule(hidden=5, dtype=dtype)
+
+    def run(*lengths, second_derivatives=False):
+        trajectory, losses = Trajectory(Waves(dtype=dtype), rule, backend=backend), []
+        for length in lengths:
+            losses.append(trajectory.window([1.0] * length, second_derivatives=second_derivatives).losses)
+        return [*ends(trajectory), torch.cat(losses)]
+
+    stepped = Trajectory(Waves(dtype=dtype), rule, backend=backend)
+    losses = torch.stack([stepped.advance().clone() for _ in range(10)])
+    expected = [*ends(stepped), losses]
+    for found in (run(10), run(5, 5), run(1, 2, 3, 4), run(5, 5, second_derivatives=True)):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_the_next_window_goes_on_from_the_state_with_the_weights_of_its_time(second):
+    rule, problem = random_rule(hidden=5, dtype=F64), Waves()
+    trajectory = Trajectory(problem, rule)
+    trajectory.window([1.0] * 4, second_derivatives=second)
+    _, _, state, theta = by_autograd(problem, rule, [1.0] * 4)
+    with torch.no_grad():
+        for weight in rule.weights():
+            weight.mul_(1.3)
+    found = trajectory.window([1.0] * 4, second_derivatives=second)
+    expected = by_autograd(problem, rule, [1.0] * 4, second, state, 4, theta)
+    assert_same_window(found, *expected[:2])
+    reset = by_autograd(problem, rule, [1.0] * 4, second, None, 4, theta)
+    assert errors(found.gradients, reset[1])["rms"] > 1e-2
+
+
+def test_a_reset_state_goes_elsewhere():
+    # The trap of a widespread fork: with its state reset at every step a rule sees no more than the last gradient.
+    rule, problem = random_rule(dtype=F64), Quadratic(dim=4, batch=3, dtype=F64).sample(0)
+    kept, reset = Trajectory(problem, rule), Trajectory(problem, rule)
+    theta, rows = problem.theta0, torch.zeros(80, 12, dtype=F64)
+    for step in range(30):
+        kept.advance()
+        reset.advance()
+        reset.state.zero_()
+        leaf = theta.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(problem.loss(leaf, step), leaf)
+        change, rows = reference.step(gradient, rows, detached(rule), *constants(rule))
+        theta = theta + change
+    torch.testing.assert_close(kept.theta, theta, rtol=1e-9, atol=1e-9)
+    assert (reset.theta - theta).abs().max() > 0.1
+
+
+def test_every_function_of_the_sequence_is_evaluated_once():
+    problem = Waves()
+    trajectory = Trajectory(problem, random_rule(hidden=3, dtype=F64))
+    trajectory.window([1.0] * 3)
+    trajectory.advance()
+    trajectory.window([1.0] * 2)
+    assert problem.steps == list(range(7))
+    assert trajectory.steps == 6
+    assert torch.equal(trajectory.loss * 3, problem.loss(trajectory.theta, 6))
+
+
+def test_a_trajectory_touches_nothing_else_and_keeps_no_graph():
+    problem, rule = Waves(), random_rule(hidden=3, dtype=F64)
+    start, weights = problem.theta0.clone(), detached(rule)
+    trajectory = Trajectory(problem, rule)
+    for second in (False, True):
+        window = trajectory.window([1.0] * 3, second_derivatives=second)
+        tensors = [*window, trajectory.theta, trajectory.state, trajectory.loss]
+        assert not any(tensor.requires_grad for tensor in tensors)
+    assert torch.equal(problem.theta0, start)
+    assert all(torch.equal(a, b) for a, b in zip(rule.weights(), weights, strict=True))
+    assert all(weight.grad is None and weight.requires_grad for weight in rule.weights())
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_expanded_gradients_are_taken(backend):
+    rule = random_rule()
+    stepped, windows, exact = (Trajectory(Sum(), rule, backend=backend) for _ in range(3))
+    losses = torch.stack([stepped.advance() for _ in range(3)])
+    assert torch.equal(windows.window([1.0] * 3).losses, losses)
+    assert torch.equal(exact.window([1.0] * 3, second_derivatives=True).losses, losses)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_what_is_not_finite_comes_out(second):
+    problem = Waves()
+    problem.scale[2, 0] = float("inf")
+    window = Trajectory(problem, random_rule(hidden=3, dtype=F64)).window([1.0] * 4, second_derivatives=second)
+    assert window.losses.isfinite().tolist() == [True, False, False, False]
+    assert not window.gradients.isfinite().all()
+
+
+def test_dtypes_must_agree():
+    with pytest.raises(ValueError, match=r"problem: expected theta_0 in torch.float32 .*, got torch.float64"):
+        Trajectory(Waves(), random_rule(hidden=3))
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, got 'fast'"):
+        Trajectory(Waves(), random_rule(hidden=3, dtype=F64), backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (None, [1.0, 1.0, 1.0]),
+        ("last", [0.0, 0.0, 1.0]),
+        ((0, 1, 2), [0.0, 1.0, 2.0]),
+        (iter([3.0, 0.0, 0.5]), [3.0, 0.0, 0.5]),
+    ],
+)
+def test_step_weights_are_of_any_kind(weights, expected):
+    assert step_weights(weights, 3) == expected
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["first", [1.0], [1.0] * 4, [0.0] * 3, [1.0, -1.0, 1.0], [1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0], 3],
+)
+def test_bad_step_weights_are_named(weights):
+    with pytest.raises(ValueError, match="step_weights: expected"):
+        step_weights(weights, 3)
+
+
+MEASURE = """
+    import sys
+    import torch
+    from fastl2l import LSTMRule, Trajectory
+    from fastl2l.tasks import Problem
+
+    class Bowl(Problem):
+        task, functions = "bowl", 1
+        def __init__(self, n):
+            self.theta0 = torch.ones(n)
+        def loss(self, theta, step):
+            return theta.dot(theta)
+
+    def resident(name):  # VmRSS: now, VmHWM: the most since it was last asked for to start again
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+    torch.set_num_threads(1)
+    n, steps, second = map(int, sys.argv[1:])
+    rule = LSTMRule("raw")
+    Trajectory(Bowl(64), rule).window([1.0] * steps, second_derivatives=bool(second))
+    trajectory = Trajectory(Bowl(n), rule)
+    trajectory.advance()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = resident("VmRSS")
+    trajectory.window([1.0] * steps, second_derivatives=bool(second))
+    print((resident("VmHWM") - before) / n)
+"""
+
+
+def bytes_a_coordinate(n, steps, second):
+    arguments = [sys.executable, "-c", textwrap.dedent(MEASURE), str(n), str(steps), str(int(second))]
+    folder = Path(__file__).resolve().parents[1]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux shows it")
+def test_a_window_takes_little_memory():
+    # 320 for the first state, 84 for gradients and 80 for adjoints, 4 or so for the optimizee.
+    first_order = bytes_a_coordinate(200_000, 20, second=False)
+    assert 400 < first_order < 800
+    # The measurement can fail: the exact window keeps a state a step.
+    assert bytes_a_coordinate(20_000, 20, second=True) > 6400
