@@ -83,16 +83,17 @@ def test_the_reference_backend_is_the_reference(preprocess):
         assert_accurate(steps_by(backend, case, dtype) | backward_by(backend, case, dtype), case)
 
 
-def test_features_are_accurate_over_all_magnitudes(native, isa):
-    # One unit whose input gate is open and whose candidate is a small multiple of one feature: h is that feature.
+@pytest.mark.parametrize("p", [0.5, 10.0, 88.0])
+def test_features_are_accurate_over_all_magnitudes(native, p, isa):
+    # One unit whose gates are open and whose candidate is a small multiple of one feature: h is that feature.
     magnitudes = torch.logspace(-44, 38, 4001, dtype=torch.float64).float()
     gradients, zeros = torch.cat([magnitudes, -magnitudes]), torch.zeros(2, 8002)
     for feature in (0, 1):
-        rule = random_rule(hidden=1, layers=1, output_scale=1.0)
+        rule = random_rule(hidden=1, layers=1, p=p, output_scale=1.0)
         with torch.no_grad():
             for weight in rule.weights():
                 weight.zero_()
-            rule.weight_ih_l0[2, feature] = 0.01
+            rule.weight_ih_l0[2, feature] = 0.01 if p > 1 else 0.001
             rule.bias_l0[[0, 3]] = 30.0
             rule.weight_out.fill_(1.0)
         found = torch.zeros_like(gradients)
@@ -103,6 +104,19 @@ def test_features_are_accurate_over_all_magnitudes(native, isa):
         )
         relative = ((found.double() - truth) / truth).abs().max()
         assert relative <= 2 * ((single.double() - truth) / truth).abs().max() + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_switch_of_log_sign_is_where_the_reference_has_it(native, dtype, isa):
+    edge = torch.tensor(math.exp(-10), dtype=torch.float64).to(dtype)
+    beside = torch.stack([torch.nextafter(edge, edge * 0), edge, torch.nextafter(edge, edge * 2)])
+    grads, rule = torch.cat([beside, -beside])[None], random_rule(hidden=5, dtype=dtype)
+    weights, rows = detached(rule), random_rows(rule, 6).to(dtype)
+    state, ones, leaf = tiles(rows), torch.ones_like(grads), grads[0].clone().requires_grad_()
+    dgrads = native.window_backward(state, grads, ones, weights, *constants(rule), None, False, True)[2][0]
+    (expected,) = torch.autograd.grad(reference.step(leaf, rows, weights, *constants(rule))[0].sum(), leaf)
+    torch.testing.assert_close(dgrads, expected, rtol=1e-3, atol=0)
+    assert not torch.allclose(expected[0], expected[1], rtol=0.1)
 
 
 # What is not asked for, empty, or beside the numbers

@@ -139,9 +139,13 @@ def test_runs_with_one_seed_have_the_same_bits_and_others_do_not(change):
     assert finished(trainer(seed=2, **change), 3) != one
 
 
+WILD = {"meta_lr": 0.3}
+"""A rate at which the best weights soon lie behind, so that it shows which are kept."""
+
+
 def test_two_calls_of_fit_are_one():
-    whole = finished(trainer(), 6)
-    parts = trainer()
+    whole = finished(trainer(**WILD), 6)
+    parts = trainer(**WILD)
     for epochs in (0, 2, 2, 5, 6, 3):
         parts.fit(epochs, progress=False)
     assert outcome(parts) == whole
@@ -166,21 +170,21 @@ class Interrupted(Quadratic):
 
 @pytest.mark.parametrize("stop_at", range(4, 20, 3))
 def test_a_run_that_was_interrupted_can_be_taken_up_again(stop_at, tmp_path):
-    whole = finished(trainer(), 4)
+    whole = finished(trainer(**WILD), 4)
     Interrupted.asked[0] = 0
-    stopped = trainer(Interrupted(dim=3, batch=4, stop_at=stop_at), checkpoint=tmp_path / "checkpoint")
+    stopped = trainer(Interrupted(dim=3, batch=4, stop_at=stop_at), checkpoint=tmp_path / "checkpoint", **WILD)
     with pytest.raises(KeyboardInterrupt):
         stopped.fit(4, progress=False)
     assert len(stopped.history) < 4
-    assert finished(trainer(checkpoint=tmp_path / "checkpoint"), 4) == whole
+    assert finished(trainer(checkpoint=tmp_path / "checkpoint", **WILD), 4) == whole
     (tmp_path / "checkpoint").unlink()
     assert finished(stopped, 4) == whole  # in the same process, as in a notebook
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_run_that_could_not_be_saved_can_be_taken_up_again(moment, tmp_path, monkeypatch):
-    whole = finished(trainer(), 4)
-    stopped, calls, real = trainer(checkpoint=tmp_path / "checkpoint"), [], getattr(os, moment)
+    whole = finished(trainer(**WILD), 4)
+    stopped, calls, real = trainer(checkpoint=tmp_path / "checkpoint", **WILD), [], getattr(os, moment)
 
     def fail(*arguments):
         calls.append(arguments)
@@ -191,7 +195,7 @@ def test_a_run_that_could_not_be_saved_can_be_taken_up_again(moment, tmp_path, m
     monkeypatch.setattr(os, moment, fail)
     with pytest.raises(OSError, match="disk full"):
         stopped.fit(4, progress=False)
-    assert finished(trainer(checkpoint=tmp_path / "checkpoint"), 4) == whole
+    assert finished(trainer(checkpoint=tmp_path / "checkpoint", **WILD), 4) == whole
     assert finished(stopped, 4) == whole
 
 
@@ -204,7 +208,7 @@ CHILD = """
     torch.set_num_threads(1)
     rule = LSTMRule("raw", output_scale=1.0, hidden_size=4, num_layers=1)
     trainer = MetaTrainer(rule, Quadratic(dim=3, batch=4), horizon=8, unroll=4, trajectories=3, validation_problems=2,
-                          meta_lr=0.01, schedule="cosine", checkpoint=sys.argv[1])
+                          meta_lr=0.3, schedule="cosine", checkpoint=sys.argv[1])
     print(len(trainer.history), flush=True)
     trainer.fit(200, progress=False)
     print([tuple(epoch) for epoch in trainer.history], trainer.best_loss, [w.tolist() for w in rule.weights()])
@@ -345,6 +349,25 @@ def test_windows_that_are_not_finite_are_skipped_and_counted(value, second_deriv
     short = trainer(trajectories=1, horizon=4, **change)
     short.fit(1, progress=False)
     assert one[2] == outcome(short)[2]
+
+
+@dataclass(frozen=True)
+class Kink(Quadratic):
+    """Its last loss is finite and has no gradient."""
+
+    def sample(self, seed):
+        problem = super().sample(seed)
+        loss = problem.loss
+        problem.loss = lambda theta, step: loss(theta, step) + ((theta.sum() * 0).abs().sqrt() if step == 8 else 0)
+        return problem
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped():
+    trained = trainer(Kink(3, 4))
+    (epoch,) = trained.fit(1, progress=False)
+    assert epoch.skipped == 3
+    assert math.isfinite(epoch.validation_loss)
+    assert all(weight.isfinite().all() for weight in trained.rule.weights())
 
 
 def test_an_epoch_without_any_finite_window_changes_nothing():
