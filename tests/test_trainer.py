@@ -27,12 +27,20 @@ SMALL = {"horizon": 8, "unroll": 4, "trajectories": 3, "validation_problems": 2,
 TASK = Quadratic(dim=3, batch=4)
 
 
+SECOND_BEST = [3.0, 1.0, 2.0, 4.0, 1.0, 5.0]
+"""Validation losses. The best weights soon lie behind, so that it shows whether they are kept."""
+
+
 def small_rule(**arguments):
     return LSTMRule("raw", **{"output_scale": 1.0, "hidden_size": 4, "num_layers": 1} | arguments)
 
 
-def trainer(task=TASK, rule=None, **changes):
-    return MetaTrainer(rule or small_rule(), task, **SMALL | changes)
+def trainer(task=TASK, rule=None, validation=None, **changes):
+    """A trainer, which finds these validation losses after its epochs if some are given."""
+    made = MetaTrainer(rule or small_rule(), task, **SMALL | changes)
+    if validation is not None:
+        made.validate = lambda: validation[len(made.history)]
+    return made
 
 
 def outcome(trained):
@@ -108,10 +116,18 @@ def test_an_epoch_is_what_the_documentation_says(change):
 
 
 def test_the_rule_ends_with_the_best_weights():
-    trained = trainer(meta_lr=0.3)
-    validation = [epoch.validation_loss for epoch in trained.fit(8, progress=False)]
-    assert min(validation) < validation[-1]  # or this would show nothing
-    assert trained.best_loss == min(validation) == trained.validate()
+    trained = trainer(validation=SECOND_BEST)
+    history = trained.fit(6, progress=False)
+    assert [epoch.validation_loss for epoch in history] == SECOND_BEST
+    assert trained.best_loss == 1
+    assert outcome(trained)[2] == finished(trainer(validation=SECOND_BEST), 2)[2]
+    assert outcome(trained)[2] != finished(trainer(validation=[1.0] * 5 + [0.0]), 6)[2]
+
+
+def test_validation_is_repeatable():
+    trained = trainer()
+    history = trained.fit(3, progress=False)
+    assert trained.best_loss == min(epoch.validation_loss for epoch in history) == trained.validate()
 
 
 def test_schedules():
@@ -139,13 +155,9 @@ def test_runs_with_one_seed_have_the_same_bits_and_others_do_not(change):
     assert finished(trainer(seed=2, **change), 3) != one
 
 
-WILD = {"meta_lr": 0.3}
-"""A rate at which the best weights soon lie behind, so that it shows which are kept."""
-
-
 def test_two_calls_of_fit_are_one():
-    whole = finished(trainer(**WILD), 6)
-    parts = trainer(**WILD)
+    whole = finished(trainer(validation=SECOND_BEST), 6)
+    parts = trainer(validation=SECOND_BEST)
     for epochs in (0, 2, 2, 5, 6, 3):
         parts.fit(epochs, progress=False)
     assert outcome(parts) == whole
@@ -170,21 +182,23 @@ class Interrupted(Quadratic):
 
 @pytest.mark.parametrize("stop_at", range(4, 20, 3))
 def test_a_run_that_was_interrupted_can_be_taken_up_again(stop_at, tmp_path):
-    whole = finished(trainer(**WILD), 4)
+    whole = finished(trainer(validation=SECOND_BEST), 4)
     Interrupted.asked[0] = 0
-    stopped = trainer(Interrupted(dim=3, batch=4, stop_at=stop_at), checkpoint=tmp_path / "checkpoint", **WILD)
+    stopped = trainer(
+        Interrupted(dim=3, batch=4, stop_at=stop_at), checkpoint=tmp_path / "checkpoint", validation=SECOND_BEST
+    )
     with pytest.raises(KeyboardInterrupt):
         stopped.fit(4, progress=False)
     assert len(stopped.history) < 4
-    assert finished(trainer(checkpoint=tmp_path / "checkpoint", **WILD), 4) == whole
+    assert finished(trainer(checkpoint=tmp_path / "checkpoint", validation=SECOND_BEST), 4) == whole
     (tmp_path / "checkpoint").unlink()
     assert finished(stopped, 4) == whole  # in the same process, as in a notebook
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_run_that_could_not_be_saved_can_be_taken_up_again(moment, tmp_path, monkeypatch):
-    whole = finished(trainer(**WILD), 4)
-    stopped, calls, real = trainer(checkpoint=tmp_path / "checkpoint", **WILD), [], getattr(os, moment)
+    whole = finished(trainer(validation=SECOND_BEST), 4)
+    stopped, calls, real = trainer(checkpoint=tmp_path / "checkpoint", validation=SECOND_BEST), [], getattr(os, moment)
 
     def fail(*arguments):
         calls.append(arguments)
@@ -195,7 +209,7 @@ def test_a_run_that_could_not_be_saved_can_be_taken_up_again(moment, tmp_path, m
     monkeypatch.setattr(os, moment, fail)
     with pytest.raises(OSError, match="disk full"):
         stopped.fit(4, progress=False)
-    assert finished(trainer(checkpoint=tmp_path / "checkpoint", **WILD), 4) == whole
+    assert finished(trainer(checkpoint=tmp_path / "checkpoint", validation=SECOND_BEST), 4) == whole
     assert finished(stopped, 4) == whole
 
 
