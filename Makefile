@@ -18,7 +18,7 @@ help:
 	@echo "also: make lint, format, bench, clean"
 
 demo: $(READY)
-	$(BIN)/fastl2l train --task digits --out runs/demo
+	$(BIN)/fastl2l train --task digits --epochs 75 --out runs/demo
 	$(BIN)/fastl2l evaluate --task digits --rule runs/demo/rule.safetensors --out runs/demo/evaluation
 
 test: $(READY)
