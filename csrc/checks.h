@@ -21,6 +21,7 @@ inline const char* dtype_name(ScalarType dtype) {
     case ScalarType::Double: return "float64";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Bool: return "bool";
     default: return "another dtype";
   }
 }

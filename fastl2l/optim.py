@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastl2l.ops.dispatch import select
+from fastl2l.ops.dispatch import Backend, select
 from fastl2l.ops.layout import TILE, new_state, state_shape
 from fastl2l.rules import LSTMRule
 
@@ -24,10 +24,29 @@ _STATE = "lstm_state"
 class _Batch(NamedTuple):
     """What one kernel call takes of a parameter group, and the parameters that it works on copies of."""
 
+    group: dict[str, Any]
     owners: list[Tensor]
     params: list[Tensor]
     grads: list[Tensor]
     copies: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> _Batch:
+        """The parameters that have a gradient, as they are: nothing has been looked at yet."""
+        owners = [param for param in group["params"] if param.grad is not None]
+        return cls(group, owners, owners, [param.grad for param in owners], [])
+
+    def checked(self) -> _Batch:
+        """With contiguous copies of what is not contiguous.
+
+        Raises:
+            RuntimeError: a gradient is of a kind that the rule cannot use.
+        """
+        for param, grad in zip(self.owners, self.grads, strict=True):
+            _check_gradient(param, grad)
+        params = [param.contiguous() for param in self.owners]
+        copies = [(param, work) for param, work in zip(self.owners, params, strict=True) if work is not param]
+        return _Batch(self.group, self.owners, params, [grad.contiguous() for grad in self.grads], copies)
 
 
 class FusedLSTMOptimizer(torch.optim.Optimizer):
@@ -105,77 +124,84 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = [(group, self._collect(group)) for group in self.param_groups]
-        if self.nonfinite != "propagate" and not self._finite(batches):
-            return loss
-        for group, batch in batches:
-            if batch.params:
-                self._apply(group, batch)
+        batches = [batch for group in self.param_groups if (batch := _Batch.of(group)).params]
+        if len(batches) > 1:  # what is wrong with one group must be found before another is changed
+            batches = [batch.checked() for batch in batches]
+            if self.nonfinite != "propagate":
+                for batch in batches:
+                    if not self._backend(batch).all_finite(batch.grads):
+                        self._refuse(batch)
+                        return loss
+        for batch in batches:
+            self._apply(batch)
         return loss
 
-    def _collect(self, group: dict[str, Any]) -> _Batch:
-        # The only loop over parameters in Python: for a model of many small ones its cost shows.
-        owners = [param for param in group["params"] if param.grad is not None]
-        grads: list[Tensor] = [param.grad for param in owners]
-        batch = _Batch(owners, owners, grads, [])
-        plain = [
-            grad.layout == torch.strided and grad.is_contiguous() and param.is_contiguous()
-            for param, grad in zip(owners, grads, strict=True)
-        ]
-        return batch if all(plain) and _same_dtypes(owners, grads) else self._collect_others(batch)
-
-    def _collect_others(self, batch: _Batch) -> _Batch:
-        """Contiguous copies of what is not; clear errors for what cannot be updated."""
-        for param, grad in zip(batch.owners, batch.grads, strict=True):
-            _check_gradient(param, grad)
-        params = [param.contiguous() for param in batch.owners]
-        copies = [(param, work) for param, work in zip(batch.owners, params, strict=True) if work is not param]
-        return _Batch(batch.owners, params, [grad.contiguous() for grad in batch.grads], copies)
-
-    def _states(self, rule: LSTMRule, params: list[Tensor]) -> list[Tensor]:
-        states = self.state
+    def _apply(self, batch: _Batch) -> None:
+        states, new = self._states(batch)
+        # The kernel checks what it is given before it changes anything, and far faster than a loop over hundreds of
+        # parameters here would: only when it refuses are they looked at one by one.
         try:
-            return [states[param][_STATE] for param in params]
-        except KeyError:
-            # One allocation for all: a kernel walks through it faster than through hundreds of small ones.
-            missing = [param for param in params if _STATE not in states[param]]
-            tiles = [state_shape(rule, param.numel())[0] for param in missing]
-            together = new_state(rule, sum(tiles) * TILE, rule.weight_out.device)
-            for param, part in zip(missing, together.split(tiles), strict=True):
-                states[param][_STATE] = part
-            return self._states(rule, params)
-
-    def _finite(self, batches: list[tuple[dict[str, Any], _Batch]]) -> bool:
-        """Whether the step may go on; False to skip it."""
-        for _, batch in batches:
-            if not batch.grads or select(self.backend, batch.grads[0].device).all_finite(batch.grads):
-                continue
-            if self.nonfinite == "raise":
-                shapes = [list(grad.shape) for grad in batch.grads if not grad.isfinite().all()]
-                raise FloatingPointError(
-                    f"gradient: expected finite numbers, got NaN or infinity in {len(shapes)} of {len(batch.grads)} "
-                    f"parameters, the first of shape {shapes[0]}; nothing was changed"
-                )
-            self.skipped_steps += 1
-            return False
-        return True
-
-    def _apply(self, group: dict[str, Any], batch: _Batch) -> None:
-        rule: LSTMRule = group["rule"]
-        config = rule.config
-        select(self.backend, batch.params[0].device).step_(
-            batch.params,
-            batch.grads,
-            self._states(rule, batch.owners),
-            rule.weights(),
-            config.preprocess,
-            config.preprocess_constant,
-            config.output_scale * float(group["lr"]),
-            -1.0 if group["maximize"] else 1.0,
-        )
+            done = self._call(batch, states)
+        except RuntimeError:
+            batch = batch.checked()
+            done = self._call(batch, states)
+        if not done:
+            self._refuse(batch)
+            return
+        for param, state in new:
+            self.state[param][_STATE] = state
         torch.autograd.graph.increment_version(batch.params)
         for param, work in batch.copies:
             param.copy_(work)
+
+    def _call(self, batch: _Batch, states: list[Tensor]) -> bool:
+        """One kernel call; False if it has changed nothing, because a gradient is not finite."""
+        rule: LSTMRule = batch.group["rule"]
+        config = rule.config
+        finite = None if self.nonfinite == "propagate" else states[0].new_empty(1, dtype=torch.bool)
+        self._backend(batch).step_(
+            batch.params,
+            batch.grads,
+            states,
+            rule.weights(),
+            config.preprocess,
+            config.preprocess_constant,
+            config.output_scale * float(batch.group["lr"]),
+            -1.0 if batch.group["maximize"] else 1.0,
+            finite,
+        )
+        return finite is None or bool(finite)
+
+    def _states(self, batch: _Batch) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The parameters' states, and those among them that are new, to be kept when the step is done."""
+        kept = self.state
+        try:
+            return [kept[param][_STATE] for param in batch.owners], []
+        except KeyError:
+            missing = [param for param in batch.owners if _STATE not in kept[param]]
+        for param in missing:
+            del kept[param]  # looking it up has made an entry
+        # One allocation for all: a kernel walks through it faster than through hundreds of small ones.
+        rule = batch.group["rule"]
+        tiles = [state_shape(rule, param.numel())[0] for param in missing]
+        together = new_state(rule, sum(tiles) * TILE, rule.weight_out.device)
+        new = dict(zip(missing, together.split(tiles), strict=True))
+        states = [new[param] if param in new else kept[param][_STATE] for param in batch.owners]
+        return states, list(new.items())
+
+    def _backend(self, batch: _Batch) -> Backend:
+        return select(self.backend, batch.params[0].device)
+
+    def _refuse(self, batch: _Batch) -> None:
+        """Raise, or count, for gradients that are not finite."""
+        if self.nonfinite == "skip":
+            self.skipped_steps += 1
+            return
+        shapes = [list(grad.shape) for grad in batch.grads if not grad.isfinite().all()]
+        raise FloatingPointError(
+            f"gradient: expected finite numbers, got NaN or infinity in {len(shapes)} of {len(batch.grads)} "
+            f"parameters, the first of shape {shapes[0]}; nothing was changed"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch's optimizers name what they hold."""
@@ -229,10 +255,6 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                     )
                 matched.append((param, {_STATE: found.detach().to(param.device, copy=True)}))
         return matched
-
-
-def _same_dtypes(params: list[Tensor], grads: list[Tensor]) -> bool:
-    return [param.dtype for param in params] == [grad.dtype for grad in grads]
 
 
 def _check_gradient(param: Tensor, grad: Tensor) -> None:

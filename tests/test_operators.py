@@ -461,6 +461,32 @@ def test_all_finite_misses_nothing(backend, dtype):
                 assert not all_finite([tensor, wrong])
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("value", [1.0, NAN, INF, -INF])
+def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite(backend, value):
+    arguments, flag = step_arguments(), torch.empty(1, dtype=torch.bool)
+    arguments["grads"][1].view(-1)[-1] = value
+    before = [tensor.clone() for tensor in tensors_of(arguments)]
+    dispatch.select(backend, "cpu").step_(*arguments.values(), 10.0, 1.0, 1.0, flag)
+    assert flag.item() == math.isfinite(value)
+    assert bits_equal(tensors_of(arguments), before) == (not math.isfinite(value))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (torch.zeros(1), "finite: expected bool, got float32"),
+        (torch.zeros(2, dtype=torch.bool), r"finite: expected shape \[1\], got \[2\]"),
+    ],
+)
+def test_the_flag_of_a_step_is_one_bool(native, flag, message):
+    arguments = step_arguments()
+    before = [tensor.clone() for tensor in tensors_of(arguments)]
+    with pytest.raises(RuntimeError, match=message):
+        native.step_(*arguments.values(), 10.0, 1.0, 1.0, flag)
+    assert bits_equal(tensors_of(arguments), before)
+
+
 def test_all_finite_takes_floating_contiguous_tensors(native):
     with pytest.raises(RuntimeError, match=r"tensors\[1\]: expected a contiguous tensor"):
         native.all_finite([torch.zeros(3), torch.zeros(4, 4).T[1:]])
@@ -585,6 +611,7 @@ def test_opcheck_of_step(native):
     params, grads = [torch.zeros(3, 7), torch.zeros(5).half()], [random_gradients(3, 7), torch.ones(5).half()]
     arguments = params, grads, [new_state(RULE, 21), new_state(RULE, 5)], detached(RULE), *constants(RULE), 1.0
     torch.library.opcheck(native.step_, arguments)
+    torch.library.opcheck(native.step_, (*arguments, torch.zeros(1, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("need", [True, False])

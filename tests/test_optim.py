@@ -416,6 +416,30 @@ def test_nonfinite_gradients_raise_or_skip_for_all_groups_at_once(rule, value, s
         assert not same(everything(optimizer)[0], before[0])
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("wrong", ["nonfinite", "sparse", "dtype"])
+@pytest.mark.parametrize("stepped", [0, 2])
+def test_one_group_alone_is_refused_as_a_whole(rule, wrong, stepped, backend):
+    table = nn.Embedding(10, 3, sparse=True)
+    params = [*parameters(), table.weight]
+    optimizer = FusedLSTMOptimizer(params, rule, backend=backend)
+    run(optimizer, params, range(stepped))
+    set_gradients(params, 5)
+    if wrong == "nonfinite":
+        params[-1].grad[3, 1] = NAN
+    elif wrong == "sparse":
+        params[-1].grad = None
+        table(torch.tensor([1, 2])).sum().backward()
+    else:
+        params[-1].grad = None
+        params[-1].grad_dtype = torch.float64
+        params[-1].grad = torch.ones(10, 3, dtype=torch.float64)
+    before = everything(optimizer)
+    with pytest.raises(FloatingPointError if wrong == "nonfinite" else RuntimeError, match="gradient"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
 def test_nonfinite_gradients_propagate_when_asked(rule):
     params, twins = parameters(), parameters()
     optimizers = [FusedLSTMOptimizer(p, rule, nonfinite="propagate") for p in (params, twins)]

@@ -144,13 +144,58 @@ void step_all(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
   });
 }
 
+// x - x is 0 for finite x and NaN otherwise; the sum of such terms is vectorized by any compiler.
+template <typename Stored>
+bool finite(const void* data, int64_t n) {
+  const Stored* x = static_cast<const Stored*>(data);
+  constexpr int lanes = 16;
+  constexpr int64_t stretch = 4096;
+  for (int64_t first = 0; first < n; first += stretch) {
+    using Wide = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+    const int64_t last = std::min(n, first + stretch);
+    Wide sums[lanes] = {};
+    int64_t i = first;
+    for (; i + lanes <= last; i += lanes) {
+      for (int k = 0; k < lanes; ++k) sums[k] += (Wide)x[i + k] - (Wide)x[i + k];
+    }
+    for (; i < last; ++i) sums[0] += (Wide)x[i] - (Wide)x[i];
+    for (Wide sum : sums) {
+      if (!(sum == 0)) return false;
+    }
+  }
+  return true;
+}
+
+bool is_finite(const Tensor& tensor, const Name& name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name.string(), ": expected a contiguous tensor");
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return finite<float>(tensor.data_ptr(), tensor.numel());
+    case ScalarType::Double: return finite<double>(tensor.data_ptr(), tensor.numel());
+    case ScalarType::Half: return finite<torch::headeronly::Half>(tensor.data_ptr(), tensor.numel());
+    case ScalarType::BFloat16: return finite<torch::headeronly::BFloat16>(tensor.data_ptr(), tensor.numel());
+    default: STD_TORCH_CHECK(false, name.string(), ": expected a floating dtype");
+  }
+  return false;
+}
+
+bool all_finite(const std::vector<Tensor>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!is_finite(tensors[i], {"tensors", (int64_t)i})) return false;
+  }
+  return true;
+}
+
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
-           std::vector<Tensor> weights, std::string preprocess, double constant, double update_scale,
-           double grad_scale) {
+           std::vector<Tensor> weights, std::string preprocess, double constant, double update_scale, double grad_scale,
+           std::optional<Tensor> finite) {
   const RuleSizes sizes = check_weights(weights, preprocess);
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
   check_segments(params, grads, states, dtype, rule.state_rows());
+  if (finite) {
+    check_tensor({"finite"}, *finite, ScalarType::Bool, {1});
+    if (!(*static_cast<bool*>(finite->data_ptr()) = all_finite(grads))) return;
+  }
   if (params.empty()) return;
   if (dtype == ScalarType::Float) {
     step_all<float>(params, grads, states, weights, rule, grad_scale);
@@ -227,47 +272,6 @@ std::tuple<Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, T
     run(double());
   }
   return {dweights, dstate_first, dgrads};
-}
-
-// x - x is 0 for finite x and NaN otherwise; the sum of such terms is vectorized by any compiler.
-template <typename Stored>
-bool finite(const void* data, int64_t n) {
-  const Stored* x = static_cast<const Stored*>(data);
-  constexpr int lanes = 16;
-  constexpr int64_t stretch = 4096;
-  for (int64_t first = 0; first < n; first += stretch) {
-    using Wide = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
-    const int64_t last = std::min(n, first + stretch);
-    Wide sums[lanes] = {};
-    int64_t i = first;
-    for (; i + lanes <= last; i += lanes) {
-      for (int k = 0; k < lanes; ++k) sums[k] += (Wide)x[i + k] - (Wide)x[i + k];
-    }
-    for (; i < last; ++i) sums[0] += (Wide)x[i] - (Wide)x[i];
-    for (Wide sum : sums) {
-      if (!(sum == 0)) return false;
-    }
-  }
-  return true;
-}
-
-bool all_finite(std::vector<Tensor> tensors) {
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const Tensor& tensor = tensors[i];
-    STD_TORCH_CHECK(tensor.is_contiguous(), "tensors[", i, "]: expected a contiguous tensor");
-    const auto check = [&]() -> bool {
-      switch (tensor.scalar_type()) {
-        case ScalarType::Float: return finite<float>(tensor.data_ptr(), tensor.numel());
-        case ScalarType::Double: return finite<double>(tensor.data_ptr(), tensor.numel());
-        case ScalarType::Half: return finite<torch::headeronly::Half>(tensor.data_ptr(), tensor.numel());
-        case ScalarType::BFloat16: return finite<torch::headeronly::BFloat16>(tensor.data_ptr(), tensor.numel());
-        default: STD_TORCH_CHECK(false, "tensors[", i, "]: expected a floating dtype");
-      }
-      return false;
-    };
-    if (!check()) return false;
-  }
-  return true;
 }
 
 Tensor elementwise(Tensor x, std::string function) {

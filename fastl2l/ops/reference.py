@@ -21,8 +21,14 @@ def step_(
     preprocess_constant: float,
     update_scale: float,
     grad_scale: float,
+    finite: Tensor | None = None,
 ) -> None:
     """See schema.py."""
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad.layout != param.layout or grad.dtype != param.dtype:
+            raise RuntimeError(f"grads[{index}]: expected {param.dtype}, dense, got {grad.dtype}, {grad.layout}")
+    if finite is not None and not finite.fill_(all_finite(grads)):
+        return
     for param, grad, state in zip(params, grads, states, strict=True):
         update, rows = reference.step(
             grad.reshape(-1).to(state.dtype) * grad_scale,

@@ -6,7 +6,9 @@ contiguous, states have the layout of layout.py.
 step_
     One step of every coordinate of several parameters. ``params``: float32, float64, float16 or bfloat16, any shape,
     changed in place by ``+ update_scale * (w_out . h + b_out)``; ``grads``: like params; ``states``: one a parameter,
-    in the weights' dtype, changed in place. ``grad_scale`` multiplies the gradients first.
+    in the weights' dtype, changed in place. ``grad_scale`` multiplies the gradients first. ``finite``: None, or a bool
+    [1] that is set to whether every gradient is finite; where one is not, nothing else is changed. Arguments are
+    checked before anything is changed.
 
 window_backward
     Gradients of ``sum(adjoints * updates)`` over a window of T steps, by recomputation from its first state.
@@ -35,7 +37,10 @@ from torch import Tensor
 _RULE = "Tensor[] weights, str preprocess, float preprocess_constant, float update_scale"
 
 library = torch.library.Library("fastl2l", "DEF")
-library.define(f"step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, {_RULE}, float grad_scale) -> ()")
+library.define(
+    f"step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, {_RULE}, "
+    "float grad_scale, Tensor(c!)? finite=None) -> ()"
+)
 library.define(
     f"window_backward(Tensor state, Tensor grads, Tensor adjoints, {_RULE}, "
     "Tensor? dstate, bool need_dstate, bool need_dgrads) -> (Tensor, Tensor, Tensor)"
@@ -56,6 +61,7 @@ def _(
     preprocess_constant: float,
     update_scale: float,
     grad_scale: float,
+    finite: Tensor | None = None,
 ) -> None:
     return None
 
