@@ -6,7 +6,6 @@ fresh problems of the task, which are never those of a test.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -17,8 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastl2l.build import cache_folder
-from fastl2l.files import write_json
+from fastl2l.files import cache_file, write_json
 from fastl2l.tasks.base import Problem, Task, check_start, evaluate_loss, integer, problem_seed, value_and_grad
 
 FORMAT = 1
@@ -159,7 +157,7 @@ def tune(
         "runs": runs,
         "seed": seed,
     }
-    path = _cache_file(request)
+    path = cache_file("tuning", request, ".json")
     known = _read(path, request) if cache else None
     if known is not None:
         return known
@@ -218,11 +216,6 @@ def _search(try_rate: Callable[[float], tuple[float, float]]) -> dict[float, flo
 
 def _rate(number: int) -> float:
     return float(f"{10 ** (number / 12):.4g}")
-
-
-def _cache_file(request: dict[str, Any]) -> Path:
-    key = hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return cache_folder() / "tuning" / f"{key}.json"
 
 
 def _read(path: Path, request: dict[str, Any]) -> float | None:

@@ -9,10 +9,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from fastl2l import baselines, environment, files, plots, rule_files, tasks
+from fastl2l import baselines, environment, experiments, files, plots, rule_files, tasks
 from fastl2l.evaluate import comparisons, evaluate
-from fastl2l.meta import MetaTrainer
+from fastl2l.meta import MetaTrainer, search_meta_lr
 from fastl2l.rules import LSTMRule
 
 app = typer.Typer(
@@ -23,11 +24,6 @@ app = typer.Typer(
     help="Learned optimizers: meta-train an update rule, and compare it with tuned optimizers.",
 )
 console = Console()
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "quadratic": {"preprocess": "raw", "output_scale": 1.0},
-}
-"""What a task's rule is where that is not the default (Andrychowicz et al. 2016, section 3.1 and appendix A)."""
 
 TaskName = Annotated[str, typer.Option("--task", help=f"One of {', '.join(tasks.names())}.")]
 Hidden = Annotated[str | None, typer.Option(help="Hidden units of the network, by layer: 20 or 40,40.")]
@@ -75,7 +71,9 @@ def train(
     Example: fastl2l train --task mnist --hidden 20 --epochs 100 --out runs/mnist
     """
     options = {"preprocess": preprocess, "output_scale": output_scale}
-    recipe = RECIPES.get(task, {}) | {name: value for name, value in options.items() if value is not None}
+    recipe = dict(experiments.RULE_OPTIONS.get(task, {})) | {
+        name: value for name, value in options.items() if value is not None
+    }
     rule = LSTMRule(**recipe, hidden_size=hidden_size, num_layers=layers, seed=seed)
     trainer = MetaTrainer(
         rule,
@@ -103,7 +101,9 @@ def train(
 
 @app.command(name="evaluate")
 def evaluate_command(
-    rule: Annotated[list[str], typer.Option(help="A rule file, or NAME=FILE; may be given several times.")],
+    rule: Annotated[
+        list[str], typer.Option(help="A rule file, a shipped rule, or NAME=FILE; may be given several times.")
+    ],
     task: TaskName = "digits",
     out: Annotated[Path, typer.Option(help="Folder for the table, the curves and the figure.")] = Path("runs/evaluate"),
     baseline: Annotated[str, typer.Option(help="Tuned optimizers to compare with, or 'none'.")] = ",".join(
@@ -146,6 +146,91 @@ def evaluate_command(
 def _named(entry: str) -> tuple[str, str]:
     name, separator, path = entry.partition("=")
     return (name, path) if separator else ("lstm", entry)
+
+
+@app.command()
+def tune(
+    task: TaskName = "digits",
+    out: Annotated[Path, typer.Option(help="Folder for the study, the checkpoints and the figure.")] = Path(
+        "runs/tune"
+    ),
+    trials: Annotated[int, typer.Option(help="Learning rates to try, in all.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of each.")] = 20,
+    low: Annotated[float, typer.Option(help="Lowest rate.")] = 1e-4,
+    high: Annotated[float, typer.Option(help="Highest rate.")] = 1e-1,
+    trajectories: Annotated[int, typer.Option(help="Trajectories an epoch.")] = 20,
+    schedule: Annotated[str, typer.Option(help="Of the meta learning rate: constant or cosine.")] = "cosine",
+    seed: Seed = 0,
+    hidden: Hidden = None,
+    activation: Activation = None,
+    batch_size: BatchSize = None,
+) -> None:
+    """Search the meta learning rate at random, by validation loss. Run it again to go on where it was stopped.
+
+    Example: fastl2l tune --task quadratic --trials 10 --epochs 20
+    """
+    problems = _task(task, hidden, activation, batch_size)
+
+    def make_trainer(meta_lr: float, checkpoint: Path) -> MetaTrainer:
+        rule = LSTMRule(**experiments.RULE_OPTIONS.get(task, {}), seed=seed)
+        options: dict[str, Any] = {"seed": seed, "trajectories": trajectories, "schedule": schedule}
+        return MetaTrainer(rule, problems, meta_lr=meta_lr, checkpoint=checkpoint, **options)
+
+    found = search_meta_lr(make_trainer, out, trials=trials, epochs=epochs, low=low, high=high, seed=seed)
+    table = Table("meta learning rate", "validation loss", title=task)
+    for trial in found:
+        table.add_row(f"{trial.meta_lr:.3g}", f"{trial.validation_loss:.4g}")
+    console.print(table)
+    figure = plots.plot_search(found, out / "search.png", title=f"{task}, {epochs} epochs each")
+    console.print(f"figure: {figure}\nthe best: --meta-lr {found[0].meta_lr:.3g}", highlight=False)
+
+
+@app.command()
+def reproduce(
+    names: Annotated[list[str], typer.Argument(help=f"Some of {', '.join(experiments.ALL)}, or all.")],
+    out: Annotated[Path, typer.Option(help="Folder; each experiment gets one in it.")] = Path("results"),
+    quick: Annotated[bool, typer.Option(help="10 problems in place of 100; the figure says so.")] = False,
+    retrain: Annotated[bool, typer.Option(help="Train the rules anew from their recipes first.")] = False,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: a rule of yours in place of the shipped one of that name.")
+    ] = None,
+) -> None:
+    """Make figures and tables of the papers. What is in the cache is not computed again.
+
+    Example: fastl2l reproduce fig4-mnist --quick
+    """
+    chosen = [experiments.by_name(name) for name in (experiments.ALL if names == ["all"] else names)]
+    rules = {name: rule_files.load_rule(path) for name, path in map(_replacement, rule or [])}
+    for experiment in chosen:
+        made = experiments.retrain(experiment, out, quick=quick) if retrain else {}
+        results = experiments.reproduce(experiment, out, rules={**made, **rules}, quick=quick)
+        console.rule(experiment.title)
+        console.print(f"The paper: {experiment.claim}", highlight=False)
+        for panel, curves in results.items():
+            console.print(curves.table(title=panel))
+            for line in comparisons(curves):
+                console.print(line, highlight=False)
+        console.print(f"in {out / (experiment.name + '-quick' * quick)}", highlight=False)
+
+
+def _replacement(entry: str) -> tuple[str, str]:
+    name, separator, path = entry.partition("=")
+    if not separator or name not in experiments.RECIPES:
+        raise ValueError(f"rule: expected NAME=FILE with a name of {', '.join(experiments.RECIPES)}, got {entry!r}")
+    return name, path
+
+
+@app.command()
+def rules() -> None:
+    """List the trained rules that come with fastl2l.
+
+    Example: fastl2l rules
+    """
+    table = Table("rule", "good for", "trained by", title='load_rule("name"), or --rule name')
+    for name, path in rule_files.shipped().items():
+        recipe = rule_files.read_recipe(path)
+        table.add_row(name, recipe["about"], recipe["command"])
+    console.print(table)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,10 @@ class Curves:
         """Names from the lowest final loss to the highest."""
         return sorted(self.losses, key=lambda name: self.final(name)[0])
 
-    def table(self) -> Table:
-        """Final losses, the lowest first, for a rich console. Learned optimizers stand out."""
+    def table(self, title: str | None = None) -> Table:
+        """Final losses, the lowest first, for a rich console; titled by the task. Learned optimizers stand out."""
         header, *rows = self._rows()
-        task = self.metadata.get("task", {}).get("name")
+        task = title or self.metadata.get("task", {}).get("name")
         caption = f"mean over {self.runs} problems after {self.steps} steps, 95% intervals"
         table = Table(*header, title=task, caption=caption)
         for name, row in zip(self.ranking(), rows, strict=True):
@@ -230,24 +230,59 @@ def evaluate(
     integer("seed", seed, least=0)
     check_start(task.sample(problem_seed(seed, "test", 0)))
     tuned = _tuned(task, optimizers, steps, progress)
-    builds = {name: _build(name, optimizer, backend) for name, optimizer in tuned.items()}
-    losses = {name: torch.empty(runs, steps + 1, dtype=torch.float64) for name in builds}
-    with Progress(f"evaluating on {task.name}", runs * len(builds), shown=progress) as shown:
-        for run in range(runs):
-            problem = task.sample(problem_seed(seed, "test", run))
-            for name, build in builds.items():
-                losses[name][run] = descend(problem, build, steps)
-                shown.advance()
-    metadata = {
+    with Progress(f"evaluating on {task.name}", runs * len(tuned), shown=progress) as shown:
+        losses = {
+            name: follow(
+                task,
+                optimizer,
+                steps,
+                range(runs),
+                seed=seed,
+                backend=backend,
+                advance=shown.advance,
+                name=f"optimizers[{name!r}]",
+            )
+            for name, optimizer in tuned.items()
+        }
+    return Curves(losses, describe(task, tuned, steps=steps, runs=runs, seed=seed, backend=backend))
+
+
+def follow(
+    task: Task,
+    optimizer: LSTMRule | Baseline | Build,
+    steps: int,
+    numbers: Iterable[int],
+    *,
+    seed: int = 1,
+    backend: str = "auto",
+    advance: Callable[[], None] = lambda: None,
+    name: str = "optimizer",
+) -> Tensor:
+    """Losses of one optimizer on the test problems of these numbers: float64 [problems, steps + 1].
+
+    `advance` is called after each of them, and errors speak of `name`; everything else is as for `evaluate`.
+    """
+    build = _build(name, optimizer, backend)
+    losses = []
+    for number in numbers:
+        losses.append(descend(task.sample(problem_seed(seed, "test", number)), build, steps))
+        advance()
+    return torch.stack(losses)
+
+
+def describe(
+    task: Task, optimizers: Mapping[str, LSTMRule | Baseline | Build], *, steps: int, runs: int, seed: int, backend: str
+) -> dict[str, Any]:
+    """The metadata of `Curves`: all that decides what the losses are, and the versions that made them."""
+    return {
         "task": task.spec(),
         "steps": steps,
         "runs": runs,
         "seed": seed,
         "backend": backend,
         "versions": _versions(),
-        "optimizers": {name: _describe(optimizer) for name, optimizer in tuned.items()},
+        "optimizers": {name: describe_optimizer(optimizer) for name, optimizer in optimizers.items()},
     }
-    return Curves(losses, metadata)
 
 
 def comparisons(curves: Curves) -> list[str]:
@@ -309,13 +344,14 @@ def _build(name: str, optimizer: LSTMRule | Baseline | Build, backend: str) -> B
     def build(params: list[Tensor]) -> torch.optim.Optimizer:
         built = optimizer(params)
         if not isinstance(built, torch.optim.Optimizer):
-            raise TypeError(f"optimizers[{name!r}]: expected it to return a torch optimizer, got {built!r}")
+            raise TypeError(f"{name}: expected it to return a torch optimizer, got {built!r}")
         return built
 
     return build
 
 
-def _describe(optimizer: Any) -> dict[str, Any]:
+def describe_optimizer(optimizer: Any) -> dict[str, Any]:
+    """What is known of an optimizer: its kind, and the learning rate of a baseline or the hash of a rule's weights."""
     if isinstance(optimizer, Baseline):
         return {"kind": "baseline", "optimizer": optimizer.name, "lr": optimizer.lr, **optimizer.options}
     if isinstance(optimizer, _RULE_TYPES):

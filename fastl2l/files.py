@@ -7,11 +7,14 @@ reader sees the old file or the new one, never a part.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 from pathlib import Path
 from typing import Any
+
+from fastl2l.build import cache_folder
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -57,6 +60,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
         ValueError: `value` holds NaN or an infinity, which JSON has no word for either and other readers refuse.
     """
     return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def cache_file(kind: str, request: dict[str, Any], suffix: str) -> Path:
+    """Where FASTL2L_CACHE keeps the answer to `request`: named by a hash of everything the answer depends on."""
+    key = hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return cache_folder() / kind / f"{key}{suffix}"
 
 
 def _sync_folder(folder: Path) -> None:

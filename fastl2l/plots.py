@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,72 @@ def plot_curves(curves: Curves, path: str | os.PathLike[str], *, title: str | No
     """
     if not isinstance(curves, Curves):
         raise TypeError(f"curves: expected what fastl2l.evaluate returns, got {type(curves).__name__}")
-    return _figure(path, _title(curves) if title is None else title, lambda axes: _draw(axes, curves, log))
+    return _figure(path, [(_title(curves) if title is None else title, lambda axes: _draw(axes, curves, log))])
+
+
+def plot_panels(panels: Mapping[str, Curves], path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draw several curves as by `plot_curves`, side by side, each under its name, and return the path.
+
+    Args:
+        panels: curves by the title of their panel, not empty.
+        path, title: as for `plot_curves`.
+
+    Raises:
+        ValueError: there is no panel, or the suffix is another.
+    """
+    return _figure(path, [(name, partial(_draw, curves=curves, log=True)) for name, curves in panels.items()], title)
+
+
+def plot_final_losses(
+    groups: Mapping[str, Mapping[int, Curves]], path: str | os.PathLike[str], *, title: str, xlabel: str, marked: int
+) -> Path:
+    """Draw final losses with their intervals against a number, in the manner of Figure 6 of Andrychowicz et al. 2016.
+
+    Args:
+        groups: by the title of a panel, curves by the number that they are for.
+        path, title: as for `plot_curves`.
+        xlabel: what the number is.
+        marked: the number that the rule was trained with: a vertical line in the first panel.
+
+    Raises:
+        ValueError: there is no group, or the suffix is another.
+    """
+    finals = [curves.final(name)[0] for group in groups.values() for curves in group.values() for name in curves.losses]
+    shown = [final for final in finals if math.isfinite(final)] or [1.0]
+
+    def draw(axes: Axes, group: Mapping[int, Curves], first: bool) -> None:
+        sample = next(iter(group.values()))
+        colours = dict(_colours(sample))
+        for name in reversed(sample.ranking()):
+            learned = sample.kind(name) == "learned"
+            finals = [curves.final(name) if not curves.diverged(name) else (math.nan, 0.0) for curves in group.values()]
+            means, halves = zip(*finals, strict=True)
+            line, *_ = axes.errorbar(
+                list(group),
+                means,
+                yerr=halves,
+                color=colours[name],
+                label=name,
+                linewidth=2.4 if learned else 1.5,
+                marker="o",
+                markersize=4,
+                capsize=2,
+                zorder=4 if learned else 3,
+            )
+            if not learned:
+                line.set_dashes(_DASHES.get(name.lower(), (4, 2)))
+        if first:
+            axes.axvline(marked, color="#999999", linewidth=1, linestyle=":", zorder=1)
+        axes.set(xlabel=xlabel, ylabel="final loss", xticks=list(group))
+        _logarithmic(axes, min(shown), max(shown))
+        axes.grid(axis="y")
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1])
+
+    panels = [
+        (name, partial(draw, group=group, first=number == 0)) for number, (name, group) in enumerate(groups.items())
+    ]
+    return _figure(path, panels, title)
 
 
 def plot_history(history: Sequence[Epoch], path: str | os.PathLike[str], *, title: str = "meta-training") -> Path:
@@ -110,19 +176,56 @@ def plot_history(history: Sequence[Epoch], path: str | os.PathLike[str], *, titl
         axes.grid(axis="y")
         axes.legend()
 
-    return _figure(path, title, draw)
+    return _figure(path, [(title, draw)])
 
 
-def _figure(path: str | os.PathLike[str], title: str, draw: Callable[[Axes], None]) -> Path:
+def plot_search(trials: Sequence[tuple[float, float]], path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draw the validation losses of a search of the meta learning rate, and return the path.
+
+    Args:
+        trials: pairs of a learning rate and the loss that it gave; infinite ones are drawn at the top.
+        path, title: as for `plot_curves`.
+
+    Raises:
+        ValueError: there is no trial, or the suffix is another.
+    """
+    if not trials:
+        raise ValueError("trials: expected at least one, got none")
+
+    def draw(axes: Axes) -> None:
+        finite = [(lr, loss) for lr, loss in trials if math.isfinite(loss)]
+        highest = max((loss for _, loss in finite), default=1.0)
+        failed = [lr for lr, loss in trials if not math.isfinite(loss)]
+        axes.plot([lr for lr, _ in finite], [loss for _, loss in finite], "o", color=COLOURS["lstm"])
+        if failed:
+            axes.plot(failed, [highest] * len(failed), "x", color="#777777", label="diverged")
+            axes.legend()
+        axes.set(xlabel="meta learning rate", ylabel="validation loss, last step", xscale="log")
+        if finite:
+            _logarithmic(axes, min(loss for _, loss in finite), highest)
+        axes.grid(axis="y")
+
+    return _figure(path, [(title, draw)])
+
+
+def _figure(
+    path: str | os.PathLike[str], panels: Sequence[tuple[str, Callable[[Axes], None]]], title: str | None = None
+) -> Path:
+    """Panels side by side, each a title and what draws it, under a common title if there is one."""
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in _FORMATS:
         raise ValueError(f"path: expected a name that ends in .{', .'.join(_FORMATS)}, got {os.fspath(path)!r}")
+    if not panels:
+        raise ValueError("panels: expected at least one, got none")
     picture = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set_title(title)
+        width = 6.4 if len(panels) == 1 else 4.6 * len(panels)
+        figure = Figure(figsize=(width, 4.0 if title is None else 4.3), layout="constrained")
+        for axes, (name, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            draw(axes)
+            axes.set_title(name)
+        if title is not None:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         figure.savefig(picture, format=suffix, **_FORMATS[suffix])
     return write_bytes(path, picture.getvalue())
 

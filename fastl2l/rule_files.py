@@ -18,6 +18,7 @@ from fastl2l.rules import RULES, LSTMConfig, LSTMRule
 
 FORMAT = "fastl2l-rule"
 VERSION = 1
+_SHIPPED = Path(__file__).parent / "shipped"
 _METADATA = {"format", "format_version", "rule", "config", "recipe", "checksum"}
 
 
@@ -50,15 +51,23 @@ def save_rule(rule: LSTMRule, path: str | os.PathLike[str], *, recipe: dict[str,
     return files.write_bytes(path, save(weights, metadata))
 
 
+def shipped() -> dict[str, Path]:
+    """The trained rules that come with fastl2l, by name."""
+    return {path.stem: path for path in sorted(_SHIPPED.glob("*.safetensors"))}
+
+
 def load_rule(path: str | os.PathLike[str]) -> LSTMRule:
-    """Read a rule that :func:`save_rule` wrote.
+    """Read a rule that :func:`save_rule` wrote, or one that comes with fastl2l.
+
+    Args:
+        path: a file, or the name of a shipped rule, such as "lstm-mnist"; `fastl2l rules` lists them.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file and no such rule.
         RuleFileError: it is damaged, a pickle, of another format or version, or its weights do not fit its
             configuration.
     """
-    metadata, weights = _read(Path(path))
+    metadata, weights = _read(path)
     kind = metadata.get("rule")
     if kind not in RULES:
         raise RuleFileError(f"{path}: expected a rule of kind {', '.join(RULES)}, got {kind!r}")
@@ -79,14 +88,16 @@ def load_rule(path: str | os.PathLike[str]) -> LSTMRule:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The recipe that a rule file carries. Raises as :func:`load_rule` does."""
-    recipe: dict[str, Any] = json.loads(_read(Path(path))[0].get("recipe", "{}"))
+    """The recipe that a rule file or a shipped rule carries. Raises as :func:`load_rule` does."""
+    recipe: dict[str, Any] = json.loads(_read(path)[0].get("recipe", "{}"))
     return recipe
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _read(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    path = shipped().get(os.fspath(name_or_path), Path(name_or_path))
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a rule file, and there is no such file")
+        names = ", ".join(shipped())
+        raise FileNotFoundError(f"{path}: expected a rule file or one of {names}, and there is no such file")
     with path.open("rb") as file:
         start = file.read(4)
     try:

@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from fastl2l import experiments
 from fastl2l.cli import app
+from fastl2l.experiments.experiment import Experiment, Panel
 from fastl2l.rule_files import load_rule, read_recipe
+from fastl2l.tasks import Quadratic
 
 SMALL = ["--task", "quadratic", "--horizon", "4", "--unroll", "2", "--trajectories", "2", "--epochs", "2"]
 
@@ -60,6 +63,24 @@ def test_evaluate_prints_a_table_and_writes_everything(trained, tmp_path):
     assert Image.open(out / "curves.png").size == (1280, 800)
 
 
+def test_reproduce_prints_the_claim_and_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
+    small = Panel("tiny", "tiny", lambda: Quadratic(dim=2, batch=2), "lstm-quadratic", steps=2)
+    monkeypatch.setitem(experiments.ALL, "fig4-quadratic", Experiment("tiny", "A figure", "it works.", [small]))
+    done = run("reproduce", "fig4-quadratic", "--quick", "--out", tmp_path)
+    assert done.exit_code == 0
+    for words in ("A figure", "The paper: it works.", "lstm ends"):
+        assert words in done.stdout
+    assert (tmp_path / "tiny-quick" / "figure.png").exists()
+
+
+def test_rules_are_listed_with_what_they_are_good_for():
+    done = run("rules")
+    assert done.exit_code == 0
+    for words in ("lstm-mnist", "lstm-quadratic", "quadratic functions", "fastl2l train"):
+        assert words in " ".join(done.stdout.split())
+
+
 def test_env_names_backends_and_folders():
     done = run("env")
     assert done.exit_code == 0
@@ -67,7 +88,7 @@ def test_env_names_backends_and_folders():
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "env"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "tune", "reproduce", "rules", "env"])
 def test_help_shows_an_example(command):
     assert f"Example: fastl2l {command}" in run(command, "--help").stdout
 
@@ -79,6 +100,10 @@ def test_help_shows_an_example(command):
         (["train", "--task", "quadratic", "--unroll", "7"], "unroll: expected a divisor of the horizon 100, got 7"),
         (["train", "--task", "quadratic", "--hidden", "20"], "options of task 'quadratic'"),
         (["train", "--task", "digits", "--hidden", "twenty"], "hidden: expected numbers such as 40,40, got 'twenty'"),
+        (["reproduce", "fig7"], "name: expected one of fig4-quadratic"),
+        (["reproduce", "fig5", "--rule", "mine.safetensors"], "rule: expected NAME=FILE with a name of lstm-mnist"),
+        (["reproduce", "fig5", "--rule", "lstm-mnist=missing"], "missing: expected a rule file or one of lstm-mnist"),
+        (["tune", "--task", "quadratic", "--low", "2", "--high", "1"], "low, high: expected 0 < low < high, got 2.0"),
         (["evaluate", "--rule", "missing.safetensors"], "missing.safetensors: expected a rule file"),
     ],
 )

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastl2l.evaluate import Curves
 from fastl2l.meta import Epoch
-from fastl2l.plots import COLOURS, plot_curves, plot_history
+from fastl2l.plots import COLOURS, plot_curves, plot_final_losses, plot_history, plot_panels, plot_search
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def axes(monkeypatch):
     savefig = Figure.savefig
 
     def spy(figure, *args, **options):
-        drawn.append(figure.axes[0])
+        drawn.extend(figure.axes)
         return savefig(figure, *args, **options)
 
     monkeypatch.setattr(Figure, "savefig", spy)
@@ -123,3 +123,63 @@ def test_history_is_drawn_whole_and_empty_ones_are_refused(tmp_path):
     with pytest.raises(ValueError, match="history: expected at least one epoch"):
         plot_history([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+# Several panels
+
+
+def test_panels_stand_side_by_side_under_their_titles(curves, tmp_path, axes):
+    path = plot_panels({"left": curves, "right": curves}, tmp_path / "a.png", title="both")
+    assert [one.get_title(loc="left") for one in axes] == ["left", "right"]
+    assert axes[0].figure.get_suptitle() == "both"
+    assert len(axes[1].get_lines()) == 3
+    width, height = Image.open(path).size
+    assert width > 2 * height
+
+
+def test_final_losses_stand_over_their_number(curves, tmp_path, axes):
+    worse = Curves({name: losses * 2 for name, losses in curves.losses.items()}, curves.metadata)
+    groups = {"one layer": {5: curves, 20: worse}, "two layers": {20: curves}}
+    plot_final_losses(groups, tmp_path / "a.svg", title="study", xlabel="units", marked=20)
+    bars = {bar.get_label(): bar for bar in axes[0].containers}
+    line = bars["lstm"].lines[0]
+    expected = curves.final("lstm")[0]
+    assert line.get_xdata().tolist() == [5, 20]
+    assert line.get_ydata().tolist() == pytest.approx([expected, 2 * expected])
+    assert not line.is_dashed()
+    assert bars["adam"].lines[0].is_dashed()
+    assert axes[0].get_xlabel() == "units"
+    marks = [one for one in axes[0].get_lines() if list(one.get_xdata()) == [20, 20]]
+    assert len(marks) == 1
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    assert [one for one in axes[1].get_lines() if list(one.get_xdata()) == [20, 20]] == []
+
+
+def test_final_losses_that_are_infinite_are_left_out(curves, tmp_path, axes):
+    lost = Curves({name: losses * math.inf for name, losses in curves.losses.items()}, curves.metadata)
+    plot_final_losses({"a": {5: curves, 20: lost}}, tmp_path / "a.png", title="b", xlabel="c", marked=5)
+    bars = {bar.get_label(): bar for bar in axes[0].containers}
+    assert [math.isnan(loss) for loss in bars["lstm"].lines[0].get_ydata()] == [False, True]
+    plot_final_losses({"a": {5: lost}}, tmp_path / "b.png", title="b", xlabel="c", marked=5)
+
+
+def test_a_search_is_drawn_with_what_diverged(tmp_path, axes):
+    plot_search([(1e-3, 0.2), (1e-2, 0.1), (1e-1, math.inf)], tmp_path / "a.svg", title="search")
+    tried, diverged = axes[0].get_lines()
+    assert tried.get_xdata().tolist() == [1e-3, 1e-2]
+    assert diverged.get_xdata().tolist() == [1e-1]
+    assert diverged.get_label() == "diverged"
+    plot_search([(1e-1, math.inf)], tmp_path / "b.svg", title="search")
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda path: plot_panels({}, path, title="a"), "panels: expected at least one, got none"),
+        (lambda path: plot_search([], path, title="a"), "trials: expected at least one, got none"),
+    ],
+)
+def test_nothing_is_not_drawn(tmp_path, draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw(tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,17 @@
+"""Every figure and table of the papers, one declarative entry each, and the recipes of the rules that they show."""
+
+from fastl2l.experiments.andrychowicz2016 import EXPERIMENTS
+from fastl2l.experiments.experiment import Experiment, reproduce, retrain
+from fastl2l.experiments.recipes import RECIPES, RULE_OPTIONS
+
+ALL = {experiment.name: experiment for experiment in EXPERIMENTS}
+"""By name."""
+
+__all__ = ["ALL", "RECIPES", "RULE_OPTIONS", "Experiment", "by_name", "reproduce", "retrain"]
+
+
+def by_name(name: str) -> Experiment:
+    """The experiment called `name`. Raises ValueError for another name, with those there are."""
+    if name not in ALL:
+        raise ValueError(f"name: expected one of {', '.join(ALL)}, got {name!r}")
+    return ALL[name]

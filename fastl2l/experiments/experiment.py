@@ -1,0 +1,153 @@
+"""What an experiment is, and how it becomes figures and tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fastl2l import baselines, files, plots
+from fastl2l.baselines import Baseline
+from fastl2l.evaluate import Curves, comparisons
+from fastl2l.experiments import losses
+from fastl2l.experiments.recipes import RECIPES
+from fastl2l.progress import Progress
+from fastl2l.rule_files import load_rule
+from fastl2l.rules import LSTMRule
+from fastl2l.tasks import Task
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of problems on which a learned rule meets the tuned baselines.
+
+    Args:
+        name: of its folder.
+        title: above it in the figure.
+        task: makes the task; called when the experiment runs, since tasks load their data.
+        rule: name of a shipped rule.
+        steps: optimization steps.
+        units: of a study of final losses, where it is on the x axis; panels of one title share their axes.
+    """
+
+    name: str
+    title: str
+    task: Callable[[], Task]
+    rule: str
+    steps: int = 100
+    units: int | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A figure and its table.
+
+    Args:
+        name: what `fastl2l reproduce` calls it.
+        title: above the figure.
+        claim: what the paper says, in a sentence.
+        panels: what is run.
+        quick: names of the panels that a quick run is content with; all by default.
+    """
+
+    name: str
+    title: str
+    claim: str
+    panels: Sequence[Panel]
+    quick: Sequence[str] = ()
+
+
+class Budget(NamedTuple):
+    """How much work an experiment is."""
+
+    runs: int
+    """Test problems."""
+    tuning_runs: int
+    """Problems that the baselines' learning rates are tuned on."""
+
+
+FULL, QUICK = Budget(runs=100, tuning_runs=20), Budget(runs=10, tuning_runs=2)
+
+
+def reproduce(
+    experiment: Experiment,
+    out: str | os.PathLike[str],
+    *,
+    rules: Mapping[str, LSTMRule] | None = None,
+    quick: bool = False,
+    progress: bool = True,
+) -> dict[str, Curves]:
+    """Run an experiment, or what of it is not in the cache yet, and write its figure, table and curves.
+
+    Args:
+        experiment: one of `fastl2l.experiments.ALL`.
+        out: the folder; everything goes to a folder in it that is named for the experiment.
+        rules: rules to take in place of the shipped ones of the same names.
+        quick: 10 problems in place of 100, and less tuning; the figure says so.
+        progress: show how far it is.
+
+    Returns:
+        The curves by panel.
+    """
+    folder = Path(out) / (experiment.name + "-quick" * quick)
+    budget = QUICK if quick else FULL
+    panels = [
+        panel for panel in experiment.panels if not quick or not experiment.quick or panel.name in experiment.quick
+    ]
+    rules = {**{name: load_rule(name) for name in {panel.rule for panel in panels} - set(rules or {})}, **(rules or {})}
+    pieces = len(panels) * (1 + len(baselines.ALL)) * budget.runs // losses.PROBLEMS
+    results = {}
+    with Progress(experiment.name, pieces, shown=progress) as shown:
+        for panel in panels:
+            optimizers: dict[str, LSTMRule | Baseline] = {"lstm": rules[panel.rule]}
+            optimizers |= {name: baselines.by_name(name) for name in baselines.ALL}
+            results[panel.name] = losses.curves(
+                panel.task(),
+                optimizers,
+                steps=panel.steps,
+                runs=budget.runs,
+                tuning_runs=budget.tuning_runs,
+                note=shown.note,
+                advance=shown.advance,
+            )
+            results[panel.name].save(folder / panel.name)
+    note = f"quick: {budget.runs} problems, rates tuned on {budget.tuning_runs}" if quick else ""
+    _draw(panels, results, folder / "figure.png", f"{experiment.title} ({note})" if quick else experiment.title)
+    files.write_text(folder / "table.md", _table(experiment, panels, results, note))
+    return results
+
+
+def _draw(panels: Sequence[Panel], results: Mapping[str, Curves], path: Path, title: str) -> None:
+    if panels[0].units is None:
+        plots.plot_panels({panel.title: results[panel.name] for panel in panels}, path, title=title)
+        return
+    groups: dict[str, dict[int, Curves]] = {}
+    for panel in panels:
+        groups.setdefault(panel.title, {})[panel.units or 0] = results[panel.name]
+    plots.plot_final_losses(groups, path, title=title, xlabel="hidden units a layer", marked=20)
+
+
+def _table(experiment: Experiment, panels: Sequence[Panel], results: Mapping[str, Curves], note: str) -> str:
+    parts = [f"# {experiment.title}", f"The paper: {experiment.claim}"] + ([f"({note})"] if note else [])
+    for panel in panels:
+        curves, units = results[panel.name], "" if panel.units is None else f", {panel.units} units"
+        parts.append(f"## {panel.title}{units}")
+        parts.append(f"Mean loss after {panel.steps} steps on {curves.runs} problems, 95% intervals.")
+        parts.append(curves.markdown())
+        parts.append("\n".join(f"- {line}" for line in comparisons(curves)))
+    return "\n\n".join(parts) + "\n"
+
+
+def retrain(experiment: Experiment, out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, LSTMRule]:
+    """Train the rules of an experiment from their recipes, for `reproduce`; a tenth of the epochs if `quick`.
+
+    Checkpoints are kept in `out`/rules: a run that was killed goes on, one that was finished is only loaded.
+    """
+    rules = {}
+    for name in sorted({panel.rule for panel in experiment.panels}):
+        recipe = RECIPES[name]
+        epochs = max(1, recipe.epochs // 10) if quick else recipe.epochs
+        rules[name] = recipe.train(Path(out) / "rules" / (name + "-quick" * quick), epochs=epochs)
+    return rules

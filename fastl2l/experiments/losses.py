@@ -1,0 +1,101 @@
+"""Losses of optimizers on test problems, kept as soon as ten problems are done.
+
+What was computed is never computed again: a run that was killed goes on where it was, an experiment with fewer problems
+uses those of a longer one, and a figure is redrawn in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastl2l import baselines
+from fastl2l.baselines import Baseline
+from fastl2l.evaluate import Curves, describe, describe_optimizer, follow
+from fastl2l.files import cache_file, write_bytes
+from fastl2l.rules import LSTMRule
+from fastl2l.tasks import Task
+
+FORMAT = 1
+"""Of the kept losses. A new number where the same key would no longer mean the same losses."""
+PROBLEMS = 10
+"""In a file."""
+
+
+def curves(
+    task: Task,
+    optimizers: Mapping[str, LSTMRule | Baseline],
+    *,
+    steps: int,
+    runs: int,
+    tuning_runs: int,
+    seed: int = 1,
+    note: Callable[[str], None] = lambda message: None,
+    advance: Callable[[str], None] = lambda message: None,
+) -> Curves:
+    """As `fastl2l.evaluate`, of rules and baselines, and with all losses kept in FASTL2L_CACHE.
+
+    Args:
+        task, optimizers, steps, seed: as for `evaluate`.
+        runs: number of problems, a multiple of 10.
+        tuning_runs: problems that learning rates are tuned on.
+        note: called with what is being done.
+        advance: called after every ten problems of an optimizer.
+    """
+    if runs % PROBLEMS:
+        raise ValueError(f"runs: expected a multiple of {PROBLEMS}, got {runs}")
+    tuned: dict[str, Any] = {}
+    losses = {}
+    for name, optimizer in optimizers.items():
+        if isinstance(optimizer, Baseline) and optimizer.lr == "tune":
+
+            def report(lr: float, loss: float, name: str = name) -> None:
+                note(f"{task.name}: tuning {name}: {lr:.3g} ends at {loss:.3g}")
+
+            optimizer = optimizer.with_lr(baselines.tune(task, optimizer, steps, runs=tuning_runs, report=report))
+        tuned[name] = optimizer
+        parts = []
+        for first in range(0, runs, PROBLEMS):
+            parts.append(_kept(task, optimizer, steps, first, seed))
+            advance(f"{task.name}: {name}")
+        losses[name] = torch.cat(parts)
+    return Curves(losses, describe(task, tuned, steps=steps, runs=runs, seed=seed, backend="auto"))
+
+
+def _kept(task: Task, optimizer: LSTMRule | Baseline, steps: int, first: int, seed: int) -> Tensor:
+    """Losses of problems number first ... first + 9, from the cache or into it."""
+    request = {
+        "format": FORMAT,
+        "task": task.spec(),
+        "optimizer": describe_optimizer(optimizer),
+        "steps": steps,
+        "seed": seed,
+        "first": first,
+        "problems": PROBLEMS,
+    }
+    path = cache_file("losses", request, ".safetensors")
+    known = _read(path, request)
+    if known is not None:
+        return known
+    losses = follow(task, optimizer, steps, range(first, first + PROBLEMS), seed=seed)
+    write_bytes(path, safetensors.torch.save({"losses": losses}, {"request": json.dumps(request)}))
+    return losses
+
+
+def _read(path: Path, request: dict[str, Any]) -> Tensor | None:
+    """What the file holds, or None where it holds nothing that can be read, or something else."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            if json.loads(file.metadata()["request"]) != request:
+                return None
+            losses: Tensor = file.get_tensor("losses")
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return None
+    return losses if losses.shape == (PROBLEMS, request["steps"] + 1) else None

@@ -1,0 +1,216 @@
+"""Experiments: what they compute is what `evaluate` says, nothing is computed twice, and a stop loses little."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+import torch
+from helpers import random_rule
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastl2l import MetaTrainer, baselines, cli, evaluate, experiments
+from fastl2l.evaluate import Curves
+from fastl2l.experiments import experiment, losses, recipes
+from fastl2l.experiments.experiment import Budget, Experiment, Panel
+from fastl2l.meta import Epoch
+from fastl2l.tasks import Quadratic
+from fastl2l.tasks.datasets import data_folder
+
+SMALL = Quadratic(dim=2, batch=3)
+RULES = {"lstm-quadratic": random_rule("raw")}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(experiment, "FULL", Budget(runs=20, tuning_runs=1))
+    monkeypatch.setattr(experiment, "QUICK", Budget(runs=10, tuning_runs=1))
+
+
+@pytest.fixture
+def followed(monkeypatch):
+    """Every group of problems that is really computed."""
+    calls, follow = [], losses.follow
+
+    def spy(task, optimizer, steps, numbers, **options):
+        calls.append((task, optimizer, steps, numbers))
+        return follow(task, optimizer, steps, numbers, **options)
+
+    monkeypatch.setattr(losses, "follow", spy)
+    return calls
+
+
+def small(*names, units=None):
+    panels = [
+        Panel(name, f"panel {name}", lambda: SMALL, "lstm-quadratic", steps=3, units=units and units[number])
+        for number, name in enumerate(names)
+    ]
+    return Experiment("small", "A small one", "nothing.", panels, quick=names[:1])
+
+
+def run(*names, tmp_path, quick=False, **options):
+    return experiments.reproduce(small(*names, **options), tmp_path / "out", rules=RULES, quick=quick, progress=False)
+
+
+def test_losses_are_those_of_evaluate(tmp_path):
+    optimizers = {"lstm": RULES["lstm-quadratic"], "sgd": baselines.SGD(0.02)}
+    found = losses.curves(SMALL, optimizers, steps=4, runs=20, tuning_runs=1)
+    expected = evaluate(SMALL, optimizers, steps=4, runs=20)
+    assert found.losses.keys() == expected.losses.keys()
+    assert all(torch.equal(found.losses[name], expected.losses[name]) for name in optimizers)
+    assert found.metadata == expected.metadata
+
+
+def test_everything_is_written(tmp_path):
+    results = run("one", "two", tmp_path=tmp_path)
+    folder = tmp_path / "out" / "small"
+    assert list(results) == ["one", "two"]
+    assert results["one"].runs == 20
+    assert set(results["one"].losses) == {"lstm", *baselines.ALL}
+    saved = Curves.load(folder / "two")
+    assert all(torch.equal(saved.losses[name], results["two"].losses[name]) for name in saved.losses)
+    table = (folder / "table.md").read_text()
+    assert "## panel two" in table
+    assert "| lstm" in table
+    assert "lstm ends" in table
+    width, height = Image.open(folder / "figure.png").size
+    assert width > 2 * height
+
+
+def test_a_quick_run_says_so_and_has_its_own_folder(tmp_path):
+    results = run("one", "two", tmp_path=tmp_path, quick=True)
+    assert [results[name].runs for name in results] == [10]
+    assert "quick: 10 problems" in (tmp_path / "out" / "small-quick" / "table.md").read_text()
+    assert not (tmp_path / "out" / "small").exists()
+
+
+def test_what_was_computed_is_not_computed_again(tmp_path, followed):
+    first = run("one", tmp_path=tmp_path, quick=True)
+    assert len(followed) == 5
+    figure = (tmp_path / "out" / "small-quick" / "figure.png").read_bytes()
+    again = run("one", tmp_path=tmp_path, quick=True)
+    assert len(followed) == 5
+    assert (tmp_path / "out" / "small-quick" / "figure.png").read_bytes() == figure
+    assert all(torch.equal(first["one"].losses[name], again["one"].losses[name]) for name in first["one"].losses)
+    run("one", tmp_path=tmp_path)
+    assert [list(numbers) for *_, numbers in followed[5:]] == [list(range(10, 20))] * 5
+
+
+@pytest.mark.parametrize("other", [{"steps": 5}, {"seed": 2}])
+def test_other_losses_are_computed(followed, other):
+    optimizers, options = {"sgd": baselines.SGD(0.02)}, {"steps": 4, "runs": 10, "tuning_runs": 1}
+    losses.curves(SMALL, optimizers, **options)
+    for changed in ({}, other):
+        losses.curves(SMALL, optimizers, **{**options, **changed})
+    losses.curves(SMALL, {"sgd": baselines.SGD(0.03)}, **options)
+    losses.curves(Quadratic(dim=2, batch=4), optimizers, **options)
+    losses.curves(SMALL, {"a": random_rule("raw", seed=1)}, **options)
+    losses.curves(SMALL, {"a": random_rule("raw", seed=2)}, **options)
+    assert len(followed) == 6
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+    expected = run("one", "two", tmp_path=tmp_path / "whole")
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "second cache"))
+    follow, count = losses.follow, []
+
+    def stopped(*args, **options):
+        if len(count) == 7:
+            raise KeyboardInterrupt
+        count.append(1)
+        return follow(*args, **options)
+
+    monkeypatch.setattr(losses, "follow", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run("one", "two", tmp_path=tmp_path)
+    monkeypatch.setattr(losses, "follow", lambda *args, **options: count.append(1) or follow(*args, **options))
+    found = run("one", "two", tmp_path=tmp_path)
+    assert len(count) == 10  # the panels are alike, so the second takes all from the cache
+    assert all(torch.equal(found["two"].losses[name], expected["two"].losses[name]) for name in found["two"].losses)
+
+
+def test_a_damaged_file_is_computed_anew(tmp_path, followed):
+    optimizers, options = {"sgd": baselines.SGD(0.02)}, {"steps": 4, "runs": 10, "tuning_runs": 1}
+    first = losses.curves(SMALL, optimizers, **options)
+    (path,) = (tmp_path / "cache" / "losses").iterdir()
+    good = path.read_bytes()
+    for damaged in (b"", good[:-9], b"x" * 100, good.replace(b'\\"steps\\": 4', b'\\"steps\\": 9')):
+        assert damaged != good
+        path.write_bytes(damaged)
+        again = losses.curves(SMALL, optimizers, **options)
+        assert torch.equal(again.losses["sgd"], first.losses["sgd"])
+        assert path.read_bytes() == good
+    assert len(followed) == 5
+
+
+def test_runs_come_in_tens():
+    with pytest.raises(ValueError, match="runs: expected a multiple of 10, got 15"):
+        losses.curves(SMALL, {"sgd": baselines.SGD(0.1)}, steps=1, runs=15, tuning_runs=1)
+
+
+def test_a_study_is_drawn_by_its_units(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(experiment.plots, "plot_final_losses", lambda groups, path, **options: drawn.append(groups))
+    results = run("one", "two", tmp_path=tmp_path, units=[5, 20])
+    assert drawn == [{"panel one": {5: results["one"]}, "panel two": {20: results["two"]}}]
+
+
+# The entries
+
+
+@pytest.mark.parametrize("one", experiments.ALL.values(), ids=lambda one: one.name)
+def test_entries_are_whole(one, tmp_path, monkeypatch):
+    real = data_folder() / "MNIST"
+    monkeypatch.setenv("FASTL2L_DATA", str(tmp_path))
+    for name in ("MNIST", "FashionMNIST"):  # whose files are alike
+        (tmp_path / name).symlink_to(real)
+    names = [panel.name for panel in one.panels]
+    assert len(set(names)) == len(names)
+    assert set(one.quick) <= set(names)
+    for panel in one.panels:
+        assert panel.rule in recipes.RECIPES
+        assert panel.task().sample(0).theta0.numel() >= 10
+
+
+def test_names_are_checked():
+    assert experiments.by_name("fig5").panels[2].title == "ReLU"
+    with pytest.raises(ValueError, match=r"name: expected one of fig4-quadratic, .*, got 'fig7'"):
+        experiments.by_name("fig7")
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES.values(), ids=lambda recipe: recipe.name)
+def test_the_command_of_a_recipe_does_what_the_recipe_does(recipe, tmp_path, monkeypatch):
+    made = []
+
+    def fit(trainer, epochs, **options):
+        made.append((trainer.settings(), epochs))
+        trainer.history = [Epoch(1, 1.0, 1.0, 0.1, 0)]
+        return trainer.history
+
+    monkeypatch.setattr(MetaTrainer, "fit", fit)
+    recipe.train(tmp_path / "one", progress=False)
+    words = shlex.split(recipe.command)
+    assert words[0] == "fastl2l"
+    monkeypatch.chdir(tmp_path)
+    CliRunner().invoke(cli.app, words[1:], catch_exceptions=False)
+    assert made[0] == made[1]
+    assert made[0][1] == recipe.epochs
+
+
+def test_retraining_takes_the_recipe_and_goes_on(tmp_path, monkeypatch):
+    recipe = recipes.Recipe(
+        "lstm-quadratic", "", "quadratic", epochs=20, training={"horizon": 4, "unroll": 2, "trajectories": 1}
+    )
+    monkeypatch.setitem(recipes.RECIPES, "lstm-quadratic", recipe)
+    trained = experiments.retrain(small("one"), tmp_path, quick=True)["lstm-quadratic"]
+    assert not torch.equal(trained.weight_out, RULES["lstm-quadratic"].weight_out)
+    epochs = []
+    monkeypatch.setattr(MetaTrainer, "_epoch", lambda *args: epochs.append(1))
+    again = experiments.retrain(small("one"), tmp_path, quick=True)["lstm-quadratic"]
+    assert epochs == []
+    assert torch.equal(trained.weight_out, again.weight_out)

@@ -1,0 +1,54 @@
+"""The rules that come with fastl2l: whole, described, and as good as their cards say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastl2l import LSTMRule, baselines, evaluate, load_rule, tasks
+from fastl2l.experiments import RECIPES
+from fastl2l.rule_files import read_recipe, shipped
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def test_every_recipe_has_its_rule():
+    assert shipped().keys() == RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_rule_says_where_it_comes_from(name):
+    recipe, made = RECIPES[name], read_recipe(name)
+    assert made["about"] == recipe.about
+    assert made["command"] == recipe.command
+    assert made["seed"] == recipe.seed
+    assert made["epochs"] == recipe.epochs
+    assert made["scores"]
+    card = (DOCS / "rules" / f"{name}.md").read_text()
+    for score in made["scores"].values():
+        assert score in card
+    assert recipe.command in card
+    assert all(torch.isfinite(weight).all() for weight in load_rule(name).weights())
+
+
+# The best learning rate that tuning found for each, to keep this short; 10 problems in place of 100.
+@pytest.mark.parametrize(
+    ("name", "task", "best"),
+    [
+        ("lstm-quadratic", tasks.Quadratic, baselines.Adam(1.468)),
+        ("lstm-mnist", tasks.MNIST, baselines.NAG(0.8254)),
+        ("lstm-mnist", tasks.MNIST, baselines.Adam(0.02154)),
+    ],
+)
+def test_a_rule_is_ahead_on_what_it_was_trained_for(name, task, best):
+    curves = evaluate(task(), {"lstm": load_rule(name), "best": best}, steps=100, runs=10, seed=3)
+    difference, half = curves.difference("lstm", "best")
+    assert difference + half < 0, curves.markdown()
+
+
+def test_a_name_is_only_a_name():
+    assert isinstance(load_rule("lstm-mnist"), LSTMRule)
+    with pytest.raises(FileNotFoundError, match=r"lstm-cifar: expected a rule file or one of lstm-mnist, lstm-quad"):
+        load_rule("lstm-cifar")
