@@ -29,6 +29,7 @@ TaskName = Annotated[str, typer.Option("--task", help=f"One of {', '.join(tasks.
 Hidden = Annotated[str | None, typer.Option(help="Hidden units of the network, by layer: 20 or 40,40.")]
 Activation = Annotated[str | None, typer.Option(help="Of the network: sigmoid, relu, tanh or elu.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images in a minibatch.")]
+SecondDerivatives = Annotated[bool, typer.Option("--second-derivatives", help="Exact meta-gradients.")]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
 
 
@@ -62,7 +63,7 @@ def train(
     output_scale: Annotated[float | None, typer.Option(help="Factor on updates; by default the task's.")] = None,
     hidden_size: Annotated[int, typer.Option(help="LSTM units a layer.")] = 20,
     layers: Annotated[int, typer.Option(help="LSTM layers.")] = 2,
-    second_derivatives: Annotated[bool, typer.Option(help="Exact meta-gradients.")] = False,
+    second_derivatives: SecondDerivatives = False,
     backend: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard curves.")] = None,
 ) -> None:
@@ -160,6 +161,7 @@ def tune(
     high: Annotated[float, typer.Option(help="Highest rate.")] = 1e-1,
     trajectories: Annotated[int, typer.Option(help="Trajectories an epoch.")] = 20,
     schedule: Annotated[str, typer.Option(help="Of the meta learning rate: constant or cosine.")] = "cosine",
+    second_derivatives: SecondDerivatives = False,
     seed: Seed = 0,
     hidden: Hidden = None,
     activation: Activation = None,
@@ -173,8 +175,16 @@ def tune(
 
     def make_trainer(meta_lr: float, checkpoint: Path) -> MetaTrainer:
         rule = LSTMRule(**experiments.RULE_OPTIONS.get(task, {}), seed=seed)
-        options: dict[str, Any] = {"seed": seed, "trajectories": trajectories, "schedule": schedule}
-        return MetaTrainer(rule, problems, meta_lr=meta_lr, checkpoint=checkpoint, **options)
+        return MetaTrainer(
+            rule,
+            problems,
+            meta_lr=meta_lr,
+            seed=seed,
+            trajectories=trajectories,
+            schedule=schedule,
+            second_derivatives=second_derivatives,
+            checkpoint=checkpoint,
+        )
 
     found = search_meta_lr(make_trainer, out, trials=trials, epochs=epochs, low=low, high=high, seed=seed)
     table = Table("meta learning rate", "validation loss", title=task)

@@ -7,7 +7,7 @@ from functools import partial
 from fastl2l.experiments.experiment import Experiment, Panel
 from fastl2l.tasks import MNIST, Digits, FashionMNIST, Quadratic
 
-UNITS = (5, 20, 35, 50, 65, 80)
+UNITS = (5, 10, 20, 40, 80)
 LAYERS = {1: "one hidden layer", 2: "two hidden layers"}
 
 EXPERIMENTS = (
@@ -54,7 +54,7 @@ EXPERIMENTS = (
             for layers, title in LAYERS.items()
             for units in UNITS
         ],
-        quick=[f"layers-{layers}-units-{units}" for layers in LAYERS for units in (5, 20, 50)],
+        quick=[f"layers-{layers}-units-{units}" for layers in LAYERS for units in (5, 20, 40)],
     ),
     Experiment(
         "beyond-data",

@@ -43,7 +43,9 @@ class Recipe:
     def command(self) -> str:
         """The command that does the same."""
         options = {"task": self.task, "epochs": self.epochs, **self.training, "seed": self.seed}
-        words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+        words = [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in options.items()
+        ]
         return " ".join(["fastl2l train", *words, f"--out runs/{self.name}"])
 
     def train(self, folder: str | os.PathLike[str], *, epochs: int | None = None, progress: bool = True) -> LSTMRule:
@@ -69,15 +71,15 @@ RECIPES = {
             "lstm-mnist",
             "Small sigmoid networks on images: trained on an MLP 784-20-10 on MNIST for 100 steps.",
             task="mnist",
-            epochs=100,
-            training=MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine"}),
+            epochs=40,
+            training=MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine", "second_derivatives": True}),
         ),
         Recipe(
             "lstm-quadratic",
             "Random quadratic functions of 10 coordinates, for 100 steps.",
             task="quadratic",
-            epochs=200,
-            training=MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine"}),
+            epochs=60,
+            training=MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine", "second_derivatives": True}),
         ),
     )
 }
