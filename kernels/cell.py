@@ -160,12 +160,8 @@ def gate_sums(
 
 
 @triton.jit
-def cell(
-    at, h, x, c, units, FIRST: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One layer: the new h and c, zero in padded units."""
-    i, f, g, o = gate_sums(at, h, x, FIRST, UNITS, WIDE, PRECISION)
+def activate(i, f, g, o, c, units, HIDDEN: tl.constexpr):
+    """The new h and c of a layer from its gates' sums, zero in padded units."""
     exists = (units < HIDDEN)[None, :]
     c = tl.where(exists, tl.fma(sigmoid(f), c, sigmoid(i) * tanh(g)), 0.0)
     return tl.where(exists, sigmoid(o) * tanh(c), 0.0), c

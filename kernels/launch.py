@@ -23,6 +23,8 @@ PRECISIONS = ("tf32x3", "ieee")
 MOST_HIDDEN = 61
 MOST_PROGRAMS = 256
 """Of a chunk of a window: two on each of a large GPU's multiprocessors."""
+ROWS = 16
+"""Of packed weights that a program packs or unpacks."""
 MOST_WORKSPACE = 1 << 30
 """Bytes; windows so long that they would need more are taken with fewer programs at a time."""
 
@@ -88,8 +90,8 @@ class Rule:
 def pack(rule: Rule, weights: Sequence[Tensor]) -> Tensor:
     flat = torch.cat([weight.reshape(-1) for weight in weights])
     packed = flat.new_empty(rule.packed_rows, 2 * rule.units)
-    grid = (triton.cdiv(rule.packed_rows, 16),)
-    pack_kernel[grid](flat, packed, FEATURES=rule.features, **rule.sizes(), ROWS=16)
+    grid = (triton.cdiv(rule.packed_rows, ROWS),)
+    pack_kernel[grid](flat, packed, FEATURES=rule.features, **rule.sizes(), ROWS=ROWS)
     return packed
 
 
@@ -158,8 +160,8 @@ def window_backward(
                 grads, sums, workspace, dgates, **where, layer=layer, **rule.gradient(), FIRST=layer == 0,
                 **of_gradient,
             )  # fmt: skip
-    unpack_kernel[(rule.packed_rows,)](
-        sums, dweights, programs, FEATURES=rule.features, **rule.sizes(), TOGETHER=16, num_warps=4
+    unpack_kernel[(triton.cdiv(rule.packed_rows, ROWS),)](
+        sums, dweights, programs, FEATURES=rule.features, **rule.sizes(), ROWS=ROWS, TOGETHER=4
     )
     return dweights, dstate_first, dgrads
 

@@ -62,16 +62,16 @@ def unpack_kernel(
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     UNITS: tl.constexpr,
+    ROWS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """The programs' sums of one row, added in an order that their number alone decides."""
-    row = tl.program_id(0)
-    columns = tl.arange(0, 2 * UNITS)
-    place, exists = position(row, columns, FEATURES, LAYERS, HIDDEN, UNITS)
+    """The programs' sums of ROWS rows, added in an order that their number alone decides."""
+    numbers = tl.program_id(0) * (ROWS * 2 * UNITS) + tl.arange(0, ROWS * 2 * UNITS)
+    place, exists = position(numbers // (2 * UNITS), numbers % (2 * UNITS), FEATURES, LAYERS, HIDDEN, UNITS)
     SIZE: tl.constexpr = (4 * UNITS * LAYERS + 1) * 2 * UNITS
-    total = tl.zeros([TOGETHER, 2 * UNITS], tl.float64)
+    total = tl.zeros([TOGETHER, ROWS * 2 * UNITS], tl.float64)
     for first in range(0, programs, TOGETHER):
         each = first + tl.arange(0, TOGETHER)[:, None]
-        at = sums + each.to(tl.int64) * SIZE + row * (2 * UNITS) + columns[None, :]
-        total += tl.load(at, mask=(each < programs) & exists[None, :], other=0.0)
+        mask = (each < programs) & exists[None, :]
+        total += tl.load(sums + each.to(tl.int64) * SIZE + numbers[None, :], mask=mask, other=0.0)
     tl.store(dweights + place, tl.sum(total, 0).to(dweights.dtype.element_ty), mask=exists)

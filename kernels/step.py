@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastl2l.kernels.cell import cell, extend, features
+from fastl2l.kernels.cell import activate, extend, features, gate_sums
 
 TILE = tl.constexpr(16)
 
@@ -47,9 +47,10 @@ def step_kernel(
         h_at = state + offsets + 2 * layer * HIDDEN * TILE
         c_at = h_at + HIDDEN * TILE
         h = tl.load(h_at, mask=mask, other=0.0)
-        c = tl.load(c_at, mask=mask, other=0.0)
         h = extend(h, first, second, units, layer == 0, HIDDEN)
-        h, c = cell(weights, h, x, c, units, layer == 0, HIDDEN, UNITS, WIDE, PRECISION)
+        i, f, g, o = gate_sums(weights, h, x, layer == 0, UNITS, WIDE, PRECISION)
+        c = tl.load(c_at, mask=mask, other=0.0)
+        h, c = activate(i, f, g, o, c, units, HIDDEN)
         weights += 8 * UNITS * UNITS
         tl.store(h_at, h, mask=mask)
         tl.store(c_at, c, mask=mask)

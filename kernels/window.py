@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from fastl2l.kernels.cell import (
+    activate,
     beside,
-    cell,
     extend,
     features,
     features_backward,
@@ -106,7 +106,8 @@ def forward_kernel(
             h, grads, workspace, layer, t, steps, numel, lanes, units, exists, constant, threshold, slope, FIRST,
             LOG_SIGN, HIDDEN, UNITS, BLOCK,
         )  # fmt: skip
-        h, c = cell(weights, h, x, c, units, FIRST, HIDDEN, UNITS, WIDE, PRECISION)
+        i, f, g, o = gate_sums(weights, h, x, FIRST, UNITS, WIDE, PRECISION)
+        h, c = activate(i, f, g, o, c, units, HIDDEN)
     tl.store(entry_at(workspace, layer, steps, 0, steps, units, lanes, UNITS, BLOCK), h)
 
 
@@ -209,13 +210,13 @@ def backward_kernel(
         t = steps - 1 - back
         tl.debug_barrier()  # below, c of the entry that the last iteration read is overwritten
         h = tl.load(entry_at(workspace, layer, t, 0, steps, units, lanes, UNITS, BLOCK))
-        c = tl.load(entry_at(workspace, layer, t, 1, steps, units, lanes, UNITS, BLOCK))
         h, x = layer_inputs(
             h, grads, workspace, layer, t, steps, numel, lanes, units, exists, constant, threshold, slope, FIRST,
             LOG_SIGN, HIDDEN, UNITS, BLOCK,
         )  # fmt: skip
         i, f, g, o = gate_sums(weights, h, x, FIRST, UNITS, WIDE, PRECISION)
         i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+        c = tl.load(entry_at(workspace, layer, t, 1, steps, units, lanes, UNITS, BLOCK))
         tanh_c = tanh(tl.fma(f, c, i * g))
         if LAST:
             dupdate = load_gradient(adjoints + start, t, numel, lanes, exists) * tl.full([], update_scale, T)
