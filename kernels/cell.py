@@ -66,38 +66,44 @@ def tanh(x):
 def log(x):
     """Natural logarithm of a positive x, denormal numbers included; infinity and NaN come back as they are."""
     if x.dtype == tl.float64:
-        return tl.log(x)
-    denormal = x < 1.1754943508222875e-38
-    bits = tl.where(denormal, x * 8388608.0, x).to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F400000) >> 23
-    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)  # in [0.75, 1.5): accurate around 1
-    power = exponent.to(tl.float32) - tl.where(denormal, 23.0, 0.0)
-    s = (mantissa - 1.0) / (mantissa + 1.0)  # log(m) = 2 artanh(s)
-    square = s * s
-    low = tl.fma(polynomial(square, LOG_F32, 5) * square, s, power * LN2_LOW)
-    return tl.where(x <= 3.4028234663852886e38, power * LN2_HIGH + ((s + s) + low), x)
+        result = tl.log(x)
+    else:
+        denormal = x < 1.1754943508222875e-38
+        bits = tl.where(denormal, x * 8388608.0, x).to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F400000) >> 23
+        mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)  # in [0.75, 1.5): accurate around 1
+        power = exponent.to(tl.float32) - tl.where(denormal, 23.0, 0.0)
+        s = (mantissa - 1.0) / (mantissa + 1.0)  # log(m) = 2 artanh(s)
+        square = s * s
+        low = tl.fma(polynomial(square, LOG_F32, 5) * square, s, power * LN2_LOW)
+        result = tl.where(x <= 3.4028234663852886e38, power * LN2_HIGH + ((s + s) + low), x)
+    return result
 
 
 @triton.jit
 def features(gradient, constant, threshold, slope, LOG_SIGN: tl.constexpr):
     """Both inputs of the first layer, [coordinates] each; "raw" has only the first. reference.py says what they are."""
-    if not LOG_SIGN:
-        return constant * gradient, tl.zeros_like(gradient)
-    magnitude = tl.abs(gradient)
-    large = magnitude >= threshold
-    small = tl.where(gradient == gradient, -1.0, gradient)
-    first = tl.where(large, log(magnitude) / constant, small.to(gradient.dtype))
-    sign = tl.where(gradient < 0, -1.0, 1.0).to(gradient.dtype)
-    return first, tl.where(large, sign, gradient * slope)
+    if LOG_SIGN:
+        magnitude = tl.abs(gradient)
+        large = magnitude >= threshold
+        small = tl.where(gradient == gradient, -1.0, gradient)
+        first = tl.where(large, log(magnitude) / constant, small.to(gradient.dtype))
+        sign = tl.where(gradient < 0, -1.0, 1.0).to(gradient.dtype)
+        second = tl.where(large, sign, gradient * slope)
+    else:
+        first, second = constant * gradient, tl.zeros_like(gradient)
+    return first, second
 
 
 @triton.jit
 def features_backward(gradient, dfirst, dsecond, constant, threshold, slope, LOG_SIGN: tl.constexpr):
     """d gradient from d features."""
-    if not LOG_SIGN:
-        return constant * dfirst
-    large = tl.abs(gradient) >= threshold
-    return tl.where(large, dfirst / (constant * gradient), dsecond * slope)
+    if LOG_SIGN:
+        large = tl.abs(gradient) >= threshold
+        dgradient = tl.where(large, dfirst / (constant * gradient), dsecond * slope)
+    else:
+        dgradient = constant * dfirst
+    return dgradient
 
 
 @triton.jit

@@ -25,6 +25,8 @@ MOST_PROGRAMS = 256
 """Of a chunk of a window: two on each of a large GPU's multiprocessors."""
 ROWS = 16
 """Of packed weights that a program packs or unpacks."""
+TOGETHER = 4
+"""Sums that it adds at a time."""
 MOST_WORKSPACE = 1 << 30
 """Bytes; windows so long that they would need more are taken with fewer programs at a time."""
 
@@ -75,7 +77,7 @@ class Rule:
 
     def blocking(self) -> tuple[int, int]:
         """Coordinates and warps a program: so many that nothing spills."""
-        return (64, 4) if self.precision == "tf32x3" else (16, 4)
+        return (64, 4) if self.precision == "tf32x3" else (16, 8)
 
     def gradient(self) -> dict[str, float]:
         """Arguments of the features."""
@@ -161,7 +163,7 @@ def window_backward(
                 **of_gradient,
             )  # fmt: skip
     unpack_kernel[(triton.cdiv(rule.packed_rows, ROWS),)](
-        sums, dweights, programs, FEATURES=rule.features, **rule.sizes(), ROWS=ROWS, TOGETHER=4
+        sums, dweights, programs, FEATURES=rule.features, **rule.sizes(), ROWS=ROWS, TOGETHER=TOGETHER
     )
     return dweights, dstate_first, dgrads
 

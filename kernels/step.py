@@ -61,5 +61,5 @@ def step_kernel(
     if old.dtype == tl.float64:
         new = old + update.to(tl.float64)
     else:
-        new = (old.to(T) + update).to(old.dtype)
+        new = (old.to(T) + update).to(tl.float32).to(old.dtype)  # as torch rounds float64 to 16 bits
     tl.store(param + start + lanes, new, mask=exists)
