@@ -2,8 +2,9 @@
 
 Units are padded to a power of 2. Weights of padded units are zero, and whatever leaves a cell is masked: zero times
 infinity would be NaN. At least three columns are padding, and there the constant inputs go: a one and the features, so
-biases and W_ih of the first layer are columns of the first matrix product, and of its gradient. Nothing here needs libdevice in float32, so the interpreter runs the very same code; launches
-switch contraction off, so only the multiply-adds that are written are fused.
+biases and W_ih of the first layer are columns of the first matrix product, and of its gradient. Nothing here needs
+libdevice in float32, so the interpreter runs the very same code; launches switch contraction off, so only the
+multiply-adds that are written are fused.
 """
 
 import triton

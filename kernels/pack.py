@@ -1,8 +1,8 @@
 """Weights as the kernels read them: a matrix a layer, padded with zeros; and the way back.
 
-A layer is [i, f, g, o][units] rows of [units of h, units of x]. The column after the hidden units of h is the bias, and the
-two after that are the first layer's W_ih, which has no x. After the layers comes a row of w_out, with b_out in the
-column after it. Gradients are summed in the same order.
+A layer is [i, f, g, o][units] rows of [units of h, units of x]. The column after the hidden units of h is the bias,
+and the two after that are the first layer's W_ih, which has no x. After the layers comes a row of w_out, with b_out in
+the column after it. Gradients are summed in the same order.
 """
 
 import triton

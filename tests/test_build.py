@@ -250,6 +250,16 @@ def test_pure_wheel_holds_the_sources(pure_wheel):
     assert not [name for name in names if name.endswith(".so")]
 
 
+FIND_KERNELS = "import fastl2l, importlib.util; print(importlib.util.find_spec('fastl2l.kernels').origin)"
+
+
+@pytest.mark.parametrize("where", ["checkout", "wheel"])
+def test_triton_kernels_are_found_in_a_checkout_and_in_a_wheel(installed, where):
+    folder, kernels = (REPO, "kernels") if where == "checkout" else (installed, "fastl2l/kernels")
+    result = run_python(FIND_KERNELS, folder, FASTL2L_NATIVE=0)
+    assert result.stdout.strip() == str(folder / kernels / "__init__.py"), result.stderr
+
+
 @pytest.mark.parametrize(("required", "status"), [("0", 0), ("1", 1)])
 def test_setup_without_torch_is_pure_unless_the_extension_is_required(tmp_path, required, status):
     repo = copy_repo(tmp_path / "repo")

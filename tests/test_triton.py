@@ -43,7 +43,7 @@ with pytest.MonkeyPatch.context() as patch:
         assert "triton" not in sys.modules, "triton was imported before it could be told to interpret"
         patch.setenv("TRITON_INTERPRET", "1")
     import triton
-    import triton.experimental.gluon  # noqa: F401  (imported at the first launch, it would look again)
+    import triton.experimental.gluon  # imported at the first launch, it would look again
     import triton.language as tl
 
     from fastl2l.kernels import cell, launch
@@ -402,7 +402,7 @@ def test_the_interpreter_takes_cpu_tensors_only_when_asked(monkeypatch):
     assert dispatch.select("triton", "cpu").name == "triton"
     assert dispatch.select("auto", "cpu").name == "native"
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(RuntimeError, match="'triton' cannot be used: its kernels take CUDA tensors.*on cpu"):
+    with pytest.raises(RuntimeError, match=r"'triton' cannot be used: its kernels take CUDA tensors.*on cpu"):
         dispatch.select("triton", "cpu")
 
 
