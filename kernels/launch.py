@@ -21,6 +21,7 @@ if triton.knobs.runtime.interpret:
 
 PRECISIONS = ("tf32x3", "ieee")
 MOST_HIDDEN = 61
+"""With three constant inputs, what 64 units hold; twice as many would not fit into shared memory."""
 MOST_PROGRAMS = 256
 """Of a chunk of a window: two on each of a large GPU's multiprocessors."""
 ROWS = 16
@@ -66,7 +67,7 @@ class Rule:
     def cell(self, capability: tuple[int, int]) -> dict[str, Any]:
         """Constants of the kernels that run cells."""
         block, _ = self.blocking()
-        wide = capability >= (9, 0) and self.precision == "tf32x3" and self.units <= 32
+        wide = capability[0] == 9 and self.precision == "tf32x3" and self.units <= 32
         return {
             **self.sizes(),
             "LOG_SIGN": self.preprocess == "log_sign",
@@ -76,7 +77,7 @@ class Rule:
         }
 
     def blocking(self) -> tuple[int, int]:
-        """Coordinates and warps a program: so many that nothing spills."""
+        """Coordinates and warps a program: as many as registers allow for 20 units."""
         return (64, 4) if self.precision == "tf32x3" else (16, 8)
 
     def gradient(self) -> dict[str, float]:

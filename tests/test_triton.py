@@ -409,11 +409,15 @@ def test_the_interpreter_takes_cpu_tensors_only_when_asked(monkeypatch):
 def test_without_a_device_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in dispatch.available_backends()["triton"]
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot be used: there is no CUDA device"):
+        dispatch.select("triton", "cuda")
+    assert dispatch.select("auto", "cuda").name == "reference"
 
 
 @pytest.fixture
-def _fresh_answers():
-    """What dispatch remembers is forgotten, before and after."""
+def _fresh_answers(monkeypatch):
+    """As on a machine with a GPU; what dispatch remembers is forgotten, before and after."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     remembered = dispatch._triton_missing, dispatch._gpu_too_old
     for function in remembered:
         function.cache_clear()

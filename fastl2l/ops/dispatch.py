@@ -40,9 +40,7 @@ OLDEST_GPU = (8, 0)
 
 def available_backends() -> dict[str, str | None]:
     """Every backend, with None where it can be used and otherwise the reason why not."""
-    triton = _triton_missing()
-    if triton is None and not torch.cuda.is_available() and not _interprets():
-        triton = "there is no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, to test them)"
+    triton = triton_missing(torch.device("cpu" if _interprets() else "cuda"))
     return {"reference": None, "native": build.load_native(), "triton": triton}
 
 
@@ -84,6 +82,8 @@ def triton_missing(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"its kernels take CUDA tensors, and these are on {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, to test them)"
     return _gpu_too_old(device)
 
 
