@@ -72,8 +72,8 @@ def native():
 
 setup(
     # Beside the package in the checkout, within it once installed; headers and sources travel as its data.
-    packages=[*find_packages(include=["fastl2l", "fastl2l.*"]), "fastl2l.csrc"],
-    package_dir={"fastl2l.csrc": "csrc"},
+    packages=[*find_packages(include=["fastl2l", "fastl2l.*"]), "fastl2l.csrc", "fastl2l.kernels"],
+    package_dir={"fastl2l.csrc": "csrc", "fastl2l.kernels": "kernels"},
     package_data={
         "fastl2l": ["py.typed", "**/*.safetensors"],
         "fastl2l.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh"],

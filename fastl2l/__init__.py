@@ -8,6 +8,11 @@ Example::
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+# fastl2l.kernels lies within the package once that is installed, beside it in a checkout (as csrc/ does).
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
 
 from fastl2l import baselines, tasks
 from fastl2l.evaluate import Curves, evaluate

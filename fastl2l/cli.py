@@ -64,7 +64,7 @@ def train(
     hidden_size: Annotated[int, typer.Option(help="LSTM units a layer.")] = 20,
     layers: Annotated[int, typer.Option(help="LSTM layers.")] = 2,
     second_derivatives: SecondDerivatives = False,
-    backend: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard curves.")] = None,
 ) -> None:
     """Meta-train an update rule on a task. Run it again to go on where it was stopped.
@@ -116,7 +116,7 @@ def evaluate_command(
     hidden: Hidden = None,
     activation: Activation = None,
     batch_size: BatchSize = None,
-    backend: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
 ) -> None:
     """Compare update rules with tuned optimizers on fresh problems of a task: a table, a figure, CSV and JSON.
 

@@ -62,7 +62,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         rule: the rule of groups that do not name their own; on the parameters' device.
         lr: factor on the update; learning-rate schedulers work on it.
         maximize: ascend instead of descending.
-        backend: ``"auto"`` takes the fastest there is; ``"native"`` or ``"reference"`` by name.
+        backend: ``"auto"`` takes the fastest there is; ``"native"``, ``"triton"`` or ``"reference"`` by name.
         nonfinite: what to do about a gradient with NaN or infinity, for the step as a whole and before anything is
             changed: ``"raise"`` FloatingPointError, ``"skip"`` the step (counted in ``skipped_steps``), or
             ``"propagate"``: do not look, as torch.optim's optimizers do.

@@ -76,7 +76,7 @@ def copy_repo(folder: Path) -> Path:
     folder.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(REPO / name, folder)
-    for name in ("fastl2l", "csrc"):
+    for name in ("fastl2l", "csrc", "kernels"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
     return folder
 
@@ -244,8 +244,20 @@ def test_pure_wheel_holds_the_sources(pure_wheel):
     for path in (REPO / "csrc").rglob("*"):
         if path.is_file():
             assert f"fastl2l/csrc/{path.relative_to(REPO / 'csrc').as_posix()}" in names
+    for path in (REPO / "kernels").glob("*.py"):
+        assert f"fastl2l/kernels/{path.name}" in names
     assert "fastl2l/py.typed" in names
     assert not [name for name in names if name.endswith(".so")]
+
+
+FIND_KERNELS = "import fastl2l, importlib.util; print(importlib.util.find_spec('fastl2l.kernels').origin)"
+
+
+@pytest.mark.parametrize("where", ["checkout", "wheel"])
+def test_triton_kernels_are_found_in_a_checkout_and_in_a_wheel(installed, where):
+    folder, kernels = (REPO, "kernels") if where == "checkout" else (installed, "fastl2l/kernels")
+    result = run_python(FIND_KERNELS, folder, FASTL2L_NATIVE=0)
+    assert result.stdout.strip() == str(folder / kernels / "__init__.py"), result.stderr
 
 
 @pytest.mark.parametrize(("required", "status"), [("0", 0), ("1", 1)])

@@ -595,10 +595,12 @@ def test_bad_arguments_of_window_backward_are_named(native, changes, message):
 
 
 def test_backends_are_chosen_by_name():
-    assert dispatch.available_backends() == {"reference": None, "native": None}
+    available = dispatch.available_backends()
+    assert list(available) == ["reference", "native", "triton"]
+    assert available["reference"] is available["native"] is None
     assert dispatch.select("auto", "cpu").name == "native"
     assert dispatch.select("auto", "meta").name == "reference"
-    with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, triton, got 'cuda'"):
         dispatch.select("cuda", "cpu")
     with pytest.raises(RuntimeError, match=r"backend 'native' cannot be used: .* CPU tensors.*on meta"):
         dispatch.select("native", "meta")

@@ -284,7 +284,7 @@ def test_bad_arguments_are_named(rule):
         FusedLSTMOptimizer(parameters())
     with pytest.raises(ValueError, match="nonfinite: expected one of raise, skip, propagate, got 'ignore'"):
         FusedLSTMOptimizer(parameters(), rule, nonfinite="ignore")
-    with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, got 'triton2'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, triton, got 'triton2'"):
         FusedLSTMOptimizer(parameters(), rule, backend="triton2")
     with pytest.raises(ValueError, match="empty parameter list"):
         FusedLSTMOptimizer([], rule)

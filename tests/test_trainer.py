@@ -447,7 +447,7 @@ def test_a_loss_that_is_no_scalar_is_refused():
         ({"schedule": "linear"}, ValueError, "schedule: expected one of constant, cosine, got 'linear'"),
         ({"step_weights": [1, 1]}, ValueError, "step_weights: expected 4 finite numbers"),
         ({"step_weights": 1.0}, ValueError, "step_weights: expected None, 'last' or 4 numbers, got 1.0"),
-        ({"backend": "fast"}, ValueError, "backend: expected one of auto, reference, native, got 'fast'"),
+        ({"backend": "fast"}, ValueError, "backend: expected one of auto, reference, native, triton, got 'fast'"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message, tmp_path):

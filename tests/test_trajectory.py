@@ -216,7 +216,7 @@ def test_what_is_not_finite_comes_out(second):
 def test_dtypes_must_agree():
     with pytest.raises(ValueError, match=r"problem: expected theta_0 in torch.float32 .*, got torch.float64"):
         Trajectory(Waves(), random_rule(hidden=3))
-    with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, got 'fast'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, triton, got 'fast'"):
         Trajectory(Waves(), random_rule(hidden=3, dtype=F64), backend="fast")
 
 

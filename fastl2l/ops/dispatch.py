@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata, util
 
 import torch
 from torch import Tensor
@@ -29,13 +32,16 @@ _NATIVE = Backend(
     torch.ops.fastl2l.window_backward.default,
     torch.ops.fastl2l.all_finite.default,
 )
-BACKENDS = {"reference": _REFERENCE, "native": _NATIVE}
-CHOICES = ("auto", *BACKENDS)
+NAMES = ("reference", "native", "triton")
+CHOICES = ("auto", *NAMES)
+OLDEST_TRITON = (3, 6)
+OLDEST_GPU = (8, 0)
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend, with None where it can be used and otherwise the reason why not."""
-    return {"reference": None, "native": build.load_native()}
+    triton = triton_missing(torch.device("cpu" if _interprets() else "cuda"))
+    return {"reference": None, "native": build.load_native(), "triton": triton}
 
 
 def select(name: str, device: torch.device | str) -> Backend:
@@ -47,12 +53,78 @@ def select(name: str, device: torch.device | str) -> Backend:
     """
     if name not in CHOICES:
         raise ValueError(f"backend: expected one of {', '.join(CHOICES)}, got {name!r}")
-    kind = torch.device(device).type
-    if name == "reference" or (name == "auto" and kind != "cpu"):
+    device = torch.device(device)
+    if name == "reference":
         return _REFERENCE
-    missing = build.load_native() if kind == "cpu" else f"its kernels take CPU tensors, and these are on {kind}"
-    if missing is None:
-        return _NATIVE
     if name == "auto":
-        return _REFERENCE
-    raise RuntimeError(f"backend {name!r} cannot be used: {missing}")
+        return _best(device)
+    missing = native_missing(device) if name == "native" else triton_missing(device)
+    if missing is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used: {missing}")
+    return _NATIVE if name == "native" else _triton()
+
+
+def native_missing(device: torch.device) -> str | None:
+    """Why the native kernels cannot take tensors on `device`, or None."""
+    reason = build.load_native()
+    if reason is not None or device.type == "cpu":
+        return reason
+    if device.type == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key("fastl2l::step_", "CUDA"):
+        return None
+    return f"its kernels take CPU tensors, and these are on {device.type}"
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot take tensors on `device`, or None."""
+    if (reason := _triton_missing()) is not None:
+        return reason
+    if device.type == "cpu" and _interprets():
+        return None
+    if device.type != "cuda":
+        return f"its kernels take CUDA tensors, and these are on {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, to test them)"
+    return _gpu_too_old(device)
+
+
+def _best(device: torch.device) -> Backend:
+    if device.type in ("cpu", "cuda") and native_missing(device) is None:
+        return _NATIVE
+    if device.type == "cuda" and triton_missing(device) is None:
+        return _triton()
+    return _REFERENCE
+
+
+@functools.cache
+def _triton() -> Backend:
+    from fastl2l.ops import triton  # slow to import, and only wanted where it is used
+
+    return Backend("triton", triton.step_, triton.window_backward, triton.all_finite)
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why there is no Triton, or None; without importing it."""
+    cure = "pip install 'fastl2l[triton]'"
+    if util.find_spec("triton") is None:
+        return f"triton is not installed: {cure}"
+    version = metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"expected triton {'.'.join(map(str, OLDEST_TRITON))} or newer, got {version}: {cure}"
+    return None
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _gpu_too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_GPU:
+        return None
+    oldest, found = (".".join(map(str, numbers)) for numbers in (OLDEST_GPU, capability))
+    return (
+        f"expected a GPU of compute capability {oldest} or newer, got {torch.cuda.get_device_name(device)} of {found}; "
+        "use backend='reference'"
+    )
