@@ -1,0 +1,50 @@
+// The CUDA kernels on the host, for tests/test_cuda_kernels.py: built as a shared library with cuda_emulator.h in place
+// of CUDA. All pointers are to the host's memory; tensors as in ops/schema.py.
+#define FASTL2L_CUDA_SHAPES Shape<20, 2>, Shape<20, 1>, Shape<12, 3>
+#include "cuda/launch.cuh"
+
+using namespace fastl2l;
+using namespace fastl2l::cuda;
+
+namespace {
+
+// Few, so that every block has several turns.
+constexpr int kMultiprocessors = 3;
+
+struct Workspaces {
+  std::vector<std::unique_ptr<char[]>> memory;
+
+  Queue queue() {
+    return {0, kMultiprocessors, [this](size_t bytes) {
+              memory.emplace_back(new char[bytes]);
+              std::memset(memory.back().get(), 0xff, bytes);  // NaN
+              return (void*)memory.back().get();
+            }};
+  }
+};
+
+template <typename T>
+std::vector<const T*> weights_of(const Rule& rule, void** weights) {
+  return std::vector<const T*>((const T**)weights, (const T**)weights + 3 * rule.layers + 2);
+}
+
+Rule make_rule(int layers, int hidden, int log_sign, double constant, double update_scale) {
+  return {layers,   hidden,       log_sign ? 2 : 1,    log_sign != 0,
+          constant, update_scale, std::exp(-constant), std::exp(constant)};
+}
+
+}  // namespace
+
+extern "C" {
+
+int emulated_step(int layers, int hidden, int log_sign, double constant, double update_scale, double grad_scale,
+                  int is_double, void** weights, int count, void** params, void** grads, void** states,
+                  const int64_t* numels, const int* dtypes) {
+  const Rule rule = make_rule(layers, hidden, log_sign, constant, update_scale);
+  std::vector<Segment> segments;
+  for (int i = 0; i < count; ++i) segments.push_back({params[i], grads[i], states[i], numels[i], 0, (Dtype)dtypes[i]});
+  Workspaces workspaces;
+  if (is_double) return step<double>(rule, weights_of<double>(rule, weights), segments, grad_scale, workspaces.queue());
+  return step<float>(rule, weights_of<float>(rule, weights), segments, grad_scale, workspaces.queue());
+}
+}
