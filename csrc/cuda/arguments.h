@@ -61,10 +61,13 @@ struct Window {
 
 // Weight gradients are summed in parts, whose bounds depend on the number of coordinates alone.
 struct Parts {
-  int64_t groups;  // of coordinates, one for each turn of a block
+  int64_t groups;  // of coordinates, each of them one turn of a block
   int64_t parts;
-  double* sums;  // [parts][weight_count], in the order of the weights
-  int64_t count;  // weight_count
+  int64_t count;  // weights
+  double* sums;   // [parts][count], in the order of the weights
+
+  // The first group of a part.
+  FASTL2L_HOST_DEVICE int64_t begin(int64_t part) const { return part * groups / parts; }
 };
 
 }  // namespace fastl2l::cuda

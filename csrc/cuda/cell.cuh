@@ -77,9 +77,7 @@ DEVICE Pair<Gates> group_gates(const ForwardWeights<S>& weights, const LayerInpu
   }
   const auto add = [&](const FourGates& weight, const Pair<float>& x) {
     UNROLL for (int half = 0; half < 2; ++half) {
-      UNROLL for (int i = 0; i < 4; ++i) {
-        sums[half][i] = fmaf(weight.of[2 * half + i % 2], x[i / 2], sums[half][i]);
-      }
+      UNROLL for (int i = 0; i < 4; ++i) { sums[half][i] = fmaf(weight.of[2 * half + i % 2], x[i / 2], sums[half][i]); }
     }
   };
   add(weights.bias[Layer][unit], {{1, 1}});
@@ -90,8 +88,8 @@ DEVICE Pair<Gates> group_gates(const ForwardWeights<S>& weights, const LayerInpu
   }
   Pair<Gates> gates;
   UNROLL for (int i = 0; i < 2; ++i) {
-    gates[i] = {sigmoid_of_power(sums[0][2 * i]), sigmoid_of_power(sums[0][2 * i + 1]),
-                tanh_of_power(sums[1][2 * i]), sigmoid_of_power(sums[1][2 * i + 1])};
+    gates[i] = {sigmoid_of_power(sums[0][2 * i]), sigmoid_of_power(sums[0][2 * i + 1]), tanh_of_power(sums[1][2 * i]),
+                sigmoid_of_power(sums[1][2 * i + 1])};
   }
   return gates;
 }

@@ -77,10 +77,14 @@ DEVICE float approximate_reciprocal(float x) {
   return y;
 }
 
+inline Error copy_on_device(void* to, const void* from, size_t bytes, Stream stream) {
+  return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+}
+
 // Runs `kernel` on the stream, and returns CUDA's error.
 template <typename... Parameters, typename... Arguments>
 Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
-                   Arguments&&... arguments) {
+             Arguments&&... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
     const cudaError_t error =

@@ -103,12 +103,20 @@ struct Shape {
   }
   static constexpr int kBackwardFragments = backward_start(kLayers);
 
+  // Weight gradients: the left factor is the gradients of the gates, 16 rows of weights at a time; the right factor is
+  // what they are multiplied with, 8 columns at a time: the features and a 1 for the bias, the input, and h.
+  static constexpr int kGradientRows = kGates / 16;
+  FASTL2L_HOST_DEVICE static constexpr int gradient_columns(int layer) {
+    return (1 + input_groups(layer) + kGroups + 1) / 2;
+  }
+  FASTL2L_HOST_DEVICE static constexpr int gradient_products(int layer) {
+    return kGradientRows * gradient_columns(layer);
+  }
+
   // Where the weights begin and end in the order of ops/schema.py.
   FASTL2L_HOST_DEVICE static constexpr int inputs(int layer, int features) { return layer == 0 ? features : kHidden; }
   FASTL2L_HOST_DEVICE static constexpr int weights_before(int layer, int features) {
-    return layer == 0 ? 0
-                      : weights_before(layer - 1, features) +
-                            kGates * (inputs(layer - 1, features) + kHidden + 1);
+    return layer == 0 ? 0 : weights_before(layer - 1, features) + kGates * (inputs(layer - 1, features) + kHidden + 1);
   }
 };
 

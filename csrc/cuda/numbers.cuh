@@ -42,6 +42,7 @@ struct Preprocessing {
   bool log_sign;
   T constant, inverse, threshold, slope;  // a product with the inverse takes fewer registers than a division
 
+  Preprocessing() = default;
   explicit Preprocessing(const Rule& rule)
       : log_sign(rule.log_sign),
         constant((T)rule.constant),

@@ -7,6 +7,8 @@
 
 namespace fastl2l::cuda {
 
+constexpr int kStepBlocks = 2;  // on a multiprocessor
+
 template <class S>
 struct StepArguments {
   Segments segments;
@@ -44,7 +46,7 @@ DEVICE void step_tile(const StepArguments<S>& arguments, const ForwardWeights<S>
 }
 
 template <class S>
-KERNEL(kThreads, 2)
+KERNEL(kThreads, kStepBlocks)
 step_kernel(KERNEL_ARGUMENT StepArguments<S> arguments) {
   auto& weights = *reinterpret_cast<ForwardWeights<S>*>(shared_memory());
   load_forward_weights<S>(arguments.weights, arguments.features, weights);

@@ -1,7 +1,7 @@
-// Stands in for csrc/cuda/device.cuh on the host: the very same kernels, compiled by any C++ compiler, with every thread
-// of a block as a fiber. Fibers run until they wait for their warp or their block, so a kernel that deadlocks, or whose
-// threads meet in different places, is found out. Tensor cores are emulated from the documented layout of their
-// fragments, and are no more accurate than the real ones: what is not TF32 is cut off, and so are their sums.
+// Stands in for csrc/cuda/device.cuh on the host: the very same kernels, compiled by any C++ compiler, with every
+// thread of a block as a fiber. Fibers run until they wait for their warp or their block, so a kernel that deadlocks,
+// or whose threads meet in different places, is found out. Tensor cores are emulated from the documented layout of
+// their fragments, and are no more accurate than the real ones: what is not TF32 is cut off, and so are their sums.
 #pragma once
 
 #include <cmath>
@@ -219,7 +219,8 @@ inline uint32_t to_tf32(float x) {
   return std::isnan(x) ? 0x7fffffffu : (bits_of(x) + 0x1000u) & 0xffffe000u;  // halves away from 0
 }
 
-// Fragments as in the PTX ISA, matrix multiply-accumulate .m16n8k8 with .tf32: with group = lane / 4 and place = lane % 4,
+// Fragments as in the PTX ISA, matrix multiply-accumulate .m16n8k8 with .tf32: with group = lane / 4 and place = lane %
+// 4,
 //   a_i: row group (+ 8 for i = 1, 3), column place (+ 4 for i = 2, 3)
 //   b_i: row place (+ 4 for i = 1), column group
 //   d_i: row group (+ 8 for i = 2, 3), column 2 place (+ 1 for i = 1, 3)
@@ -270,6 +271,11 @@ inline void round_to(float x, Half& y) { y = (Half)x; }
 inline void round_to(float x, BFloat16& y) {
   const uint32_t bits = bits_of(x);
   y.bits = std::isnan(x) ? 0x7fff : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline Error copy_on_device(void* to, const void* from, size_t bytes, Stream) {
+  std::memcpy(to, from, bytes);
+  return 0;
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -47,4 +47,20 @@ int emulated_step(int layers, int hidden, int log_sign, double constant, double 
   if (is_double) return step<double>(rule, weights_of<double>(rule, weights), segments, grad_scale, workspaces.queue());
   return step<float>(rule, weights_of<float>(rule, weights), segments, grad_scale, workspaces.queue());
 }
+
+int emulated_window_backward(int layers, int hidden, int log_sign, double constant, double update_scale, int is_double,
+                             void** weights, int64_t numel, int64_t steps, const void* state, const void* grads,
+                             const void* adjoints, const void* dstate, void* dstate_first, void* dgrads,
+                             void* dweights) {
+  const Rule rule = make_rule(layers, hidden, log_sign, constant, update_scale);
+  Workspaces workspaces;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Window<T> window{
+        numel,     steps, (const T*)state, (const T*)grads, (const T*)adjoints, (const T*)dstate, (T*)dstate_first,
+        (T*)dgrads};
+    return window_backward<T>(rule, weights_of<T>(rule, weights), window, (T*)dweights, workspaces.queue());
+  };
+  return is_double ? run(double()) : run(float());
+}
 }
