@@ -100,6 +100,19 @@ inline Rule make_rule(const RuleSizes& sizes, const std::string& preprocess, dou
           constant,     update_scale, std::exp(-constant), std::exp(constant)};
 }
 
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+inline void check_floating(const std::vector<Tensor>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Name name{"tensors", (int64_t)i};
+    STD_TORCH_CHECK(tensors[i].is_contiguous(), name.string(), ": expected a contiguous tensor");
+    STD_TORCH_CHECK(is_floating(tensors[i].scalar_type()), name.string(), ": expected a floating dtype");
+  }
+}
+
 inline void check_segments(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                            const std::vector<Tensor>& states, ScalarType dtype, int64_t state_rows) {
   check_length("grads", grads.size(), params.size());
@@ -107,9 +120,8 @@ inline void check_segments(const std::vector<Tensor>& params, const std::vector<
   for (size_t i = 0; i < params.size(); ++i) {
     const Name param{"params", (int64_t)i}, grad{"grads", (int64_t)i};
     const ScalarType stored = params[i].scalar_type();
-    STD_TORCH_CHECK(stored == ScalarType::Float || stored == ScalarType::Double || stored == ScalarType::Half ||
-                        stored == ScalarType::BFloat16,
-                    param.string(), ": expected float32, float64, float16 or bfloat16, got ", dtype_name(stored));
+    STD_TORCH_CHECK(is_floating(stored), param.string(), ": expected float32, float64, float16 or bfloat16, got ",
+                    dtype_name(stored));
     STD_TORCH_CHECK(params[i].is_contiguous(), param.string(), ": expected a contiguous tensor");
     STD_TORCH_CHECK(grads[i].is_contiguous(), grad.string(), ": expected a contiguous tensor");
     STD_TORCH_CHECK(grads[i].scalar_type() == stored, grad.string(), ": expected ", dtype_name(stored), ", got ",

@@ -1,21 +1,15 @@
-"""The CUDA kernels without a GPU: compiled by the C++ compiler with portable/cuda_emulator.h in place of CUDA.
-
-Run by itself with the path of such a library, steps and windows of many shapes go through it: for a library that was
-built with sanitizers, which have to be loaded before Python is.
-"""
+"""The CUDA kernels without a GPU: compiled by the C++ compiler with portable/cuda_emulator.h in place of CUDA."""
 
 from __future__ import annotations
 
 import ctypes
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from fastl2l import build
 from fastl2l.ops import dispatch
-from fastl2l.ops.layout import state_shape
 
 HERE = Path(__file__).parent / "portable"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
@@ -74,3 +68,15 @@ def backend(library: Path) -> dispatch.Backend:
         raise NotImplementedError("all_finite is not emulated")
 
     return dispatch.Backend("emulated", step_, window_backward, all_finite)
+
+
+def elementwise(library: Path, x: torch.Tensor, function: str) -> torch.Tensor:
+    """The fast kernels' sigmoid (``1 / (1 + 2^x)``) or tanh (``(2^x - 1) / (2^x + 1)``)."""
+    found = torch.empty_like(x)
+    pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(found.data_ptr())
+    ctypes.CDLL(str(library)).emulated_elementwise(int(function == "tanh"), *pointers, ctypes.c_int64(x.numel()))
+    return found
+
+
+def set_multiprocessors(library: Path, count: int) -> None:
+    ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "emulated_multiprocessors").value = count

@@ -219,22 +219,15 @@ bool finite(const void* data, int64_t n) {
 }
 
 bool all_finite(std::vector<Tensor> tensors) {
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const Tensor& tensor = tensors[i];
-    STD_TORCH_CHECK(tensor.is_contiguous(), "tensors[", i, "]: expected a contiguous tensor");
-    const auto check = [&]() -> bool {
-      switch (tensor.scalar_type()) {
-        case ScalarType::Float: return finite<float>(tensor.data_ptr(), tensor.numel());
-        case ScalarType::Double: return finite<double>(tensor.data_ptr(), tensor.numel());
-        case ScalarType::Half: return finite<torch::headeronly::Half>(tensor.data_ptr(), tensor.numel());
-        case ScalarType::BFloat16: return finite<torch::headeronly::BFloat16>(tensor.data_ptr(), tensor.numel());
-        default: STD_TORCH_CHECK(false, "tensors[", i, "]: expected a floating dtype");
-      }
-      return false;
-    };
-    if (!check()) return false;
-  }
-  return true;
+  check_floating(tensors);
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Float: return finite<float>(tensor.data_ptr(), tensor.numel());
+      case ScalarType::Double: return finite<double>(tensor.data_ptr(), tensor.numel());
+      case ScalarType::Half: return finite<torch::headeronly::Half>(tensor.data_ptr(), tensor.numel());
+      default: return finite<torch::headeronly::BFloat16>(tensor.data_ptr(), tensor.numel());
+    }
+  });
 }
 
 Tensor elementwise(Tensor x, std::string function) {

@@ -8,7 +8,8 @@
 //
 // Numbers are split into a big and a small part of 11 bits each (3xTF32): a b = a_small b_big + a_big b_small +
 // a_big b_big, and what is left out is 2^-22 of the product. Tensor cores do not round their sums, they cut them off,
-// so no more than kChain steps are summed there; the small parts have a sum of their own, where it does not matter.
+// which over many steps of a window adds up; so every step's product of the big parts is added to the sum in float32,
+// with rounding. The small parts have a sum of their own, where it does not matter.
 #pragma once
 
 #include "cuda/arguments.h"
@@ -19,7 +20,6 @@ namespace fastl2l::cuda {
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = kWarp * kWarps;
-constexpr int kChain = 2;
 
 struct Split {
   uint32_t big, small;
@@ -57,17 +57,15 @@ template <int Steps, int Groups>
 DEVICE void multiply(const Pair<Split> (&left)[Groups], const RightFragment* right, int stride, float (&sum)[4]) {
   static_assert(2 * Steps <= Groups);
   float small[4] = {0, 0, 0, 0};
-  UNROLL for (int first = 0; first < Steps; first += kChain) {
+  UNROLL for (int step = 0; step < Steps; ++step) {
+    const RightFragment b = right[step * stride];
+    const Pair<Split>&x = left[2 * step], &y = left[2 * step + 1];
+    const uint32_t a_big[4] = {x[0].big, x[1].big, y[0].big, y[1].big};
+    const uint32_t a_small[4] = {x[0].small, x[1].small, y[0].small, y[1].small};
     float big[4] = {0, 0, 0, 0};
-    UNROLL for (int step = first; step < Steps && step < first + kChain; ++step) {
-      const RightFragment b = right[step * stride];
-      const Pair<Split>&x = left[2 * step], &y = left[2 * step + 1];
-      const uint32_t a_big[4] = {x[0].big, x[1].big, y[0].big, y[1].big};
-      const uint32_t a_small[4] = {x[0].small, x[1].small, y[0].small, y[1].small};
-      multiply_add_tf32(small, a_small, b.big);
-      multiply_add_tf32(small, a_big, b.small);
-      multiply_add_tf32(big, a_big, b.big);
-    }
+    multiply_add_tf32(big, a_big, b.big);
+    multiply_add_tf32(small, a_small, b.big);
+    multiply_add_tf32(small, a_big, b.small);
     UNROLL for (int i = 0; i < 4; ++i) sum[i] += big[i];
   }
   UNROLL for (int i = 0; i < 4; ++i) sum[i] += small[i];

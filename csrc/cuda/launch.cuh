@@ -24,6 +24,9 @@ constexpr int64_t kMostParts = 528;
 // Memory that the generic kernels may take for a window, and that sums may take, in bytes.
 constexpr int64_t kMostWorkspace = int64_t(1) << 28;
 
+// What a multiprocessor of compute capability 8.0 has, less what every block takes of it.
+constexpr size_t kMostShared = 163 * 1024;
+
 struct Queue {
   Stream stream;
   int multiprocessors;
@@ -108,6 +111,7 @@ Error step(const Rule& rule, const std::vector<const T*>& weights, const std::ve
   };
   const auto fast = [&](auto shape) {
     using S = decltype(shape);
+    static_assert(kStepBlocks * sizeof(ForwardWeights<S>) <= kMostShared);
     each_launch([&](const Segments& segments) {
       const StepArguments<S> arguments{
           segments,          pointers<S::kLayers>(weights), Preprocessing<float>(rule), rule.features,
@@ -117,7 +121,11 @@ Error step(const Rule& rule, const std::vector<const T*>& weights, const std::ve
       return launch(step_kernel<S>, blocks, kThreads, sizeof(ForwardWeights<S>), queue.stream, arguments);
     });
   };
-  if (with_any_shape<T>(rule, fast, FastShapes())) return error;
+  // It reads two numbers of the state at a time.
+  const bool aligned = std::all_of(all.begin(), all.end(), [](const Segment& segment) {
+    return reinterpret_cast<uintptr_t>(segment.state) % sizeof(TwoFloats) == 0;
+  });
+  if (aligned && with_any_shape<T>(rule, fast, FastShapes())) return error;
 
   constexpr int kBlocks = 32;  // a multiprocessor
   const int64_t most = (int64_t)queue.multiprocessors * kBlocks;
@@ -144,6 +152,7 @@ inline Parts make_parts(const Rule& rule, int64_t numel, int64_t group, const Qu
 template <class S>
 Error fast_window_backward(const Rule& rule, const std::vector<const float*>& weights, const Window<float>& window,
                            const Queue& queue, Parts& parts) {
+  static_assert(sizeof(WindowShared<S>) <= kMostShared);
   parts = make_parts(rule, window.numel, kWarps * kTile, queue);
   const int64_t blocks = std::min<int64_t>(parts.parts, queue.multiprocessors);
   const SegmentsOfSteps segments(window.steps);

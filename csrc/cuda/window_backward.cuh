@@ -22,15 +22,15 @@ constexpr int kSegment = 32;
 
 // How the steps of a window are cut into segments.
 struct SegmentsOfSteps {
-  int64_t length, count;
+  int steps, length, count;
 
-  explicit SegmentsOfSteps(int64_t steps) : length(kSegment) {
-    while (length * length < steps) ++length;
+  explicit SegmentsOfSteps(int64_t all_steps) : steps((int)all_steps), length(kSegment) {
+    while ((int64_t)length * length < all_steps) ++length;
     if (length > steps) length = steps;
     count = (steps + length - 1) / length;
   }
   // Tiles of state: those before the segments, those after each step of one, and dh and dc.
-  FASTL2L_HOST_DEVICE int64_t tiles() const { return count + length + 1; }
+  FASTL2L_HOST_DEVICE int tiles() const { return count + length + 1; }
 };
 
 template <class S>
@@ -69,6 +69,7 @@ struct GradientSums {
   }
   static constexpr int kMost = products(S::kLayers - 1);
   float of[S::kLayers][kMost][4];
+  float feature;
   float out[S::kGroups], out_bias;
 
   DEVICE void clear() {
@@ -78,11 +79,12 @@ struct GradientSums {
       }
     }
     UNROLL for (int u = 0; u < S::kGroups; ++u) out[u] = 0;
-    out_bias = 0;
+    feature = out_bias = 0;
   }
 };
 
-// One warp's tile in the window; `tile` may be past the last one, and then counts for nothing.
+// One warp's tile in the window. The last group may have fewer tiles than a block has warps: those left over only take
+// their share of the weight gradients' products.
 template <class S>
 struct WindowTile {
   const WindowArguments<S>& arguments;
@@ -91,19 +93,22 @@ struct WindowTile {
   const Lane& lane;
   float* workspace;  // of the warp
   int64_t tile;
+  int active;  // warps of the block that have a tile
+
+  DEVICE bool is_active() const { return lane.warp < active; }
 
   DEVICE int64_t coordinate(int i) const { return tile * kTile + 2 * lane.g + i; }
   DEVICE bool exists(int i) const { return coordinate(i) < arguments.window.numel; }
   // The lane's part of the tile that is number `index` in the workspace.
-  DEVICE float* part(int64_t index) const { return lanes_part(workspace + index * (S::kRows * kTile), lane); }
+  DEVICE float* part(int index) const { return lanes_part(workspace + (int64_t)index * (S::kRows * kTile), lane); }
   DEVICE float* carry() const { return part(arguments.segments.count + arguments.segments.length); }
-  DEVICE float* checkpoint(int64_t segment) const { return part(segment); }
+  DEVICE float* checkpoint(int segment) const { return part(segment); }
   // The state before step t of a segment, or after the last one.
-  DEVICE float* state(int64_t segment, int64_t t) const {
+  DEVICE float* state(int segment, int t) const {
     return t == 0 ? checkpoint(segment) : part(arguments.segments.count + t - 1);
   }
-  DEVICE int64_t steps(int64_t segment) const {
-    const int64_t left = arguments.window.steps - segment * arguments.segments.length;
+  DEVICE int steps(int segment) const {
+    const int left = arguments.segments.steps - segment * arguments.segments.length;
     return left < arguments.segments.length ? left : arguments.segments.length;
   }
 
@@ -122,15 +127,15 @@ struct WindowTile {
   }
 
   // Of one step and the lane's two coordinates; 0 where there is none.
-  DEVICE Pair<float> read_coordinates(const float* from, int64_t t) const {
+  DEVICE Pair<float> read_coordinates(const float* from, int t) const {
     Pair<float> x = {};
     UNROLL for (int i = 0; i < 2; ++i) {
-      if (exists(i)) x[i] = from[t * arguments.window.numel + coordinate(i)];
+      if (exists(i)) x[i] = from[(int64_t)t * arguments.window.numel + coordinate(i)];
     }
     return x;
   }
 
-  DEVICE void read_features(int64_t t, Pair<float> (&features)[S::kFeatures]) const {
+  DEVICE void read_features(int t, Pair<float> (&features)[S::kFeatures]) const {
     const Pair<float> gradient = read_coordinates(arguments.window.grads, t);
     UNROLL for (int i = 0; i < 2; ++i) {
       float both[S::kFeatures];
@@ -139,8 +144,13 @@ struct WindowTile {
     }
   }
 
-  DEVICE void forward(int64_t segment) const {
-    ONE_AT_A_TIME for (int64_t t = 0; t < steps(segment); ++t) {
+  DEVICE Pair<float> read_dupdate(int t) const {
+    const Pair<float> adjoint = read_coordinates(arguments.window.adjoints, t);
+    return {{adjoint[0] * arguments.update_scale, adjoint[1] * arguments.update_scale}};
+  }
+
+  DEVICE void forward(int segment) const {
+    ONE_AT_A_TIME for (int t = 0; t < steps(segment); ++t) {
       Pair<float> features[S::kFeatures];
       read_features(segment * arguments.segments.length + t, features);
       lstm_step<S>(shared.forward, features, lane, state(segment, t), state(segment, t + 1));
@@ -204,14 +214,14 @@ struct WindowTile {
   }
 
   // The features' group comes after those of h: lane (g, q) has feature q.
-  DEVICE void write_dgrads(int64_t t, const float (&results)[S::backward_columns(0)][4]) const {
+  DEVICE void write_dgrads(int t, const float (&results)[S::backward_columns(0)][4]) const {
     constexpr int group = S::kGroups;
     const Pair<float> gradient = read_coordinates(arguments.window.grads, t);
     UNROLL for (int i = 0; i < 2; ++i) {
       const float mine = results[group / 2][2 * i + group % 2], other = shuffle_xor(mine, 1);
       if (lane.q != 0 || !exists(i)) continue;
       const float dfeatures[2] = {mine, other};
-      arguments.window.dgrads[t * arguments.window.numel + coordinate(i)] =
+      arguments.window.dgrads[(int64_t)t * arguments.window.numel + coordinate(i)] =
           arguments.preprocessing.backward(gradient[i], dfeatures);
     }
   }
@@ -223,7 +233,7 @@ struct WindowTile {
       const int product = lane.warp + i * kWarps;
       if (product >= S::gradient_products(Layer)) break;
       const int row = 16 * (product % S::kGradientRows) + lane.g, column = 8 * (product / S::kGradientRows) + lane.g;
-      ONE_AT_A_TIME for (int warp = 0; warp < kWarps; ++warp) {
+      ONE_AT_A_TIME for (int warp = 0; warp < active; ++warp) {
         const Stage<S>& stage = shared.stage[warp];
         Pair<Split> left[4];
         RightFragment right[2];
@@ -238,52 +248,81 @@ struct WindowTile {
     }
   }
 
-  // Layers Layer, Layer - 1, ... of step t, which begins with the state `before` and ends with `after`.
+  // The output's weights and bias, for the lane's units and coordinates.
+  DEVICE void add_out_products(const Pair<float>& dupdate, const float* after) const {
+    UNROLL for (int u = 0; u < S::kGroups; ++u) {
+      const Pair<float> h = load_unit(after, h_row<S>(S::kLayers - 1) + 4 * u);
+      UNROLL for (int i = 0; i < 2; ++i) sums.out[u] = fmaf(dupdate[i], h[i], sums.out[u]);
+    }
+    sums.out_bias += dupdate[0] + dupdate[1];
+  }
+
+  // Gradients of the features' weights, one a thread: gradients of the optimizee may be too small or too large for two
+  // numbers of 11 bits.
+  DEVICE void add_feature_products() const {
+    static_assert(S::kFeatures * S::kGates <= kThreads);
+    const int row = thread_index() % S::kGates, feature = thread_index() / S::kGates;
+    if (feature >= arguments.features) return;
+    ONE_AT_A_TIME for (int warp = 0; warp < active; ++warp) {
+      const float *dgates = shared.stage[warp].dgates[row], *inputs = shared.stage[warp].inputs[feature];
+      float sum = 0;
+      UNROLL for (int k = 0; k < kTile; ++k) sum = fmaf(dgates[k], inputs[k], sum);
+      sums.feature += sum;
+    }
+  }
+  DEVICE void flush_feature(double* to) const {
+    const int row = thread_index() % S::kGates, feature = thread_index() / S::kGates;
+    if (feature < arguments.features) to[row * arguments.features + feature] += sums.feature;
+  }
+
+  // One layer of step t, which begins with the state `before` and ends with `after`.
   template <int Layer>
-  DEVICE void layers_backward(int64_t t, const Pair<float> (&features)[S::kFeatures], const Pair<float>& dupdate,
-                              const float* before, const float* after) const {
+  DEVICE void layer_backward(int t, const float* before, const float* after) const {
+    Pair<float> features[S::kFeatures] = {}, dupdate = {};
+    if constexpr (Layer == 0) read_features(t, features);
+    if constexpr (Layer + 1 == S::kLayers) {
+      dupdate = read_dupdate(t);
+      add_out_products(dupdate, after);
+    }
     stage_inputs<Layer>(features, before, after);
     float results[S::backward_columns(Layer)][4] = {};
-    {
-      const LayerInput<S, Layer> input(before, after);
-      ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
-        Pair<float> dgates[4];
-        group_backward<Layer>(u, group_gates<S, Layer>(shared.forward, input, features, u, lane), dupdate, before,
-                              dgates);
-        Pair<Split> left[4];
-        UNROLL for (int gate = 0; gate < 4; ++gate) {
-          stage_unit(shared.stage[lane.warp].dgates, gate * S::kHidden + 4 * u + lane.q, dgates[gate]);
-          left[gate] = split(dgates[gate]);
-        }
-        const auto* right = &shared.backward.fragment[S::backward_start(Layer) + 2 * u][lane.index];
-        UNROLL for (int column = 0; column < S::backward_columns(Layer); ++column) {
-          multiply<2>(left, right + column * S::kBackwardSteps * kWarp, kWarp, results[column]);
-        }
+    const LayerInput<S, Layer> input(before, after);
+    ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
+      Pair<float> dgates[4];
+      group_backward<Layer>(u, group_gates<S, Layer>(shared.forward, input, features, u, lane), dupdate, before,
+                            dgates);
+      Pair<Split> left[4];
+      UNROLL for (int gate = 0; gate < 4; ++gate) {
+        stage_unit(shared.stage[lane.warp].dgates, gate * S::kHidden + 4 * u + lane.q, dgates[gate]);
+        left[gate] = split(dgates[gate]);
+      }
+      const auto* right = &shared.backward.fragment[S::backward_start(Layer) + 2 * u][lane.index];
+      UNROLL for (int column = 0; column < S::backward_columns(Layer); ++column) {
+        multiply<2>(left, right + column * S::kBackwardSteps * kWarp, kWarp, results[column]);
       }
     }
     carry_results<Layer>(results);
     if constexpr (Layer == 0) {
       if (arguments.window.dgrads) write_dgrads(t, results);
     }
-    sync_block();
-    add_products<Layer>();
-    sync_block();
-    if constexpr (Layer > 0) layers_backward<Layer - 1>(t, features, dupdate, before, after);
   }
 
-  DEVICE void backward(int64_t segment) const {
-    ONE_AT_A_TIME for (int64_t i = steps(segment) - 1; i >= 0; --i) {
-      const int64_t t = segment * arguments.segments.length + i;
+  // Layers Layer, Layer - 1, ... of a step.
+  template <int Layer>
+  DEVICE void layers_backward(int t, const float* before, const float* after) const {
+    if (is_active()) layer_backward<Layer>(t, before, after);
+    sync_block();
+    add_products<Layer>();
+    if (Layer == 0) add_feature_products();
+    sync_block();
+    if constexpr (Layer > 0) layers_backward<Layer - 1>(t, before, after);
+  }
+
+  DEVICE void backward(int segment) const {
+    ONE_AT_A_TIME for (int i = steps(segment) - 1; i >= 0; --i) {
+      const int t = segment * arguments.segments.length + i;
       const float *before = state(segment, i), *after = state(segment, i + 1);
-      Pair<float> dupdate = read_coordinates(arguments.window.adjoints, t), features[S::kFeatures];
-      UNROLL for (int i = 0; i < 2; ++i) dupdate[i] *= arguments.update_scale;
-      read_features(t, features);
-      UNROLL for (int u = 0; u < S::kGroups; ++u) {
-        const Pair<float> h = load_unit(after, h_row<S>(S::kLayers - 1) + 4 * u);
-        UNROLL for (int i = 0; i < 2; ++i) sums.out[u] = fmaf(dupdate[i], h[i], sums.out[u]);
-      }
-      sums.out_bias += dupdate[0] + dupdate[1];
-      layers_backward<S::kLayers - 1>(t, features, dupdate, before, after);
+      layers_backward<S::kLayers - 1>(t, before, after);
     }
   }
 
@@ -298,17 +337,15 @@ struct WindowTile {
       if (product >= S::gradient_products(Layer)) break;
       UNROLL for (int element = 0; element < 4; ++element) {
         const int row = 16 * (product % S::kGradientRows) + lane.g + 8 * (element / 2);
-        // As stage_inputs() puts them: features, nothing and the bias in 4 columns, then the input, then h.
+        // As stage_inputs() puts them: features, nothing and a 1 in 4 columns, then the input, then h.
         const int column = 8 * (product / S::kGradientRows) + 2 * lane.q + element % 2;
         const int input = column - 4, unit = input - 4 * S::input_groups(Layer);
         double* at = nullptr;
         if (column == 3) {
           at = layer + S::kGates * (inputs + H) + row;
-        } else if (column < 3) {
-          if (Layer == 0 && column < inputs) at = layer + row * inputs + column;
-        } else if (unit < 0) {
+        } else if (column > 3 && unit < 0) {
           at = layer + row * inputs + input;
-        } else if (unit < H) {
+        } else if (column > 3 && unit < H) {
           at = layer + S::kGates * inputs + row * H + unit;
         }
         if (at) *at += sums.of[Layer][i][element];
@@ -324,37 +361,40 @@ struct WindowTile {
       x += shuffle_xor(x, 8);
       return x + shuffle_xor(x, 16);
     };
-    float* mine = shared.stage[lane.warp].dgates[0];
+    const auto row = [&](int warp) { return &shared.stage[warp].dgates[0][0]; };
     UNROLL for (int u = 0; u < S::kGroups; ++u) {
       const float sum = sum_over_coordinates(sums.out[u]);
-      if (lane.g == 0) mine[4 * u + lane.q] = sum;
+      if (lane.g == 0) row(lane.warp)[4 * u + lane.q] = sum;
     }
     const float bias = sum_over_coordinates(sums.out_bias);
-    if (lane.index == 0) mine[S::kHidden] = bias;
+    if (lane.index == 0) row(lane.warp)[S::kHidden] = bias;
     sync_block();
     double* out = to + S::weights_before(S::kLayers, arguments.features);
     for (int i = thread_index(); i <= S::kHidden; i += kThreads) {
-      for (int warp = 0; warp < kWarps; ++warp) out[i] += shared.stage[warp].dgates[0][i];
+      for (int warp = 0; warp < kWarps; ++warp) out[i] += row(warp)[i];
     }
     sync_block();
   }
 
   DEVICE void run(double* part_sums) const {
-    const int64_t last = arguments.segments.count - 1;
-    read_tile(arguments.window.state, checkpoint(0));
-    read_tile(arguments.window.dstate, carry());
-    for (int64_t segment = 0; segment < last; ++segment) {
-      forward(segment);
-      copy_part(state(segment, steps(segment)), checkpoint(segment + 1));
+    const int last = arguments.segments.count - 1;
+    if (is_active()) {
+      read_tile(arguments.window.state, checkpoint(0));
+      read_tile(arguments.window.dstate, carry());
+      for (int segment = 0; segment < last; ++segment) {
+        forward(segment);
+        copy_part(state(segment, steps(segment)), checkpoint(segment + 1));
+      }
     }
-    for (int64_t segment = last; segment >= 0; --segment) {
-      forward(segment);
+    for (int segment = last; segment >= 0; --segment) {
+      if (is_active()) forward(segment);
       sums.clear();
       backward(segment);
       flush_products<0>(part_sums);
+      flush_feature(part_sums);
       flush_out(part_sums);
     }
-    if (arguments.window.dstate_first && tile < tiles_of(arguments.window.numel)) {
+    if (arguments.window.dstate_first && is_active()) {
       copy_part(carry(), lanes_part(arguments.window.dstate_first + tile * (S::kRows * kTile), lane));
     }
   }
@@ -376,7 +416,9 @@ window_backward_kernel(KERNEL_ARGUMENT WindowArguments<S> arguments) {
     for (int64_t i = thread_index(); i < parts.count; i += kThreads) part_sums[i] = 0;
     sync_block();
     for (int64_t group = parts.begin(part); group < parts.begin(part + 1); ++group) {
-      const WindowTile<S> tile{arguments, shared, sums, lane, workspace, group * kWarps + lane.warp};
+      const int64_t first = group * kWarps, left = tiles_of(arguments.window.numel) - first;
+      const WindowTile<S> tile{
+          arguments, shared, sums, lane, workspace, first + lane.warp, (int)(left < kWarps ? left : kWarps)};
       tile.run(part_sums);
     }
   }

@@ -174,12 +174,6 @@ inline float blur(double exact, float argument, double relative) {
 
 inline float without_subnormal(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 
-// Towards 0, as tensor cores do it.
-inline float cut_off(double x) {
-  const float nearest = (float)x;
-  return std::fabs((double)nearest) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
-}
-
 }  // namespace emulator
 
 inline int thread_index() { return emulator::block->current; }
@@ -215,6 +209,12 @@ inline uint32_t bits_of(float x) {
   return bits;
 }
 
+// Towards 0, as tensor cores do it.
+inline float cut_off(double x) {
+  const float nearest = (float)x;
+  return std::fabs((double)nearest) > std::fabs(x) ? from_bits(bits_of(nearest) - 1) : nearest;
+}
+
 inline uint32_t to_tf32(float x) {
   return std::isnan(x) ? 0x7fffffffu : (bits_of(x) + 0x1000u) & 0xffffe000u;  // halves away from 0
 }
@@ -245,7 +245,7 @@ inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
         for (int half = 0; half < 8; half += 4) {  // the older ones take 4 products at a time
           double exact = sum[row][column];
           for (int k = half; k < half + 4; ++k) exact += (double)left[row][k] * right[k][column];
-          sum[row][column] = emulator::cut_off(exact);
+          sum[row][column] = cut_off(exact);
         }
       }
     }
@@ -262,7 +262,9 @@ inline float approximate_exp2(float x) {
 }
 inline float approximate_reciprocal(float x) {
   const float argument = emulator::without_subnormal(x);
-  return emulator::without_subnormal(emulator::blur(1 / (double)argument, argument, 0x1p-23));
+  int exponent;
+  const bool power_of_2 = std::fabs(std::frexp(argument, &exponent)) == 0.5f;  // the inverse is exact
+  return emulator::without_subnormal(emulator::blur(1 / (double)argument, argument, power_of_2 ? 0 : 0x1p-23));
 }
 
 inline float wide(Half x) { return (float)x; }

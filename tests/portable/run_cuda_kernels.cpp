@@ -6,16 +6,17 @@
 using namespace fastl2l;
 using namespace fastl2l::cuda;
 
-namespace {
+extern "C" {
+int emulated_multiprocessors = 3;  // few, so that every block has several turns
+}
 
-// Few, so that every block has several turns.
-constexpr int kMultiprocessors = 3;
+namespace {
 
 struct Workspaces {
   std::vector<std::unique_ptr<char[]>> memory;
 
   Queue queue() {
-    return {0, kMultiprocessors, [this](size_t bytes) {
+    return {0, emulated_multiprocessors, [this](size_t bytes) {
               memory.emplace_back(new char[bytes]);
               std::memset(memory.back().get(), 0xff, bytes);  // NaN
               return (void*)memory.back().get();
@@ -62,5 +63,10 @@ int emulated_window_backward(int layers, int hidden, int log_sign, double consta
     return window_backward<T>(rule, weights_of<T>(rule, weights), window, (T*)dweights, workspaces.queue());
   };
   return is_double ? run(double()) : run(float());
+}
+
+// The activations of the fast kernels, as csrc/cpu's operator elementwise has them.
+void emulated_elementwise(int is_tanh, const float* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = is_tanh ? tanh_of_power(from[i]) : sigmoid_of_power(from[i]);
 }
 }
