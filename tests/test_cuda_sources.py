@@ -1,5 +1,4 @@
-"""The CUDA sources compile without a GPU and without a torch for CUDA, and into what is meant: no spills, and products on
-tensor cores."""
+"""The CUDA sources compile without a GPU or a torch for CUDA: without spills, and with products on tensor cores."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The kernels on a GPU, by every backend that has some: as accurate as PyTorch, the same bits again and again, on any
-stream, in CUDA graphs, for any number of coordinates. Skipped where there is no GPU; needs no network."""
+"""The kernels on a GPU, by every backend that has some: as accurate as PyTorch, the same bits again and again.
+
+On any stream and device, in CUDA graphs, for any number of coordinates. Skipped where there is no GPU; needs no network.
+"""
 
 from __future__ import annotations
 
@@ -195,9 +197,7 @@ def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(backend):
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     sizes = [(7 * i) % 400 for i in range(150)]
     params = [torch.randn(size).to(dtypes[i % 4]).cuda() for i, size in enumerate(sizes)]
-    grads = [
-        random_gradients(size, seed=i).clamp(-1e4, 1e4).to(dtypes[i % 4]).cuda() for i, size in enumerate(sizes)
-    ]
+    grads = [random_gradients(size, seed=i).clamp(-1e4, 1e4).to(dtypes[i % 4]).cuda() for i, size in enumerate(sizes)]
     states = [new_state(module, size, "cuda") for size in sizes]
     alone, their_states = [x.clone() for x in params], [x.clone() for x in states]
     for param, grad, state in zip(alone, grads, their_states, strict=True):

@@ -33,6 +33,7 @@ DEVICE void step_tile(const StepArguments<S>& arguments, const ForwardWeights<S>
     arguments.preprocessing.features(gradient * arguments.grad_scale, both);
     UNROLL for (int feature = 0; feature < S::kFeatures; ++feature) features[feature][i] = both[feature];
   }
+  sync_warp();  // products on tensor cores are the whole warp's, and the last tile's lanes may have parted
   float* part = lanes_part(memory, lane);
   const Pair<float> out = lstm_step<S>(weights, features, lane, part, part);
   Pair<float> update;

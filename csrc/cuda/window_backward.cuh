@@ -153,6 +153,7 @@ struct WindowTile {
     ONE_AT_A_TIME for (int t = 0; t < steps(segment); ++t) {
       Pair<float> features[S::kFeatures];
       read_features(segment * arguments.segments.length + t, features);
+      sync_warp();  // see step_tile()
       lstm_step<S>(shared.forward, features, lane, state(segment, t), state(segment, t + 1));
     }
   }
@@ -284,6 +285,7 @@ struct WindowTile {
       dupdate = read_dupdate(t);
       add_out_products(dupdate, after);
     }
+    sync_warp();  // see step_tile()
     stage_inputs<Layer>(features, before, after);
     float results[S::backward_columns(Layer)][4] = {};
     const LayerInput<S, Layer> input(before, after);
