@@ -1,6 +1,6 @@
 """The kernels on a GPU, by every backend that has some: as accurate as PyTorch, the same bits again and again.
 
-On any stream and device, in CUDA graphs, for any number of coordinates. Skipped where there is no GPU; needs no network.
+On any stream and device, in CUDA graphs, for any number of coordinates. Skipped where there is no GPU.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 //
 // Memory: per warp, the states of one segment of steps, at least kSegment long, those before every segment, and dh and
 // dc: 5 KB each for the papers' rule, whatever the number of coordinates is. With more than one segment, states inside
-// of it are computed once more. All of it is written and read by the same lanes, and dh and dc, which are used at every
-// step, do not leave the multiprocessor's cache.
+// of it are computed once more. All of it is written and read by the same lanes; dh and dc, which are used at every
+// step, are few enough to stay in the multiprocessor's cache.
 //
 // Weight gradients are products over coordinates, which lie along the wrong side of a lane's fragments: gate gradients
 // and inputs change lanes through shared memory, where every warp of the block takes its share of the products for the
