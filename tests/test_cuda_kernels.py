@@ -41,9 +41,9 @@ CASES = [
 EXTREMES = [
     Case(preprocess, 20, 2, 17, 5, 16, **extreme)
     for preprocess in ("raw", "log_sign")
-    for extreme in ({"gain": 0.01}, {"magnitude": 1e30}, {"magnitude": 1e-36})
+    for extreme in ({"gain": 10.0}, {"gain": 0.01}, {"magnitude": 1e30}, {"magnitude": 1e-36})
 ]
-"""Gates that are hardly open, huge gradients, denormal gradients."""
+"""Saturated gates, gates that are hardly open, huge gradients, denormal gradients."""
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,10 @@ from helpers import (
     Case,
     assert_accurate,
     backward_by,
+    by_reference,
     constants,
     detached,
+    inputs,
     random_gradients,
     random_rows,
     random_rule,
@@ -111,9 +113,9 @@ def window(backend, rule, state, grads, adjoints, dstate):
 def test_steps_and_windows_are_as_accurate_as_pytorch(backend, case):
     gpu = on_gpu(backend)
     found = steps_by(gpu, case, torch.float32) | backward_by(gpu, case, torch.float32)
-    if case.gain == 10.0:  # gates that are shut for good: the truth is next to 0
-        assert all(tensor.isfinite().all() for tensor in found.values())
-        found = {name: found[name] for name in ("update", "state")}
+    truth = by_reference(case, torch.float64)
+    for vanished in [output for output in found if not truth[output].any()]:  # see test_operators.py
+        assert found.pop(vanished).abs().max() <= 1e-35 * inputs(case).grads.abs().max().clamp_min(1)
     assert_accurate(found, case)
 
 

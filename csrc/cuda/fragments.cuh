@@ -35,8 +35,7 @@ struct alignas(16) RightFragment {
   uint32_t big[2], small[2];
 };
 
-DEVICE RightFragment right_fragment(float first, float second) {
-  const Split one = split(first), other = split(second);
+DEVICE RightFragment right_fragment(const Split& one, const Split& other) {
   return {{one.big, other.big}, {one.small, other.small}};
 }
 
@@ -139,6 +138,14 @@ struct BackwardWeights {
 
 DEVICE float gate_factor(int gate) { return (float)(gate == 2 ? 2 * kLog2E : -kLog2E); }
 
+// A weight times the factor of its gate, with more bits than a float has: both parts of it are there anyway.
+DEVICE Split split_product(float weight, int gate) {
+  const float factor = gate_factor(gate), rest = (float)((gate == 2 ? 2 * kLog2E : -kLog2E) - (double)factor);
+  const float product = weight * factor, low = fmaf(weight, rest, fmaf(weight, factor, -product));
+  const uint32_t big = to_tf32(product);
+  return {big, to_tf32(product - from_bits(big) + low)};
+}
+
 // All threads of a block put the weights where multiply() wants them.
 template <class S>
 DEVICE void load_forward_weights(const WeightPointers<S::kLayers>& from, int features, ForwardWeights<S>& to) {
@@ -152,8 +159,8 @@ DEVICE void load_forward_weights(const WeightPointers<S::kLayers>& from, int fea
       const int gate = 2 * (column % 2) + g % 2, row = gate * H + 4 * (column / 2) + g / 2;
       const auto weight = [&](int group) {
         const int unit = 4 * group + q - 4 * S::input_groups(layer);
-        if (unit >= H) return 0.0f;
-        return gate_factor(gate) * (unit < 0 ? weights.w_ih[row * H + unit + H] : weights.w_hh[row * H + unit]);
+        if (unit >= H) return Split{};
+        return split_product(unit < 0 ? weights.w_ih[row * H + unit + H] : weights.w_hh[row * H + unit], gate);
       };
       to.fragment[S::forward_start(layer) + i / kWarp][lane] = right_fragment(weight(2 * step), weight(2 * step + 1));
     }
@@ -188,7 +195,8 @@ DEVICE void load_backward_weights(const WeightPointers<S::kLayers>& from, int fe
         return layer == 0 && unit - H < features ? weights.w_ih[row * features + unit - H] : 0.0f;
       };
       const int gate = 2 * (step % 2);
-      to.fragment[S::backward_start(layer) + i / kWarp][lane] = right_fragment(weight(gate), weight(gate + 1));
+      to.fragment[S::backward_start(layer) + i / kWarp][lane] =
+          right_fragment(split(weight(gate)), split(weight(gate + 1)));
     }
   }
 }

@@ -242,7 +242,7 @@ struct WindowTile {
           const int k = 8 * step + lane.q;
           left[2 * step] = {{split(stage.dgates[row][k]), split(stage.dgates[row + 8][k])}};
           left[2 * step + 1] = {{split(stage.dgates[row][k + 4]), split(stage.dgates[row + 8][k + 4])}};
-          right[step] = right_fragment(stage.inputs[column][k], stage.inputs[column][k + 4]);
+          right[step] = right_fragment(split(stage.inputs[column][k]), split(stage.inputs[column][k + 4]));
         }
         multiply<2>(left, right, 1, sums.of[Layer][i]);
       }
