@@ -27,13 +27,13 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/portable/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/portable/*.cpp tests/portable/*.h
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CSRC) tests/portable/*.cpp
+	$(BIN)/clang-format -i $(CSRC) tests/portable/*.cpp tests/portable/*.h
 
 bench: $(READY)
 	FASTL2L_REQUIRE_EXT=1 $(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)

@@ -6,9 +6,13 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "rule.h"
 
 namespace fastl2l {
 
@@ -90,6 +94,55 @@ inline RuleSizes check_weights(const std::vector<Tensor>& weights, const std::st
   check_tensor({"weights", 3 * sizes.layers}, w_out, dtype, {hidden});
   check_tensor({"weights", 3 * sizes.layers + 1}, weights.back(), dtype, {});
   return sizes;
+}
+
+inline Rule make_rule(const RuleSizes& sizes, const std::string& preprocess, double constant, double update_scale) {
+  return {sizes.layers, sizes.hidden, sizes.features,      preprocess == "log_sign",
+          constant,     update_scale, std::exp(-constant), std::exp(constant)};
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+inline void check_floating(const std::vector<Tensor>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Name name{"tensors", (int64_t)i};
+    STD_TORCH_CHECK(tensors[i].is_contiguous(), name.string(), ": expected a contiguous tensor");
+    STD_TORCH_CHECK(is_floating(tensors[i].scalar_type()), name.string(), ": expected a floating dtype");
+  }
+}
+
+inline void check_segments(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                           const std::vector<Tensor>& states, ScalarType dtype, int64_t state_rows) {
+  check_length("grads", grads.size(), params.size());
+  check_length("states", states.size(), params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Name param{"params", (int64_t)i}, grad{"grads", (int64_t)i};
+    const ScalarType stored = params[i].scalar_type();
+    STD_TORCH_CHECK(is_floating(stored), param.string(), ": expected float32, float64, float16 or bfloat16, got ",
+                    dtype_name(stored));
+    STD_TORCH_CHECK(params[i].is_contiguous(), param.string(), ": expected a contiguous tensor");
+    STD_TORCH_CHECK(grads[i].is_contiguous(), grad.string(), ": expected a contiguous tensor");
+    STD_TORCH_CHECK(grads[i].scalar_type() == stored, grad.string(), ": expected ", dtype_name(stored), ", got ",
+                    dtype_name(grads[i].scalar_type()));
+    const int64_t numel = params[i].numel();
+    STD_TORCH_CHECK(grads[i].numel() == numel, grad.string(), ": expected ", numel, " elements, got ",
+                    grads[i].numel());
+    check_tensor({"states", (int64_t)i}, states[i], dtype, {tiles_of(numel), state_rows, kTile});
+  }
+}
+
+inline void check_window(const Tensor& state, const Tensor& grads, const Tensor& adjoints,
+                         const std::optional<Tensor>& dstate, ScalarType dtype, int64_t state_rows) {
+  STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) >= 1, "grads: expected shape [steps >= 1, N], got ",
+                  shape_of(grads));
+  const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel);
+  check_tensor({"grads"}, grads, dtype, {steps, numel});
+  check_tensor({"adjoints"}, adjoints, dtype, {steps, numel});
+  check_tensor({"state"}, state, dtype, {tiles, state_rows, kTile});
+  if (dstate) check_tensor({"dstate"}, *dstate, dtype, {tiles, state_rows, kTile});
 }
 
 }  // namespace fastl2l

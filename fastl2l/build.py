@@ -35,7 +35,14 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
 # An ahead-of-time build begins with the flags that Python was built with. These make the outcome the same: no debugging
 # information, which is ten times the size of the rest, and no promises about overflow, which loops pay for.
 CXX_FLAGS += ["-DNDEBUG", "-g0", "-fno-wrapv"]
-NVCC_FLAGS = ["-std=c++20", "-O3"]
+# Contraction is off for the same reason: the emulator that the tests run the CUDA kernels on then does what a GPU does.
+# Machine code for Ampere and Hopper, and for what comes later PTX, which the driver compiles.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-DNDEBUG", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS += [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=sm_90",
+    "-gencode=arch=compute_90,code=compute_90",
+]
 
 
 class Parameters(NamedTuple):

@@ -6,21 +6,9 @@
 #include <cstdint>
 #include <string>
 
+#include "rule.h"
+
 namespace fastl2l::cpu {
-
-// State is kept in tiles of 16 coordinates, [tile][row][16]: a tile's rows are neighbours in memory, whatever N is.
-constexpr int kTile = 16;
-
-struct Rule {
-  int layers, hidden, features;
-  bool log_sign;    // else raw
-  double constant;  // p of log_sign, scale of raw
-  double update_scale;
-  double log_sign_threshold, log_sign_slope;  // exp(-p), exp(p)
-
-  int inputs(int layer) const { return layer == 0 ? features : hidden; }
-  int state_rows() const { return 2 * layers * hidden; }
-};
 
 // Weights as the kernels read them; offsets count elements from `data`. See pack.h.
 template <typename T>

@@ -60,11 +60,6 @@ void add(void* param, const T* update, int n) {
   }
 }
 
-Rule make_rule(const RuleSizes& sizes, const std::string& preprocess, double constant, double update_scale) {
-  return {sizes.layers, sizes.hidden, sizes.features,      preprocess == "log_sign",
-          constant,     update_scale, std::exp(-constant), std::exp(constant)};
-}
-
 template <typename T>
 std::vector<const T*> pointers(const std::vector<Tensor>& tensors) {
   std::vector<const T*> result;
@@ -81,8 +76,6 @@ const Kernels<T>& kernels() {
   }
 }
 
-int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
-
 template <typename T>
 void set_dtype(Segment<T>& segment, ScalarType dtype) {
   const auto use = [&](auto* example) {
@@ -96,27 +89,6 @@ void set_dtype(Segment<T>& segment, ScalarType dtype) {
     case ScalarType::Double: return use((double*)nullptr);
     case ScalarType::Half: return use((torch::headeronly::Half*)nullptr);
     default: return use((torch::headeronly::BFloat16*)nullptr);
-  }
-}
-
-void check_segments(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                    const std::vector<Tensor>& states, ScalarType dtype, int64_t state_rows) {
-  check_length("grads", grads.size(), params.size());
-  check_length("states", states.size(), params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    const Name param{"params", (int64_t)i}, grad{"grads", (int64_t)i};
-    const ScalarType stored = params[i].scalar_type();
-    STD_TORCH_CHECK(stored == ScalarType::Float || stored == ScalarType::Double || stored == ScalarType::Half ||
-                        stored == ScalarType::BFloat16,
-                    param.string(), ": expected float32, float64, float16 or bfloat16, got ", dtype_name(stored));
-    STD_TORCH_CHECK(params[i].is_contiguous(), param.string(), ": expected a contiguous tensor");
-    STD_TORCH_CHECK(grads[i].is_contiguous(), grad.string(), ": expected a contiguous tensor");
-    STD_TORCH_CHECK(grads[i].scalar_type() == stored, grad.string(), ": expected ", dtype_name(stored), ", got ",
-                    dtype_name(grads[i].scalar_type()));
-    const int64_t numel = params[i].numel();
-    STD_TORCH_CHECK(grads[i].numel() == numel, grad.string(), ": expected ", numel, " elements, got ",
-                    grads[i].numel());
-    check_tensor({"states", (int64_t)i}, states[i], dtype, {tiles_of(numel), state_rows, kTile});
   }
 }
 
@@ -166,23 +138,16 @@ bool finite(const void* data, int64_t n) {
   return true;
 }
 
-bool is_finite(const Tensor& tensor, const Name& name) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), name.string(), ": expected a contiguous tensor");
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return finite<float>(tensor.data_ptr(), tensor.numel());
-    case ScalarType::Double: return finite<double>(tensor.data_ptr(), tensor.numel());
-    case ScalarType::Half: return finite<torch::headeronly::Half>(tensor.data_ptr(), tensor.numel());
-    case ScalarType::BFloat16: return finite<torch::headeronly::BFloat16>(tensor.data_ptr(), tensor.numel());
-    default: STD_TORCH_CHECK(false, name.string(), ": expected a floating dtype");
-  }
-  return false;
-}
-
 bool all_finite(const std::vector<Tensor>& tensors) {
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!is_finite(tensors[i], {"tensors", (int64_t)i})) return false;
-  }
-  return true;
+  check_floating(tensors);
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Float: return finite<float>(tensor.data_ptr(), tensor.numel());
+      case ScalarType::Double: return finite<double>(tensor.data_ptr(), tensor.numel());
+      case ScalarType::Half: return finite<torch::headeronly::Half>(tensor.data_ptr(), tensor.numel());
+      default: return finite<torch::headeronly::BFloat16>(tensor.data_ptr(), tensor.numel());
+    }
+  });
 }
 
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
@@ -240,13 +205,8 @@ std::tuple<Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, T
   const RuleSizes sizes = check_weights(weights, preprocess);
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) >= 1, "grads: expected shape [steps >= 1, N], got ",
-                  shape_of(grads));
+  check_window(state, grads, adjoints, dstate, dtype, rule.state_rows());
   const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel);
-  check_tensor({"grads"}, grads, dtype, {steps, numel});
-  check_tensor({"adjoints"}, adjoints, dtype, {steps, numel});
-  check_tensor({"state"}, state, dtype, {tiles, rule.state_rows(), kTile});
-  if (dstate) check_tensor({"dstate"}, *dstate, dtype, {tiles, rule.state_rows(), kTile});
 
   Tensor dweights = torch::stable::new_empty(state, {weight_count(rule)});
   Tensor dstate_first = torch::stable::new_zeros(state, {need_dstate ? tiles : 0, rule.state_rows(), kTile});

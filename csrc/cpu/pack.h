@@ -8,24 +8,12 @@
 
 namespace fastl2l::cpu {
 
-// What the gates' sums are multiplied by, in the order i, f, g, o: the kernels take powers of 2 of them, -x log2(e) for
-// sigmoid and 2 x log2(e) for tanh.
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kGateFactors[4] = {-kLog2E, -kLog2E, 2 * kLog2E, -kLog2E};
-
 // Calls visit(first, count) for blocks of `block` items, then for what is left one by one.
 template <typename Visit>
 void for_blocks(int n, int block, Visit visit) {
   int first = 0;
   for (; first + block <= n; first += block) visit(first, block);
   for (; first < n; ++first) visit(first, 1);
-}
-
-// How many weights a rule has.
-inline int64_t weight_count(const Rule& rule) {
-  int64_t n = rule.hidden + 1;
-  for (int layer = 0; layer < rule.layers; ++layer) n += 4 * rule.hidden * (rule.inputs(layer) + 1 + rule.hidden);
-  return n;
 }
 
 // Weights in `weights` are W_ih, W_hh and bias of each layer, then w_out and b_out (see LSTMConfig.weight_shapes).

@@ -12,6 +12,7 @@
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
 
+using namespace fastl2l;
 using namespace fastl2l::cpu;
 
 int main(int argc, char** argv) {

@@ -1,0 +1,73 @@
+// What the kernels are given: plain data that is passed by value, so that a launch copies nothing to the device itself.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/numbers.cuh"
+#include "rule.h"
+
+namespace fastl2l::cuda {
+
+// One parameter's coordinates.
+struct Segment {
+  void* param;
+  const void* grad;
+  void* state;
+  int64_t numel;
+  int64_t first_tile;  // running number over all segments
+  Dtype dtype;         // of param and grad
+};
+
+// As many segments as one launch takes: the arguments of a kernel have to fit into 4 KB.
+constexpr int kMostSegments = 64;
+
+struct Segments {
+  Segment at[kMostSegments];
+  int count;
+  int64_t tiles;
+
+  // The segment that a tile belongs to.
+  DEVICE const Segment& of(int64_t tile) const {
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (at[middle].first_tile <= tile ? low : high) = middle;
+    }
+    return at[low];
+  }
+};
+
+// The weights of a rule of few layers, where they lie in torch's memory.
+template <int Layers>
+struct WeightPointers {
+  struct Layer {
+    const float *w_ih, *w_hh, *bias;
+  };
+  Layer layer[Layers];
+  const float *w_out, *b_out;
+};
+
+// A window of truncated BPTT; see ops/schema.py.
+template <typename T>
+struct Window {
+  int64_t numel, steps;
+  const T* state;     // [tile][row][16], before the first step
+  const T* grads;     // [steps][numel]
+  const T* adjoints;  // [steps][numel]
+  const T* dstate;    // [tile][row][16], or null
+  T* dstate_first;    // [tile][row][16], or null
+  T* dgrads;          // [steps][numel], or null
+};
+
+// Weight gradients are summed in parts, whose bounds depend on the number of coordinates alone.
+struct Parts {
+  int64_t groups;  // of coordinates, each of them one turn of a block
+  int64_t parts;
+  int64_t count;  // weights
+  double* sums;   // [parts][count], in the order of the weights
+
+  // The first group of a part.
+  FASTL2L_HOST_DEVICE int64_t begin(int64_t part) const { return part * groups / parts; }
+};
+
+}  // namespace fastl2l::cuda

@@ -1,0 +1,138 @@
+// The LSTM of one warp's 16 coordinates on tensor cores.
+#pragma once
+
+#include "cuda/fragments.cuh"
+#include "cuda/numbers.cuh"
+
+namespace fastl2l::cuda {
+
+struct Lane {
+  int g, q, index, warp;
+
+  DEVICE Lane()
+      : g(thread_index() % kWarp / 4),
+        q(thread_index() % 4),
+        index(thread_index() % kWarp),
+        warp(thread_index() / kWarp) {}
+};
+
+// A warp reads or writes 4 rows at a time, which are one run of 256 bytes.
+struct alignas(8) TwoFloats {
+  float first, second;
+};
+
+// The lane's two coordinates of the first unit; whatever else it has of the tile lies at fixed distances from there.
+template <class T>
+DEVICE T* lanes_part(T* tile, const Lane& lane) {
+  return tile + lane.q * kTile + 2 * lane.g;
+}
+
+// A lane's unit of one group.
+DEVICE Pair<float> load_unit(const float* part, int row) {
+  const auto* two = reinterpret_cast<const TwoFloats*>(part + row * kTile);
+  return {{two->first, two->second}};
+}
+DEVICE void store_unit(float* part, int row, const Pair<float>& unit) {
+  *reinterpret_cast<TwoFloats*>(part + row * kTile) = {unit[0], unit[1]};
+}
+
+template <class S>
+FASTL2L_HOST_DEVICE constexpr int h_row(int layer) {
+  return 2 * layer * S::kHidden;
+}
+template <class S>
+FASTL2L_HOST_DEVICE constexpr int c_row(int layer) {
+  return h_row<S>(layer) + S::kHidden;
+}
+
+// What tensor cores take for a layer's gates: its input, unless that is the features, and its h before the step. The
+// input is h of the layer below after the step.
+template <class S, int Layer>
+struct LayerInput {
+  Pair<Split> of[2 * S::forward_steps(Layer)];
+
+  DEVICE LayerInput(const float* before, const float* after) {
+    UNROLL for (int u = 0; u < S::kGroups; ++u) {
+      if (Layer > 0) of[u] = split(load_unit(after, h_row<S>(Layer - 1) + 4 * u));
+      of[S::input_groups(Layer) + u] = split(load_unit(before, h_row<S>(Layer) + 4 * u));
+    }
+    // An odd number of groups ends with one of zeros.
+    if ((S::input_groups(Layer) + S::kGroups) % 2) of[2 * S::forward_steps(Layer) - 1] = {};
+  }
+};
+
+struct Gates {
+  float i, f, g, o;
+};
+
+// The gates of one group's unit, of both coordinates. `Layer` is a constant, as products need their number of steps.
+template <class S, int Layer>
+DEVICE Pair<Gates> group_gates(const ForwardWeights<S>& weights, const LayerInput<S, Layer>& input,
+                               const Pair<float> (&features)[S::kFeatures], int group, const Lane& lane) {
+  const int unit = 4 * group + lane.q;
+  float sums[2][4] = {};  // by product: gates i and f, or g and o, of the first coordinate, then of the second
+  UNROLL for (int half = 0; half < 2; ++half) {
+    const RightFragment* right = &weights.fragment[S::forward_start(Layer) + 2 * group + half][lane.index];
+    multiply<S::forward_steps(Layer)>(input.of, right, S::kForwardColumns * kWarp, sums[half]);
+  }
+  const auto add = [&](const FourGates& weight, const Pair<float>& x) {
+    UNROLL for (int half = 0; half < 2; ++half) {
+      UNROLL for (int i = 0; i < 4; ++i) { sums[half][i] = fmaf(weight.of[2 * half + i % 2], x[i / 2], sums[half][i]); }
+    }
+  };
+  add(weights.bias[Layer][unit], {{1, 1}});
+  if (Layer == 0) {
+    UNROLL for (int feature = 0; feature < S::kFeatures; ++feature) {
+      add(weights.feature[feature][unit], features[feature]);
+    }
+  }
+  Pair<Gates> gates;
+  UNROLL for (int i = 0; i < 2; ++i) {
+    gates[i] = {sigmoid_of_power(sums[0][2 * i]), sigmoid_of_power(sums[0][2 * i + 1]), tanh_of_power(sums[1][2 * i]),
+                sigmoid_of_power(sums[1][2 * i + 1])};
+  }
+  return gates;
+}
+
+DEVICE float tanh_of_cell(float c) { return tanh_of_power(c * (float)(2 * kLog2E)); }
+
+// Brings a tile's state closer, before the gradients are read and their features computed.
+template <class S>
+DEVICE void prefetch_state(const float* tile, const Lane& lane) {
+  constexpr int line = 128 / sizeof(float);
+  for (int i = lane.index * line; i < S::kRows * kTile; i += kWarp * line) prefetch(tile + i);
+}
+
+// One step of layers Layer, Layer + 1, ...: the state that lies at `before` is read, and written at `after`, which may
+// be the same place. Returns the lane's part of w_out . h. A lane reads no number that another has written, and groups
+// take turns: together they would need more registers than there are.
+template <class S, int Layer = 0>
+DEVICE Pair<float> lstm_step(const ForwardWeights<S>& weights, const Pair<float> (&features)[S::kFeatures],
+                             const Lane& lane, const float* before, float* after) {
+  const LayerInput<S, Layer> input(before, after);
+  Pair<float> out = {};
+  ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
+    Pair<float> c = load_unit(before, c_row<S>(Layer) + 4 * u), h;
+    const Pair<Gates> gates = group_gates<S, Layer>(weights, input, features, u, lane);
+    UNROLL for (int i = 0; i < 2; ++i) {
+      c[i] = fmaf(gates[i].f, c[i], gates[i].i * gates[i].g);
+      h[i] = gates[i].o * tanh_of_cell(c[i]);
+      out[i] = fmaf(weights.out[4 * u + lane.q], h[i], out[i]);
+    }
+    store_unit(after, c_row<S>(Layer) + 4 * u, c);
+    store_unit(after, h_row<S>(Layer) + 4 * u, h);
+  }
+  if constexpr (Layer + 1 < S::kLayers) {
+    return lstm_step<S, Layer + 1>(weights, features, lane, before, after);
+  } else {
+    return out;
+  }
+}
+
+// Adds up over the 4 lanes that hold one coordinate's units; all of them get the sum.
+DEVICE float sum_over_units(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+}  // namespace fastl2l::cuda

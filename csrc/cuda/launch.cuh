@@ -1,0 +1,202 @@
+// From arguments on the host to launches: which kernel, how many blocks, how much memory.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <type_traits>
+#include <vector>
+
+#include "cuda/generic.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/step.cuh"
+#include "cuda/window_backward.cuh"
+
+// Rules that have kernels of their own, on tensor cores; all others take those of generic.cuh.
+#ifndef FASTL2L_CUDA_SHAPES
+#define FASTL2L_CUDA_SHAPES Shape<20, 2>
+#endif
+
+namespace fastl2l::cuda {
+
+// Weight gradients are summed in at most so many parts: a multiple of 132, of which an H100 or H200 has as many
+// multiprocessors, and several for each of those of others, so that none is idle for long.
+constexpr int64_t kMostParts = 528;
+// Memory that the generic kernels may take for a window, and that sums may take, in bytes.
+constexpr int64_t kMostWorkspace = int64_t(1) << 28;
+
+// What a multiprocessor of compute capability 8.0 has, less what every block takes of it.
+constexpr size_t kMostShared = 163 * 1024;
+
+struct Queue {
+  Stream stream;
+  int multiprocessors;
+  std::function<void*(size_t bytes)> workspace;  // device memory that lives until the caller is done
+};
+
+template <class S, class F>
+bool with_shape(const Rule& rule, F f) {
+  if (rule.hidden != S::kHidden || rule.layers != S::kLayers) return false;
+  f(S());
+  return true;
+}
+
+template <class... S>
+struct Shapes {};
+using FastShapes = Shapes<FASTL2L_CUDA_SHAPES>;
+
+// Calls f(Shape()) for the shape of the rule; false if it has none, or another dtype than float32.
+template <typename T, class F, class... S>
+bool with_any_shape(const Rule& rule, F f, Shapes<S...>) {
+  if constexpr (std::is_same_v<T, float>) {
+    return (with_shape<S>(rule, f) || ...);
+  } else {
+    return false;
+  }
+}
+
+template <int Layers>
+WeightPointers<Layers> pointers(const std::vector<const float*>& weights) {
+  WeightPointers<Layers> result;
+  for (int layer = 0; layer < Layers; ++layer) {
+    result.layer[layer] = {weights[3 * layer], weights[3 * layer + 1], weights[3 * layer + 2]};
+  }
+  result.w_out = weights[3 * Layers];
+  result.b_out = weights[3 * Layers + 1];
+  return result;
+}
+
+// The weights one after the other, in a workspace.
+template <typename T>
+Error generic_rule(const Rule& rule, const std::vector<const T*>& weights, const Queue& queue, GenericRule<T>& result) {
+  T* to = static_cast<T*>(queue.workspace(weight_count(rule) * sizeof(T)));
+  result = {to, Preprocessing<T>(rule), rule.layers, rule.hidden, rule.features, (T)rule.update_scale};
+  const int64_t gates = 4 * rule.hidden;
+  const auto append = [&](const T* from, int64_t count) {
+    const Error error = copy_on_device(to, from, count * sizeof(T), queue.stream);
+    to += count;
+    return error;
+  };
+  Error error{};
+  for (int layer = 0; layer < rule.layers && error == Error{}; ++layer) {
+    const int64_t counts[3] = {gates * rule.inputs(layer), gates * rule.hidden, gates};
+    for (int i = 0; i < 3 && error == Error{}; ++i) error = append(weights[3 * layer + i], counts[i]);
+  }
+  if (error == Error{}) error = append(weights[3 * rule.layers], rule.hidden);
+  return error == Error{} ? append(weights[3 * rule.layers + 1], 1) : error;
+}
+
+// As many segments as one launch takes, from `first` on; empty ones are left out.
+inline Segments collect_segments(const std::vector<Segment>& all, size_t first) {
+  Segments segments{};
+  for (size_t i = first; i < std::min(all.size(), first + kMostSegments); ++i) {
+    if (all[i].numel == 0) continue;
+    Segment& segment = segments.at[segments.count++];
+    segment = all[i];
+    segment.first_tile = segments.tiles;
+    segments.tiles += tiles_of(segment.numel);
+  }
+  return segments;
+}
+
+// One step of all segments, whose first_tile is filled in here. Returns the device's error.
+template <typename T>
+Error step(const Rule& rule, const std::vector<const T*>& weights, const std::vector<Segment>& all, double grad_scale,
+           const Queue& queue) {
+  Error error{};
+  const auto each_launch = [&](auto launch_step) {
+    for (size_t first = 0; first < all.size() && error == Error{}; first += kMostSegments) {
+      const Segments segments = collect_segments(all, first);
+      if (segments.tiles > 0) error = launch_step(segments);
+    }
+  };
+  const auto fast = [&](auto shape) {
+    using S = decltype(shape);
+    static_assert(kStepBlocks * sizeof(ForwardWeights<S>) <= kMostShared);
+    each_launch([&](const Segments& segments) {
+      const StepArguments<S> arguments{
+          segments,          pointers<S::kLayers>(weights), Preprocessing<float>(rule), rule.features,
+          (float)grad_scale, (float)rule.update_scale};
+      const int64_t most = (int64_t)queue.multiprocessors * kStepBlocks;
+      const int64_t blocks = std::min((segments.tiles + kWarps - 1) / kWarps, most);
+      return launch(step_kernel<S>, blocks, kThreads, sizeof(ForwardWeights<S>), queue.stream, arguments);
+    });
+  };
+  // It reads two numbers of the state at a time.
+  const bool aligned = std::all_of(all.begin(), all.end(), [](const Segment& segment) {
+    return reinterpret_cast<uintptr_t>(segment.state) % sizeof(TwoFloats) == 0;
+  });
+  if (aligned && with_any_shape<T>(rule, fast, FastShapes())) return error;
+
+  constexpr int kBlocks = 32;  // a multiprocessor
+  const int64_t most = (int64_t)queue.multiprocessors * kBlocks;
+  GenericStepArguments<T> arguments{{}, {}, (T)grad_scale, nullptr};
+  error = generic_rule(rule, weights, queue, arguments.rule);
+  const int64_t numbers = most * (rule.hidden + rule.features) * kGenericThreads;
+  arguments.workspace = static_cast<T*>(queue.workspace(numbers * sizeof(T)));
+  each_launch([&](const Segments& segments) {
+    arguments.segments = segments;
+    const int64_t blocks = std::min((segments.tiles * kTile + kGenericThreads - 1) / kGenericThreads, most);
+    return launch(generic_step_kernel<T>, blocks, kGenericThreads, 0, queue.stream, arguments);
+  });
+  return error;
+}
+
+// Parts for `numel` coordinates in groups, and memory for their sums.
+inline Parts make_parts(const Rule& rule, int64_t numel, int64_t group, const Queue& queue) {
+  const int64_t groups = (numel + group - 1) / group, count = weight_count(rule);
+  const int64_t most = std::clamp<int64_t>(kMostWorkspace / (count * sizeof(double)), 1, kMostParts);
+  const int64_t parts = std::min(groups, most);
+  return {groups, parts, count, static_cast<double*>(queue.workspace(parts * count * sizeof(double)))};
+}
+
+template <class S>
+Error fast_window_backward(const Rule& rule, const std::vector<const float*>& weights, const Window<float>& window,
+                           const Queue& queue, Parts& parts) {
+  static_assert(sizeof(WindowShared<S>) <= kMostShared);
+  parts = make_parts(rule, window.numel, kWarps * kTile, queue);
+  const int64_t blocks = std::min<int64_t>(parts.parts, queue.multiprocessors);
+  const SegmentsOfSteps segments(window.steps);
+  const int64_t floats = blocks * kWarps * segments.tiles() * S::kRows * kTile;
+  const WindowArguments<S> arguments{window,
+                                     pointers<S::kLayers>(weights),
+                                     Preprocessing<float>(rule),
+                                     rule.features,
+                                     (float)rule.update_scale,
+                                     segments,
+                                     parts,
+                                     static_cast<float*>(queue.workspace(floats * sizeof(float)))};
+  return launch(window_backward_kernel<S>, blocks, kThreads, sizeof(WindowShared<S>), queue.stream, arguments);
+}
+
+template <typename T>
+Error generic_window_backward(const Rule& rule, const std::vector<const T*>& weights, const Window<T>& window,
+                              const Queue& queue, Parts& parts) {
+  GenericRule<T> copied;
+  const Error error = generic_rule(rule, weights, queue, copied);
+  if (error != Error{}) return error;
+  parts = make_parts(rule, window.numel, kGenericThreads, queue);
+  const GenericWindowLayout layout{rule.layers, rule.hidden, rule.features, window.steps};
+  const int64_t bytes = layout.rows() * kGenericThreads * sizeof(T);  // of a block
+  const int64_t blocks = std::min(parts.parts, std::max<int64_t>(1, kMostWorkspace / bytes));
+  const GenericWindowArguments<T> arguments{window, copied, layout, parts,
+                                            static_cast<T*>(queue.workspace(blocks * bytes))};
+  return launch(generic_window_backward_kernel<T>, blocks, kGenericThreads, 0, queue.stream, arguments);
+}
+
+// All gradients of a window of at least one coordinate. Returns the device's error.
+template <typename T>
+Error window_backward(const Rule& rule, const std::vector<const T*>& weights, const Window<T>& window, T* dweights,
+                      const Queue& queue) {
+  Error error{};
+  Parts parts;
+  const bool fast = with_any_shape<T>(
+      rule, [&](auto shape) { error = fast_window_backward<decltype(shape)>(rule, weights, window, queue, parts); },
+      FastShapes());
+  if (!fast) error = generic_window_backward(rule, weights, window, queue, parts);
+  if (error != Error{}) return error;
+  const int64_t blocks = (parts.count + kReduceWidth - 1) / kReduceWidth;
+  return launch(sum_parts_kernel<T>, blocks, kReduceThreads, kReduceThreads * sizeof(double), queue.stream, parts,
+                dweights);
+}
+
+}  // namespace fastl2l::cuda

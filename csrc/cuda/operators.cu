@@ -1,0 +1,195 @@
+// The operators on CUDA tensors: checks, workspaces from torch's allocator, and launches on the current stream. Nothing
+// waits for the device but all_finite and a step that is asked for it, which have to know, so all else can be captured
+// in a CUDA graph.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cuda/launch.cuh"
+
+namespace fastl2l::cuda {
+namespace {
+
+void check_cuda(Error error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": CUDA says: ", cudaGetErrorString(error));
+}
+
+void check_device(Name name, const Tensor& tensor, int device) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device() == device, name.string(),
+                  ": expected a tensor on cuda:", device, ", got one on ",
+                  tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device()) : std::string("another device"));
+}
+
+void check_devices(const char* name, const std::vector<Tensor>& tensors, int device) {
+  for (size_t i = 0; i < tensors.size(); ++i) check_device({name, (int64_t)i}, tensors[i], device);
+}
+
+// The current stream of the device of `like`, which becomes the current device, and memory on it.
+class Work {
+ public:
+  explicit Work(const Tensor& like) : guard_(like.get_device()), like_(like) {
+    const int device = like.get_device();
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                    "device: cannot get the current stream of cuda:", device);
+    int major = 0, minor = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
+    STD_TORCH_CHECK(major >= 8, "device: expected a GPU of compute capability 8.0 or newer, got cuda:", device, " of ",
+                    major, ".", minor, "; take backend=\"reference\" there");
+    int multiprocessors = 0;
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "device");
+    queue_ = {static_cast<Stream>(stream), multiprocessors, [this](size_t bytes) {
+                memory_.push_back(torch::stable::new_empty(like_, {(int64_t)bytes}, ScalarType::Byte));
+                return memory_.back().data_ptr();
+              }};
+  }
+  Work(const Work&) = delete;
+  Work& operator=(const Work&) = delete;
+
+  const Queue& queue() const { return queue_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Tensor like_;
+  std::vector<Tensor> memory_;  // goes back to torch in the stream's order
+  Queue queue_;
+};
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: return Dtype::kBFloat16;
+  }
+}
+
+template <typename T>
+std::vector<const T*> weight_pointers(const std::vector<Tensor>& weights) {
+  std::vector<const T*> result;
+  for (const Tensor& weight : weights) result.push_back(static_cast<const T*>(weight.data_ptr()));
+  return result;
+}
+
+bool all_finite(const std::vector<Tensor>& tensors) {
+  if (tensors.empty()) return true;
+  check_floating(tensors);
+  check_devices("tensors", tensors, tensors[0].get_device());
+  const Work work(tensors[0]);
+  const Stream stream = work.queue().stream;
+  int* flag = static_cast<int*>(work.queue().workspace(sizeof(int)));
+  check_cuda(cudaMemsetAsync(flag, 0, sizeof(int), stream), "all_finite");
+  for (const Tensor& tensor : tensors) {
+    if (tensor.numel() == 0) continue;
+    const int64_t most = (int64_t)work.queue().multiprocessors * 8;
+    const int64_t blocks = std::min((tensor.numel() + kReduceThreads - 1) / kReduceThreads, most);
+    check_cuda(launch(find_nonfinite_kernel, blocks, kReduceThreads, 0, stream, tensor.data_ptr(), dtype_of(tensor),
+                      tensor.numel(), flag),
+               "all_finite");
+  }
+  int found = 0;
+  check_cuda(cudaMemcpyAsync(&found, flag, sizeof(int), cudaMemcpyDeviceToHost, stream), "all_finite");
+  check_cuda(cudaStreamSynchronize(stream), "all_finite");
+  return found == 0;
+}
+
+// Writes an answer that the host has to a flag on the device.
+bool tell(bool answer, Tensor& flag) {
+  const Work work(flag);
+  check_cuda(cudaMemsetAsync(flag.data_ptr(), answer, 1, work.queue().stream), "finite");
+  return answer;
+}
+
+void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
+           std::vector<Tensor> weights, std::string preprocess, double constant, double update_scale, double grad_scale,
+           std::optional<Tensor> finite) {
+  const RuleSizes sizes = check_weights(weights, preprocess);
+  const ScalarType dtype = weights.back().scalar_type();
+  const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
+  check_segments(params, grads, states, dtype, rule.state_rows());
+  if (params.empty()) return;
+  const int device = params[0].get_device();
+  check_devices("params", params, device);
+  check_devices("grads", grads, device);
+  check_devices("states", states, device);
+  check_devices("weights", weights, device);
+  if (finite) {
+    check_tensor({"finite"}, *finite, ScalarType::Bool, {1});
+    check_device({"finite"}, *finite, device);
+    if (!tell(all_finite(grads), *finite)) return;
+  }
+  std::vector<Segment> segments;
+  for (size_t i = 0; i < params.size(); ++i) {
+    segments.push_back(
+        {params[i].data_ptr(), grads[i].data_ptr(), states[i].data_ptr(), params[i].numel(), 0, dtype_of(params[i])});
+  }
+  const Work work(params[0]);
+  if (dtype == ScalarType::Float) {
+    check_cuda(step<float>(rule, weight_pointers<float>(weights), segments, grad_scale, work.queue()), "step_");
+  } else {
+    check_cuda(step<double>(rule, weight_pointers<double>(weights), segments, grad_scale, work.queue()), "step_");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> window_gradients(Tensor state, Tensor grads, Tensor adjoints,
+                                                    std::vector<Tensor> weights, std::string preprocess,
+                                                    double constant, double update_scale, std::optional<Tensor> dstate,
+                                                    bool need_dstate, bool need_dgrads) {
+  const RuleSizes sizes = check_weights(weights, preprocess);
+  const ScalarType dtype = weights.back().scalar_type();
+  const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
+  check_window(state, grads, adjoints, dstate, dtype, rule.state_rows());
+  const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel);
+  STD_TORCH_CHECK(steps <= INT32_MAX, "grads: expected at most ", INT32_MAX, " steps, got ", steps);
+  const int device = weights[0].get_device();
+  check_devices("weights", weights, device);
+  check_device({"state"}, state, device);
+  check_device({"grads"}, grads, device);
+  check_device({"adjoints"}, adjoints, device);
+  if (dstate) check_device({"dstate"}, *dstate, device);
+
+  const Work work(state);
+  Tensor dweights = torch::stable::new_zeros(state, {weight_count(rule)});
+  Tensor dstate_first = torch::stable::new_zeros(state, {need_dstate ? tiles : 0, rule.state_rows(), kTile});
+  Tensor dgrads = torch::stable::new_empty(state, {need_dgrads ? steps : 0, numel});
+  if (numel == 0) return {dweights, dstate_first, dgrads};
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto data = [](const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); };
+    const Window<T> window{numel,
+                           steps,
+                           data(state),
+                           data(grads),
+                           data(adjoints),
+                           dstate ? data(*dstate) : nullptr,
+                           need_dstate ? data(dstate_first) : nullptr,
+                           need_dgrads ? data(dgrads) : nullptr};
+    check_cuda(window_backward<T>(rule, weight_pointers<T>(weights), window, data(dweights), work.queue()),
+               "window_backward");
+  };
+  if (dtype == ScalarType::Float) {
+    run(float());
+  } else {
+    run(double());
+  }
+  return {dweights, dstate_first, dgrads};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastl2l, CUDA, m) {
+  m.impl("step_", TORCH_BOX(&step_));
+  m.impl("window_backward", TORCH_BOX(&window_gradients));
+  m.impl("all_finite", TORCH_BOX(&all_finite));
+}
+
+}  // namespace fastl2l::cuda

@@ -1,0 +1,82 @@
+"""The CUDA kernels without a GPU: compiled by the C++ compiler with portable/cuda_emulator.h in place of CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fastl2l import build
+from fastl2l.ops import dispatch
+
+HERE = Path(__file__).parent / "portable"
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def compile_library(target: Path, flags: list[str]) -> None:
+    sources = [f"-I{build.source_folder()}", f"-I{HERE}", str(HERE / "run_cuda_kernels.cpp")]
+    subprocess.run(["c++", *FLAGS, *flags, *sources, "-o", str(target)], check=True)
+
+
+def _pointers(tensors):
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _rule(weights, preprocess, constant, update_scale):
+    sizes = len(weights) // 3, weights[-2].numel(), int(preprocess == "log_sign")
+    return *sizes, ctypes.c_double(constant), ctypes.c_double(update_scale)
+
+
+def backend(library: Path) -> dispatch.Backend:
+    """The operators, as schema.py has them, on the host."""
+    kernels = ctypes.CDLL(str(library))
+
+    def step_(params, grads, states, weights, preprocess, constant, update_scale, grad_scale):
+        count = len(params)
+        numels = (ctypes.c_int64 * count)(*(param.numel() for param in params))
+        dtypes = (ctypes.c_int * count)(*(_DTYPES.index(param.dtype) for param in params))
+        error = kernels.emulated_step(
+            *_rule(weights, preprocess, constant, update_scale), ctypes.c_double(grad_scale),
+            int(weights[-1].dtype == torch.float64), _pointers(weights), count, _pointers(params), _pointers(grads),
+            _pointers(states), numels, dtypes,
+        )  # fmt: skip
+        assert error == 0
+
+    def window_backward(
+        state, grads, adjoints, weights, preprocess, constant, update_scale, dstate, need_dstate, need_dgrads
+    ):
+        steps, numel = grads.shape
+        dweights = state.new_full((sum(weight.numel() for weight in weights),), float("nan"))
+        dstate_first = torch.full_like(state if need_dstate else state[:0], float("nan"))
+        dgrads = torch.full_like(grads if need_dgrads else grads[:0], float("nan"))
+        tensors = [state, grads, adjoints, dstate, dstate_first, dgrads, dweights]
+        needed = [True, True, True, dstate is not None, need_dstate, need_dgrads, True]
+        pointers = [ctypes.c_void_p(x.data_ptr() if need else None) for x, need in zip(tensors, needed, strict=True)]
+        error = kernels.emulated_window_backward(
+            *_rule(weights, preprocess, constant, update_scale), int(weights[-1].dtype == torch.float64),
+            _pointers(weights), ctypes.c_int64(numel), ctypes.c_int64(steps), *pointers,
+        )  # fmt: skip
+        assert error == 0
+        return dweights, dstate_first, dgrads
+
+    def all_finite(tensors):
+        raise NotImplementedError("all_finite is not emulated")
+
+    return dispatch.Backend("emulated", step_, window_backward, all_finite)
+
+
+def elementwise(library: Path, x: torch.Tensor, function: str) -> torch.Tensor:
+    """The fast kernels' sigmoid (``1 / (1 + 2^x)``) or tanh (``(2^x - 1) / (2^x + 1)``)."""
+    found = torch.empty_like(x)
+    pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(found.data_ptr())
+    ctypes.CDLL(str(library)).emulated_elementwise(int(function == "tanh"), *pointers, ctypes.c_int64(x.numel()))
+    return found
+
+
+def set_multiprocessors(library: Path, count: int) -> None:
+    ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "emulated_multiprocessors").value = count

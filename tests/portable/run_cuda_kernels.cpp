@@ -1,0 +1,72 @@
+// The CUDA kernels on the host, for tests/test_cuda_kernels.py: built as a shared library with cuda_emulator.h in place
+// of CUDA. All pointers are to the host's memory; tensors as in ops/schema.py.
+#define FASTL2L_CUDA_SHAPES Shape<20, 2>, Shape<20, 1>, Shape<12, 3>
+#include "cuda/launch.cuh"
+
+using namespace fastl2l;
+using namespace fastl2l::cuda;
+
+extern "C" {
+int emulated_multiprocessors = 3;  // few, so that every block has several turns
+}
+
+namespace {
+
+struct Workspaces {
+  std::vector<std::unique_ptr<char[]>> memory;
+
+  Queue queue() {
+    return {0, emulated_multiprocessors, [this](size_t bytes) {
+              memory.emplace_back(new char[bytes]);
+              std::memset(memory.back().get(), 0xff, bytes);  // NaN
+              return (void*)memory.back().get();
+            }};
+  }
+};
+
+template <typename T>
+std::vector<const T*> weights_of(const Rule& rule, void** weights) {
+  return std::vector<const T*>((const T**)weights, (const T**)weights + 3 * rule.layers + 2);
+}
+
+Rule make_rule(int layers, int hidden, int log_sign, double constant, double update_scale) {
+  return {layers,   hidden,       log_sign ? 2 : 1,    log_sign != 0,
+          constant, update_scale, std::exp(-constant), std::exp(constant)};
+}
+
+}  // namespace
+
+extern "C" {
+
+int emulated_step(int layers, int hidden, int log_sign, double constant, double update_scale, double grad_scale,
+                  int is_double, void** weights, int count, void** params, void** grads, void** states,
+                  const int64_t* numels, const int* dtypes) {
+  const Rule rule = make_rule(layers, hidden, log_sign, constant, update_scale);
+  std::vector<Segment> segments;
+  for (int i = 0; i < count; ++i) segments.push_back({params[i], grads[i], states[i], numels[i], 0, (Dtype)dtypes[i]});
+  Workspaces workspaces;
+  if (is_double) return step<double>(rule, weights_of<double>(rule, weights), segments, grad_scale, workspaces.queue());
+  return step<float>(rule, weights_of<float>(rule, weights), segments, grad_scale, workspaces.queue());
+}
+
+int emulated_window_backward(int layers, int hidden, int log_sign, double constant, double update_scale, int is_double,
+                             void** weights, int64_t numel, int64_t steps, const void* state, const void* grads,
+                             const void* adjoints, const void* dstate, void* dstate_first, void* dgrads,
+                             void* dweights) {
+  const Rule rule = make_rule(layers, hidden, log_sign, constant, update_scale);
+  Workspaces workspaces;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Window<T> window{
+        numel,     steps, (const T*)state, (const T*)grads, (const T*)adjoints, (const T*)dstate, (T*)dstate_first,
+        (T*)dgrads};
+    return window_backward<T>(rule, weights_of<T>(rule, weights), window, (T*)dweights, workspaces.queue());
+  };
+  return is_double ? run(double()) : run(float());
+}
+
+// The activations of the fast kernels, as csrc/cpu's operator elementwise has them.
+void emulated_elementwise(int is_tanh, const float* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = is_tanh ? tanh_of_power(from[i]) : sigmoid_of_power(from[i]);
+}
+}

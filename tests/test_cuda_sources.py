@@ -1,0 +1,80 @@
+"""The CUDA sources compile without a GPU or a torch for CUDA: without spills, and with products on tensor cores."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+from fastl2l import build
+
+ARCHITECTURES = ("sm_80", "sm_90")
+REGISTERS = {"step_kernel": 128, "window_backward_kernel": 255}
+"""The most that let as many blocks run at once as the kernels are written for, of 256 threads: 2 and 1."""
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    path = shutil.which("nvcc") or shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
+    if path is None and os.environ.get("CI") != "true":  # CI installs it, and must not do without
+        pytest.skip("needs nvcc")
+    assert path is not None, "nvcc is not on PATH"
+
+    def run(*arguments: object) -> str:
+        sources = [f"-I{path}" for path in build.parameters().include_dirs]
+        sources += [f"-isystem={path}" for path in include_paths()]
+        command = [path, "-Xcompiler=-fPIC", *sources, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sources():
+    found = sorted(build.source_folder().glob("cuda/*.cu"))
+    assert found
+    return found
+
+
+def test_all_sources_compile_and_no_kernel_spills(nvcc, sources, tmp_path):
+    flags = [*build.parameters().compile_args["nvcc"], "-Xptxas=-v", "-c"]
+    report = "".join(nvcc(*flags, source, "-o", tmp_path / f"{source.stem}.o") for source in sources)
+    assert "warning" not in report, report
+    kernel = (
+        r"Compiling entry function '(\w+)' for '(\w+)'"
+        r".*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    seen = re.findall(kernel, report, re.DOTALL)
+    assert len(seen) == report.count("Compiling entry function")
+    for architecture in ARCHITECTURES:
+        for name, most in REGISTERS.items():
+            # Mangled names hold the length of every part: generic_step_kernel is another.
+            entries = [entry for entry in seen if entry[1] == architecture and f"{len(name)}{name}" in entry[0]]
+            found = [entry[-1] for entry in entries]
+            assert len(found) == 1, (name, architecture)
+            assert int(found[0]) <= most, f"{name} takes {found[0]} registers on {architecture}"
+            print(f"{architecture} {name}: {found[0]} registers")
+    assert [entry for entry in seen if entry[2:4] != ("0", "0")] == []
+
+
+def test_fast_kernels_multiply_on_tensor_cores(nvcc, sources, tmp_path):
+    flags = [flag for flag in build.parameters().compile_args["nvcc"] if not flag.startswith("-gencode")]
+    ptx = ""
+    for source in sources:
+        target = tmp_path / f"{source.stem}.ptx"
+        nvcc(*flags, "-arch=compute_80", "-ptx", source, "-o", target)
+        ptx += target.read_text()
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.DOTALL))
+    product = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+    for name in REGISTERS:
+        (body,) = (body for mangled, body in bodies.items() if f"{len(name)}{name}" in mangled)
+        assert body.count(product) % 3 == 0
+        assert body.count(product) >= 3 * 8, name
+    others = [mangled for mangled, body in bodies.items() if product in body]
+    assert len(others) == len(REGISTERS)

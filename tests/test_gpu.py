@@ -1,0 +1,266 @@
+"""The kernels on a GPU, by every backend that has some: as accurate as PyTorch, the same bits again and again.
+
+On any stream and device, in CUDA graphs, for any number of coordinates. Skipped where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    SHAPES,
+    Case,
+    assert_accurate,
+    backward_by,
+    by_reference,
+    constants,
+    detached,
+    inputs,
+    random_gradients,
+    random_rows,
+    random_rule,
+    steps_by,
+    tiles,
+)
+
+from fastl2l import build
+from fastl2l.ops import dispatch
+from fastl2l.ops.layout import TILE, new_state, to_rows
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+SIZES = ((1, 1, 64), (1, 20, 32), (15, 1, 16), (16, 2, 16), (17, 5, 16), (63, 20, 8), (1000, 5, 4))
+"""Coordinates, steps, and how often to draw."""
+CASES = [
+    *(Case(pre, *shape, *size) for pre, shape, size in itertools.product(("raw", "log_sign"), SHAPES, SIZES)),
+    Case("log_sign", 20, 2, 9, 70, 8),
+    Case("log_sign", 20, 2, 8200, 5, 2),
+    Case("log_sign", 20, 2, 65537, 2, 1),
+    *(Case(pre, 20, 2, 17, 5, 16, gain=gain) for pre in ("raw", "log_sign") for gain in (10.0, 0.01)),
+    *(Case(pre, 20, 2, 17, 5, 16, magnitude=size) for pre in ("raw", "log_sign") for size in (1e30, 1e-36, 0.0)),
+]
+
+
+@pytest.fixture(scope="module", params=sorted(set(dispatch.BACKENDS) - {"reference"}))
+def backend(request):
+    if request.param == "native":
+        reason = build.load_native()
+        if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key("fastl2l::step_", "CUDA"):
+            reason = "built without CUDA: nvcc was not there"
+        if reason is not None:
+            pytest.skip(f"native kernels: {reason}")
+        return dispatch.BACKENDS["native"]
+    try:
+        return dispatch.select(request.param, "cuda")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def on_gpu(backend):
+    """The same backend for tensors on the CPU, which helpers.py makes."""
+
+    def move(tensors):
+        return [tensor.cuda() for tensor in tensors]
+
+    def step_(params, grads, states, weights, *constants):
+        moved, moved_states = move(params), move(states)
+        backend.step_(moved, move(grads), moved_states, move(weights), *constants)
+        for tensor, on_device in zip((*params, *states), (*moved, *moved_states), strict=True):
+            tensor.copy_(on_device)
+
+    def window_backward(state, grads, adjoints, weights, preprocess, constant, scale, dstate, *needs):
+        dstate = None if dstate is None else dstate.cuda()
+        tensors = move([state, grads, adjoints])
+        found = backend.window_backward(*tensors, move(weights), preprocess, constant, scale, dstate, *needs)
+        return tuple(tensor.cpu() for tensor in found)
+
+    return dispatch.Backend(backend.name, step_, window_backward, backend.all_finite)
+
+
+def bits_equal(one, other):
+    return len(one) == len(other) and all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def arguments(n, steps=4, **rule_arguments):
+    """A rule's weights and constants, and state, gradients, adjoints and d state on the GPU; NaN in unused lanes."""
+    rule = random_rule(**rule_arguments)
+    grads, adjoints = (random_gradients(steps, n, seed=seed).to(rule.dtype).cuda() for seed in (0, 1))
+    state, dstate = (tiles(random_rows(rule, n, seed), rule.dtype).cuda() for seed in (0, 1))
+    return ([weight.cuda() for weight in detached(rule)], *constants(rule)), state, grads, adjoints, dstate
+
+
+def step(backend, rule, grads, state):
+    """All updates and the last state's rows."""
+    updates, state = torch.zeros_like(grads), state.clone()
+    for update, grad in zip(updates, grads, strict=True):
+        backend.step_([update], [grad], [state], *rule, 1.0)
+    return updates, to_rows(state, grads.shape[1])
+
+
+def window(backend, rule, state, grads, adjoints, dstate):
+    dweights, dfirst, dgrads = backend.window_backward(state, grads, adjoints, *rule, dstate, True, True)
+    return dweights, to_rows(dfirst, grads.shape[1]), dgrads
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(field) for field in case))
+def test_steps_and_windows_are_as_accurate_as_pytorch(backend, case):
+    gpu = on_gpu(backend)
+    found = steps_by(gpu, case, torch.float32) | backward_by(gpu, case, torch.float32)
+    truth = by_reference(case, torch.float64)
+    for vanished in [output for output in found if not truth[output].any()]:  # see test_operators.py
+        assert found.pop(vanished).abs().max() <= 1e-35 * inputs(case).grads.abs().max().clamp_min(1)
+    assert_accurate(found, case)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float64_is_as_accurate_as_pytorch(backend, shape):
+    if backend.name != "native":
+        pytest.skip("float64 is the native backend's")
+    case, gpu = Case("log_sign", *shape, 17, 5, 16), on_gpu(backend)
+    assert_accurate(steps_by(gpu, case, torch.float64) | backward_by(gpu, case, torch.float64), case)
+
+
+@pytest.mark.parametrize("n", [1, 37, 12_288, 100_003])
+def test_any_run_gives_the_same_bits(backend, n):
+    rule, state, grads, adjoints, dstate = arguments(n)
+    runs = [
+        (*step(backend, rule, grads, state), *window(backend, rule, state, grads, adjoints, dstate)) for _ in range(3)
+    ]
+    assert bits_equal(runs[0], runs[1])
+    assert bits_equal(runs[0], runs[2])
+    assert all(tensor.isfinite().all() for tensor in runs[0])
+
+
+@pytest.mark.parametrize("hidden", [20, 7])
+def test_fresh_memory_reaches_nothing(backend, hidden, poisoned_memory):
+    rule, state, grads, adjoints, dstate = arguments(37, hidden=hidden)
+    found = *step(backend, rule, grads, state), *window(backend, rule, state, grads, adjoints, dstate)
+    assert all(tensor.isfinite().all() for tensor in found)
+
+
+def test_work_is_done_on_the_current_stream(backend):
+    rule, state, grads, adjoints, dstate = arguments(5000)
+    expected = *step(backend, rule, grads, state), *window(backend, rule, state, grads, adjoints, dstate)
+    side = torch.cuda.Stream()
+    late, late_adjoints = torch.full_like(grads, math.nan), torch.full_like(adjoints, math.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # whoever does not wait for this stream, sees NaN
+        late.copy_(grads)
+        late_adjoints.copy_(adjoints)
+        found = *step(backend, rule, late, state), *window(backend, rule, state, late, late_adjoints, dstate)
+    side.synchronize()
+    assert bits_equal(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_work_is_done_on_the_tensors_device(backend):
+    rule, state, grads, adjoints, dstate = arguments(100)
+    expected = *step(backend, rule, grads, state), *window(backend, rule, state, grads, adjoints, dstate)
+    moved = [tensor.to("cuda:1") for tensor in (state, grads, adjoints, dstate)]
+    other = ([weight.to("cuda:1") for weight in rule[0]], *rule[1:])
+    with torch.cuda.device(0):
+        found = *step(backend, other, moved[1], moved[0]), *window(backend, other, *moved)
+        assert torch.cuda.current_device() == 0
+    assert all(tensor.device.index == 1 for tensor in found)
+    assert bits_equal([tensor.cpu() for tensor in found], [tensor.cpu() for tensor in expected])
+
+
+@pytest.mark.parametrize("hidden", [20, 7])
+def test_steps_and_windows_can_be_captured_in_a_cuda_graph(backend, hidden):
+    rule, state, grads, adjoints, dstate = arguments(3000, hidden=hidden)
+    param, live = torch.zeros(3000, device="cuda"), state.clone()
+    expected = torch.zeros_like(param), state.clone()
+    for _ in range(3):
+        backend.step_([expected[0]], [grads[0]], [expected[1]], *rule, 1.0)
+    expected_window = window(backend, rule, state, grads, adjoints, dstate)  # and compiled, where that is done at first
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.step_([param], [grads[0]], [live], *rule, 1.0)
+        captured = window(backend, rule, state, grads, adjoints, dstate)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert bits_equal((param, to_rows(live, 3000)), (expected[0], to_rows(expected[1], 3000)))
+    assert bits_equal(captured, expected_window)
+
+
+def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(backend):
+    rule, *_ = arguments(1, output_scale=0.01)
+    module = random_rule(output_scale=0.01)
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    sizes = [(7 * i) % 400 for i in range(150)]
+    params = [torch.randn(size).to(dtypes[i % 4]).cuda() for i, size in enumerate(sizes)]
+    grads = [random_gradients(size, seed=i).clamp(-1e4, 1e4).to(dtypes[i % 4]).cuda() for i, size in enumerate(sizes)]
+    states = [new_state(module, size, "cuda") for size in sizes]
+    alone, their_states = [x.clone() for x in params], [x.clone() for x in states]
+    for param, grad, state in zip(alone, grads, their_states, strict=True):
+        backend.step_([param], [grad], [state], *rule, 1.0)
+    backend.step_(params, grads, states, *rule, 1.0)
+    assert bits_equal(params, alone)
+    rows = zip(states, their_states, sizes, strict=True)
+    assert all(bits_equal([to_rows(a, n)], [to_rows(b, n)]) for a, b, n in rows)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_strange_gradient_stays_in_its_coordinate(backend, value):
+    rule, state, grads, adjoints, dstate = arguments(37)
+    strange, others = grads.clone(), torch.arange(37, device="cuda") != 18
+    strange[2, 18] = value
+    for run in (
+        lambda x: step(backend, rule, x, state),
+        lambda x: window(backend, rule, state, x, adjoints, dstate)[1:],
+    ):
+        before, after = run(grads), run(strange)
+        assert bits_equal([x[:, others] for x in before], [x[:, others] for x in after])
+    assert step(backend, rule, strange, state)[0][3, 18].isnan() == math.isnan(value)
+
+
+def test_states_of_more_than_2_to_the_31_numbers(backend):
+    n = 27_000_000 + 5
+    state_bytes = n * 80 * 4
+    if torch.cuda.mem_get_info()[0] < 1.5 * state_bytes:
+        pytest.skip(f"needs {1.5 * state_bytes / 2**30:.0f} GiB of free GPU memory")
+    rule, *_ = arguments(1)
+    last = TILE * 3 + n % TILE
+    grads = random_gradients(last).cuda()
+    param, grad = torch.zeros(n, device="cuda"), torch.ones(n, device="cuda")
+    grad[-last:] = grads
+    state = torch.zeros(-(-n // TILE), 80, TILE, device="cuda")
+    small, small_state = torch.zeros(last, device="cuda"), torch.zeros(4, 80, TILE, device="cuda")
+    backend.step_([param], [grad], [state], *rule, 1.0)
+    backend.step_([small], [grads], [small_state], *rule, 1.0)
+    assert bits_equal([param[-last:]], [small])
+    assert bits_equal([to_rows(state[-4:], last)], [to_rows(small_state, last)])
+    assert (param[: n - last] == param[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.bfloat16], ids=str)
+def test_all_finite_misses_nothing(backend, dtype):
+    for n in (0, 1, 255, 256, 100_003):
+        tensor = torch.full((n,), torch.finfo(dtype).max, dtype=dtype, device="cuda")
+        assert backend.all_finite([tensor, tensor])
+        for place, value in itertools.product({0, n // 2, n - 1} if n else (), (math.nan, math.inf, -math.inf)):
+            wrong = tensor.clone()
+            wrong[place] = value
+            assert not backend.all_finite([tensor, wrong])
+
+
+def test_tensors_on_different_devices_are_named():
+    if build.load_native() is not None or not torch._C._dispatch_has_kernel_for_dispatch_key("fastl2l::step_", "CUDA"):
+        pytest.skip("the native backend has no CUDA kernels")
+    rule, state, grads, *_ = arguments(20)
+    native, param = dispatch.BACKENDS["native"], torch.zeros(20, device="cuda")
+    with pytest.raises(RuntimeError, match=r"states\[0\]: expected a tensor on cuda:0, got one on another device"):
+        native.step_([param], [grads[0]], [state.cpu()], *rule, 1.0)
+    with pytest.raises(RuntimeError, match=r"weights\[7\]: expected a tensor on cuda:0, got one on another device"):
+        native.step_([param], [grads[0]], [state], [*rule[0][:-1], rule[0][-1].cpu()], *rule[1:], 1.0)
+    assert not param.any()
