@@ -61,9 +61,10 @@ def train(
         str | None, typer.Option(help="Of gradients: log_sign or raw; by default the task's.")
     ] = None,
     output_scale: Annotated[float | None, typer.Option(help="Factor on updates; by default the task's.")] = None,
-    hidden_size: Annotated[int, typer.Option(help="LSTM units a layer.")] = 20,
-    layers: Annotated[int, typer.Option(help="LSTM layers.")] = 2,
+    hidden_size: Annotated[int | None, typer.Option(help="LSTM units a layer; 20 by default.")] = None,
+    layers: Annotated[int | None, typer.Option(help="LSTM layers; 2 by default.")] = None,
     second_derivatives: SecondDerivatives = False,
+    init: Annotated[str | None, typer.Option(help="A rule to start from, in place of fresh weights.")] = None,
     backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard curves.")] = None,
 ) -> None:
@@ -71,11 +72,14 @@ def train(
 
     Example: fastl2l train --task mnist --hidden 20 --epochs 100 --out runs/mnist
     """
-    options = {"preprocess": preprocess, "output_scale": output_scale}
-    recipe = dict(experiments.RULE_OPTIONS.get(task, {})) | {
-        name: value for name, value in options.items() if value is not None
-    }
-    rule = LSTMRule(**recipe, hidden_size=hidden_size, num_layers=layers, seed=seed)
+    changed = {"preprocess": preprocess, "output_scale": output_scale, "hidden_size": hidden_size, "num_layers": layers}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    if init is None:
+        rule = LSTMRule(**dict(experiments.RULE_OPTIONS.get(task, {})) | changed, seed=seed)
+    elif changed:
+        raise ValueError(f"{next(iter(changed))}: expected none beside init, whose rule has its own")
+    else:
+        rule = rule_files.load_rule(init)
     trainer = MetaTrainer(
         rule,
         _task(task, hidden, activation, batch_size),
@@ -239,7 +243,7 @@ def rules() -> None:
     table = Table("rule", "good for", "trained by", title='load_rule("name"), or --rule name')
     for name, path in rule_files.shipped().items():
         recipe = rule_files.read_recipe(path)
-        table.add_row(name, recipe["about"], recipe["command"])
+        table.add_row(name, recipe["about"], "\n".join(recipe["commands"]))
     console.print(table)
 
 

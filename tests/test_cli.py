@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -48,6 +49,14 @@ def test_train_goes_on_from_its_checkpoint(trained):
     after = load_rule(trained / "rule.safetensors")
     (trained / "before.safetensors").write_bytes(before)
     assert all(map(lambda a, b: a.equal(b), after.weights(), load_rule(trained / "before.safetensors").weights()))
+
+
+def test_training_may_start_from_a_rule(trained, tmp_path):
+    first, again = trained / "rule.safetensors", tmp_path / "again"
+    assert run("train", *SMALL, "--meta-lr", "1e-8", "--init", first, "--out", again).exit_code == 0
+    for weight, other in zip(load_rule(first).weights(), load_rule(again / "rule.safetensors").weights(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=0, atol=1e-6)
+        assert not torch.equal(weight, other)
 
 
 def test_evaluate_prints_a_table_and_writes_everything(trained, tmp_path):
@@ -99,6 +108,8 @@ def test_help_shows_an_example(command):
         (["train", "--task", "nothing"], "expected one of quadratic"),
         (["train", "--task", "quadratic", "--unroll", "7"], "unroll: expected a divisor of the horizon 100, got 7"),
         (["train", "--task", "quadratic", "--hidden", "20"], "options of task 'quadratic'"),
+        (["train", "--init", "missing"], "missing: expected a rule file or one of lstm-mnist"),
+        (["train", "--init", "lstm-mnist", "--layers", "3"], "num_layers: expected none beside init"),
         (["train", "--task", "digits", "--hidden", "twenty"], "hidden: expected numbers such as 40,40, got 'twenty'"),
         (["reproduce", "fig7"], "name: expected one of fig4-quadratic"),
         (["reproduce", "fig5", "--rule", "mine.safetensors"], "rule: expected NAME=FILE with a name of lstm-mnist"),

@@ -184,28 +184,36 @@ def test_names_are_checked():
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES.values(), ids=lambda recipe: recipe.name)
-def test_the_command_of_a_recipe_does_what_the_recipe_does(recipe, tmp_path, monkeypatch):
+def test_the_commands_of_a_recipe_do_what_the_recipe_does(recipe, tmp_path, monkeypatch):
     made = []
 
     def fit(trainer, epochs, **options):
-        made.append((trainer.settings(), epochs))
+        weights = [weight.detach().clone() for weight in trainer.rule.weights()]
+        made.append((trainer.settings(), epochs, weights))
         trainer.history = [Epoch(1, 1.0, 1.0, 0.1, 0)]
+        with torch.no_grad():
+            trainer.rule.weight_out += len(trainer.history)
         return trainer.history
 
     monkeypatch.setattr(MetaTrainer, "fit", fit)
     recipe.train(tmp_path / "one", progress=False)
-    words = shlex.split(recipe.command)
-    assert words[0] == "fastl2l"
+    by_recipe, made = made, []
     monkeypatch.chdir(tmp_path)
-    CliRunner().invoke(cli.app, words[1:], catch_exceptions=False)
-    assert made[0] == made[1]
-    assert made[0][1] == recipe.epochs
+    for command in recipe.commands:
+        words = shlex.split(command)
+        assert words[0] == "fastl2l"
+        CliRunner().invoke(cli.app, words[1:], catch_exceptions=False)
+    assert len(made) == len(by_recipe) == len(recipe.commands)
+    assert by_recipe[-1][1] == recipe.epochs
+    for one, other in zip(by_recipe, made, strict=True):
+        assert one[:2] == other[:2]
+        assert all(map(torch.equal, one[2], other[2]))
 
 
 def test_retraining_takes_the_recipe_and_goes_on(tmp_path, monkeypatch):
-    recipe = recipes.Recipe(
-        "lstm-quadratic", "", "quadratic", epochs=20, training={"horizon": 4, "unroll": 2, "trajectories": 1}
-    )
+    sizes = {"horizon": 4, "unroll": 2, "trajectories": 1}
+    first = recipes.Recipe("first", "", "quadratic", epochs=20, training=sizes)
+    recipe = recipes.Recipe("lstm-quadratic", "", "quadratic", epochs=20, training=sizes, seed=1, init=first)
     monkeypatch.setitem(recipes.RECIPES, "lstm-quadratic", recipe)
     trained = experiments.retrain(small("one"), tmp_path, quick=True)["lstm-quadratic"]
     assert not torch.equal(trained.weight_out, RULES["lstm-quadratic"].weight_out)
@@ -214,3 +222,4 @@ def test_retraining_takes_the_recipe_and_goes_on(tmp_path, monkeypatch):
     again = experiments.retrain(small("one"), tmp_path, quick=True)["lstm-quadratic"]
     assert epochs == []
     assert torch.equal(trained.weight_out, again.weight_out)
+    assert {path.name for path in (tmp_path / "rules").iterdir()} == {"first-quick.pt", "lstm-quadratic-quick.pt"}

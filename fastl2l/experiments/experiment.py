@@ -145,9 +145,5 @@ def retrain(experiment: Experiment, out: str | os.PathLike[str], *, quick: bool 
 
     Checkpoints are kept in `out`/rules: a run that was killed goes on, one that was finished is only loaded.
     """
-    rules = {}
-    for name in sorted({panel.rule for panel in experiment.panels}):
-        recipe = RECIPES[name]
-        epochs = max(1, recipe.epochs // 10) if quick else recipe.epochs
-        rules[name] = recipe.train(Path(out) / "rules" / (name + "-quick" * quick), epochs=epochs)
-    return rules
+    names = sorted({panel.rule for panel in experiment.panels})
+    return {name: RECIPES[name].train(Path(out) / "rules", quick=quick) for name in names}

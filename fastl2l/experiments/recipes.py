@@ -21,7 +21,7 @@ RULE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a rule is trained, from nothing: all arguments of `LSTMRule` and `MetaTrainer` that are not defaults.
+    """How a rule is trained: all arguments of `LSTMRule` and `MetaTrainer` that are not defaults.
 
     Args:
         name: the rule's.
@@ -30,6 +30,7 @@ class Recipe:
         epochs: of 20 trajectories each.
         training: arguments of `MetaTrainer`.
         seed: of the first weights and of all problems.
+        init: how the rule is trained that this one starts from; fresh weights by default.
     """
 
     name: str
@@ -38,29 +39,36 @@ class Recipe:
     epochs: int
     training: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    init: Recipe | None = None
 
     @property
-    def command(self) -> str:
-        """The command that does the same."""
+    def commands(self) -> list[str]:
+        """The commands that do the same, one after the other."""
         options = {"task": self.task, "epochs": self.epochs, **self.training, "seed": self.seed}
+        if self.init is not None:
+            options["init"] = f"runs/{self.init.name}/rule.safetensors"
+        options["out"] = f"runs/{self.name}"
         words = [
             f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in options.items()
         ]
-        return " ".join(["fastl2l train", *words, f"--out runs/{self.name}"])
+        return [*(self.init.commands if self.init is not None else []), " ".join(["fastl2l train", *words])]
 
-    def train(self, folder: str | os.PathLike[str], *, epochs: int | None = None, progress: bool = True) -> LSTMRule:
-        """The rule, trained; a run that was killed goes on from the checkpoint in `folder`.
+    def train(self, folder: str | os.PathLike[str], *, quick: bool = False, progress: bool = True) -> LSTMRule:
+        """The rule, trained; a run that was killed goes on from the checkpoints in `folder`.
 
         Args:
-            folder: for the checkpoint.
-            epochs: fewer than the recipe's, for a quick look.
+            folder: for the checkpoints.
+            quick: a tenth of the epochs, for a quick look.
             progress: show how far it is.
         """
-        rule = LSTMRule(**RULE_OPTIONS.get(self.task, {}), seed=self.seed)
-        checkpoint = Path(folder) / "checkpoint.pt"
+        if self.init is None:
+            rule = LSTMRule(**RULE_OPTIONS.get(self.task, {}), seed=self.seed)
+        else:
+            rule = self.init.train(folder, quick=quick, progress=progress)
+        checkpoint = Path(folder) / f"{self.name}{'-quick' * quick}.pt"
         task = tasks.by_name(self.task)
         trainer = MetaTrainer(rule, task, seed=self.seed, checkpoint=checkpoint, **self.training)
-        trainer.fit(self.epochs if epochs is None else epochs, progress=progress)
+        trainer.fit(max(1, self.epochs // 10) if quick else self.epochs, progress=progress)
         return rule
 
 
@@ -71,8 +79,16 @@ RECIPES = {
             "lstm-mnist",
             "Small sigmoid networks on images: trained on an MLP 784-20-10 on MNIST for 100 steps.",
             task="mnist",
-            epochs=40,
-            training=MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine", "second_derivatives": True}),
+            epochs=20,
+            training=MappingProxyType({"meta_lr": 1e-3, "schedule": "cosine", "second_derivatives": True}),
+            seed=1,
+            init=Recipe(
+                "lstm-mnist-first",
+                "What lstm-mnist starts from.",
+                task="mnist",
+                epochs=100,
+                training=MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine"}),
+            ),
         ),
         Recipe(
             "lstm-quadratic",
