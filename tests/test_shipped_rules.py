@@ -38,7 +38,6 @@ def test_a_rule_says_where_it_comes_from(name):
     ("name", "task", "best"),
     [
         ("lstm-quadratic", tasks.Quadratic, baselines.Adam(1.468)),
-        ("lstm-mnist", tasks.MNIST, baselines.NAG(0.8254)),
         ("lstm-mnist", tasks.MNIST, baselines.Adam(0.02154)),
     ],
 )
