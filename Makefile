@@ -51,5 +51,7 @@ $(READY): pyproject.toml setup.py constraints.txt fastl2l/build.py $(CSRC)
 	@echo "installing fastl2l and what it needs into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) torch setuptools wheel ninja
+	@# A torch for CUDA has brought its Triton; else it is the one whose compiled kernels the tests have figures of.
+	@$(BIN)/python -c 'import triton' 2> /dev/null || test "$$(uname)" != Linux || $(INSTALL) triton==3.6.0
 	@FASTL2L_REQUIRE_EXT=1 $(INSTALL) --no-build-isolation -e ".[dev]"
 	@touch $@

@@ -501,6 +501,8 @@ def test_kernels_fit_the_gpu(compiled):
 
 
 def test_nothing_spills(compiled):
+    if not triton.__version__.startswith("3.6."):  # which `make` installs, and so CI
+        pytest.skip("the figures are those of Triton 3.6")
     for (name, capability), kernel in compiled.items():
         # The few loop invariants that do not fit, read back from L1: of Ampere's instructions, which take both operands
         # from registers, and where a window's last state has a gradient, which only the functional form has.
