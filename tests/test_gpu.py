@@ -45,15 +45,8 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=sorted(set(dispatch.BACKENDS) - {"reference"}))
+@pytest.fixture(scope="module", params=sorted(set(dispatch.NAMES) - {"reference"}))
 def backend(request):
-    if request.param == "native":
-        reason = build.load_native()
-        if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key("fastl2l::step_", "CUDA"):
-            reason = "built without CUDA: nvcc was not there"
-        if reason is not None:
-            pytest.skip(f"native kernels: {reason}")
-        return dispatch.BACKENDS["native"]
     try:
         return dispatch.select(request.param, "cuda")
     except RuntimeError as error:
@@ -258,7 +251,7 @@ def test_tensors_on_different_devices_are_named():
     if build.load_native() is not None or not torch._C._dispatch_has_kernel_for_dispatch_key("fastl2l::step_", "CUDA"):
         pytest.skip("the native backend has no CUDA kernels")
     rule, state, grads, *_ = arguments(20)
-    native, param = dispatch.BACKENDS["native"], torch.zeros(20, device="cuda")
+    native, param = dispatch.select("native", "cuda"), torch.zeros(20, device="cuda")
     with pytest.raises(RuntimeError, match=r"states\[0\]: expected a tensor on cuda:0, got one on another device"):
         native.step_([param], [grads[0]], [state.cpu()], *rule, 1.0)
     with pytest.raises(RuntimeError, match=r"weights\[7\]: expected a tensor on cuda:0, got one on another device"):

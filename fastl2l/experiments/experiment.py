@@ -114,7 +114,7 @@ def reproduce(
             )
             results[panel.name].save(folder / panel.name)
     note = f"quick: {budget.runs} problems, rates tuned on {budget.tuning_runs}" if quick else ""
-    _draw(panels, results, folder / "figure.png", f"{experiment.title} ({note})" if quick else experiment.title)
+    _draw(panels, results, folder / "figure.png", f"{experiment.title}\n{note}" if quick else experiment.title)
     files.write_text(folder / "table.md", _table(experiment, panels, results, note))
     return results
 
