@@ -114,6 +114,17 @@ inline void check_floating(const std::vector<Tensor>& tensors) {
   }
 }
 
+// The dtype that the states of one call are stored in: the rule's, or bfloat16 where that is float32.
+inline ScalarType check_state_dtype(const std::vector<Tensor>& states, ScalarType dtype) {
+  if (states.empty()) return dtype;
+  const ScalarType stored = states[0].scalar_type();
+  const bool is_float = dtype == ScalarType::Float;
+  STD_TORCH_CHECK(stored == dtype || (is_float && stored == ScalarType::BFloat16), "states[0]: expected ",
+                  dtype_name(dtype), is_float ? " or bfloat16" : "", ", got ", dtype_name(stored));
+  return stored;
+}
+
+// `dtype` is that of the states.
 inline void check_segments(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                            const std::vector<Tensor>& states, ScalarType dtype, int64_t state_rows) {
   check_length("grads", grads.size(), params.size());

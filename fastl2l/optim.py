@@ -52,8 +52,9 @@ class _Batch(NamedTuple):
 class FusedLSTMOptimizer(torch.optim.Optimizer):
     """Applies a learned rule to parameters: one fused kernel call a parameter group and step.
 
-    Every coordinate of every parameter has its own LSTM state (320 bytes in float32 for the papers' rule), zero at its
-    first step. The update is ``lr`` times the rule's own, so ``lr=1`` is what the rule was meta-trained for.
+    Every coordinate of every parameter has its own LSTM state (320 bytes in float32 for the papers' rule, 160 in
+    bfloat16), zero at its first step. The update is ``lr`` times the rule's own, so ``lr=1`` is what the rule was
+    meta-trained for.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A group may have its own ``rule``,
@@ -66,6 +67,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         nonfinite: what to do about a gradient with NaN or infinity, for the step as a whole and before anything is
             changed: ``"raise"`` FloatingPointError, ``"skip"`` the step (counted in ``skipped_steps``), or
             ``"propagate"``: do not look, as torch.optim's optimizers do.
+        state_dtype: what the states are stored in: None for their rule's dtype, or ``torch.bfloat16``, half as many
+            bytes, for rules in float32. Everything is computed in the rule's dtype all the same; only the state is
+            rounded, to 8 bits, after every step.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -87,11 +91,15 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         backend: str = "auto",
         nonfinite: str = "raise",
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite: expected one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        if state_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"state_dtype: expected None (the rule's dtype) or torch.bfloat16, got {state_dtype!r}")
         self.backend = backend
         self.nonfinite = nonfinite
+        self.state_dtype = state_dtype
         self.skipped_steps = 0
         super().__init__(params, {"rule": rule, "lr": lr, "maximize": maximize})
 
@@ -103,6 +111,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             if not isinstance(params, set):  # which torch refuses
                 params = [params] if isinstance(params, Tensor) else list(params)
             _check_group(group, [entry[1] if isinstance(entry, tuple) else entry for entry in params], self.backend)
+            _check_state_dtype(self.state_dtype, group["rule"])
             param_group = {**param_group, "params": params}
         super().add_param_group(param_group)
 
@@ -118,7 +127,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
-            RuntimeError: a gradient is sparse, or of another dtype than its parameter. Nothing has been changed then.
+            RuntimeError: a gradient is sparse, or of another dtype than its parameter.
+            torch.OutOfMemoryError: there is no memory for the states of parameters that are stepped for the first time.
+                Nothing has been changed in any of these cases.
         """
         loss = None
         if closure is not None:
@@ -132,12 +143,11 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                     if not self._backend(batch).all_finite(batch.grads):
                         self._refuse(batch)
                         return loss
-        for batch in batches:
-            self._apply(batch)
+        for batch, (states, new) in [(batch, self._states(batch)) for batch in batches]:
+            self._apply(batch, states, new)
         return loss
 
-    def _apply(self, batch: _Batch) -> None:
-        states, new = self._states(batch)
+    def _apply(self, batch: _Batch, states: list[Tensor], new: list[tuple[Tensor, Tensor]]) -> None:
         # The kernel checks what it is given before it changes anything, and far faster than a loop over hundreds of
         # parameters here would: only when it refuses are they looked at one by one.
         try:
@@ -184,7 +194,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         # One allocation for all: a kernel walks through it faster than through hundreds of small ones.
         rule = batch.group["rule"]
         tiles = [state_shape(rule, param.numel())[0] for param in missing]
-        together = new_state(rule, sum(tiles) * TILE, rule.weight_out.device)
+        together = _allocate(rule, sum(tiles) * TILE, self.state_dtype)
         new = dict(zip(missing, together.split(tiles), strict=True))
         states = [new[param] if param in new else kept[param][_STATE] for param in batch.owners]
         return states, list(new.items())
@@ -205,7 +215,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch's optimizers name what they hold."""
-        mine = {name: getattr(self, name) for name in ("backend", "nonfinite", "skipped_steps")}
+        mine = {name: getattr(self, name) for name in ("backend", "nonfinite", "skipped_steps", "state_dtype")}
         return {**super().__getstate__(), **mine}
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,11 +256,11 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             for param, key in zip(group["params"], saved_group["params"], strict=False):
                 if (saved := state_dict["state"].get(key)) is None:
                     continue
-                expected = state_shape(group["rule"], param.numel())
+                expected, dtype = state_shape(group["rule"], param.numel()), self.state_dtype or group["rule"].dtype
                 found = saved[_STATE]
-                if tuple(found.shape) != expected or found.dtype != group["rule"].dtype:
+                if tuple(found.shape) != expected or found.dtype != dtype:
                     raise ValueError(
-                        f"state of parameter {key}: expected {list(expected)} of {group['rule'].dtype}, "
+                        f"state of parameter {key}: expected {list(expected)} of {dtype}, "
                         f"got {list(found.shape)} of {found.dtype}"
                     )
                 matched.append((param, {_STATE: found.detach().to(param.device, copy=True)}))
@@ -283,6 +293,29 @@ def _check_group(group: dict[str, Any], params: list[Any], backend: str) -> None
         if param.device != device:
             raise ValueError(f"params: expected tensors on {device}, where their rule is, got one on {param.device}")
     select(backend, device)
+
+
+def _check_state_dtype(dtype: torch.dtype | None, rule: LSTMRule) -> None:
+    if dtype is not None and rule.dtype != torch.float32:
+        raise ValueError(f"state_dtype: expected None for a rule in {rule.dtype}, got {dtype}; float32 rules take it")
+
+
+def _allocate(rule: LSTMRule, numel: int, dtype: torch.dtype | None) -> Tensor:
+    """Memory for new states."""
+    device = rule.weight_out.device
+    try:
+        return new_state(rule, numel, device, dtype)
+    except RuntimeError as error:
+        # The CPU's allocator has no error of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        size = math.prod(state_shape(rule, numel)) * (dtype or rule.dtype).itemsize / 2**30
+        half = "state_dtype=torch.bfloat16 (half as much), " if dtype is None and rule.dtype == torch.float32 else ""
+        raise torch.OutOfMemoryError(
+            f"state of {numel:,} coordinates: expected {size:,.1f} GiB of free memory on {device}, got less; take {half}"
+            "fewer parameters, fewer of them in a group (whose new states are one piece of memory), or a rule with fewer "
+            "units; nothing was changed"
+        ) from error
 
 
 def _describe(rule: LSTMRule) -> dict[str, Any]:

@@ -102,14 +102,15 @@ void step_all(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
     Segment<T>& segment = segments[i];
     segment.param = static_cast<char*>(params[i].data_ptr());
     segment.grad = static_cast<const char*>(grads[i].data_ptr());
-    segment.state = static_cast<T*>(states[i].data_ptr());
+    segment.state = states[i].data_ptr();
     segment.numel = params[i].numel();
     set_dtype(segment, params[i].scalar_type());
     first_tile.push_back(first_tile.back() + tiles_of(segment.numel));
   }
   static thread_local Packer<T> packer;
   const PackedWeights<T> packed = packer.pack(rule, pointers<T>(weights), kernel.blocking, false);
-  const StepArgs<T> args{rule, packed, (T)grad_scale, segments.data(), first_tile.data()};
+  const bool is_bfloat16 = states[0].scalar_type() == ScalarType::BFloat16;
+  const StepArgs<T> args{rule, packed, (T)grad_scale, segments.data(), first_tile.data(), is_bfloat16};
   const int64_t tiles = first_tile.back(), block = kernel.block_tiles;
   torch::stable::parallel_for(0, (tiles + block - 1) / block, kTilesPerThread / block, [&](int64_t begin, int64_t end) {
     kernel.step(args, begin * block, std::min(end * block, tiles), scratch<T>(kernel.step_scratch(rule)));
@@ -156,7 +157,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   const RuleSizes sizes = check_weights(weights, preprocess);
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  check_segments(params, grads, states, dtype, rule.state_rows());
+  check_segments(params, grads, states, check_state_dtype(states, dtype), rule.state_rows());
   if (finite) {
     check_tensor({"finite"}, *finite, ScalarType::Bool, {1});
     if (!(*static_cast<bool*>(finite->data_ptr()) = all_finite(grads))) return;

@@ -115,7 +115,8 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   const RuleSizes sizes = check_weights(weights, preprocess);
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  check_segments(params, grads, states, dtype, rule.state_rows());
+  const ScalarType stored = check_state_dtype(states, dtype);
+  check_segments(params, grads, states, stored, rule.state_rows());
   if (params.empty()) return;
   const int device = params[0].get_device();
   check_devices("params", params, device);
@@ -133,10 +134,17 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
         {params[i].data_ptr(), grads[i].data_ptr(), states[i].data_ptr(), params[i].numel(), 0, dtype_of(params[i])});
   }
   const Work work(params[0]);
-  if (dtype == ScalarType::Float) {
-    check_cuda(step<float>(rule, weight_pointers<float>(weights), segments, grad_scale, work.queue()), "step_");
+  const auto run = [&](auto zero, auto stored_zero) {
+    using T = decltype(zero);
+    using Stored = decltype(stored_zero);
+    check_cuda(step<T, Stored>(rule, weight_pointers<T>(weights), segments, grad_scale, work.queue()), "step_");
+  };
+  if (stored == ScalarType::BFloat16) {
+    run(float(), BFloat16());
+  } else if (dtype == ScalarType::Float) {
+    run(float(), float());
   } else {
-    check_cuda(step<double>(rule, weight_pointers<double>(weights), segments, grad_scale, work.queue()), "step_");
+    run(double(), double());
   }
 }
 

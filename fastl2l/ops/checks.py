@@ -44,14 +44,25 @@ def check_rule(weights: Sequence[Tensor], preprocess: str) -> tuple[int, int]:
     return layers, hidden
 
 
-def check_tensor(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
-    """Contiguous, of this shape, and of the dtype and device of `like`."""
-    _require(tensor.dtype == like.dtype, f"{name}: expected {_name(like.dtype)}, got {_name(tensor.dtype)}")
+def check_tensor(
+    name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:  # fmt: skip
+    """Contiguous, of this shape, on the device of `like`, and of its dtype unless another is named."""
+    dtype = dtype or like.dtype
+    _require(tensor.dtype == dtype, f"{name}: expected {_name(dtype)}, got {_name(tensor.dtype)}")
     _require(tuple(tensor.shape) == shape, f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     _require(tensor.is_contiguous(), f"{name}: expected a contiguous tensor")
     _require(
         tensor.device == like.device, f"{name}: expected a tensor on {like.device}, got one on {tensor.device}"
     )  # fmt: skip
+
+
+def check_state_dtype(states: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the states of one call are stored in: `dtype`, the rule's, or bfloat16 where that is float32."""
+    allowed = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
+    stored = states[0].dtype if states else dtype
+    _require(stored in allowed, f"states[0]: expected {' or '.join(map(_name, allowed))}, got {_name(stored)}")
+    return stored
 
 
 def check_segments(
@@ -60,6 +71,7 @@ def check_segments(
     """What step_ is given beside the rule; `like` is one of the rule's weights."""
     for name, tensors in (("grads", grads), ("states", states)):
         _require(len(tensors) == len(params), f"{name}: expected {len(params)} tensors, got {len(tensors)}")
+    stored = check_state_dtype(states, like.dtype)
     for i, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
         _require(
             param.dtype in _NAMES,
@@ -76,7 +88,7 @@ def check_segments(
         _require(
             grad.device == like.device, f"grads[{i}]: expected a tensor on {like.device}, got one on {grad.device}"
         )  # fmt: skip
-        check_tensor(f"states[{i}]", state, like, (-(-param.numel() // TILE), rows, TILE))
+        check_tensor(f"states[{i}]", state, like, (-(-param.numel() // TILE), rows, TILE), stored)
 
 
 def check_window(
