@@ -312,9 +312,9 @@ def _allocate(rule: LSTMRule, numel: int, dtype: torch.dtype | None) -> Tensor:
         size = math.prod(state_shape(rule, numel)) * (dtype or rule.dtype).itemsize / 2**30
         half = "state_dtype=torch.bfloat16 (half as much), " if dtype is None and rule.dtype == torch.float32 else ""
         raise torch.OutOfMemoryError(
-            f"state of {numel:,} coordinates: expected {size:,.1f} GiB of free memory on {device}, got less; take {half}"
-            "fewer parameters, fewer of them in a group (whose new states are one piece of memory), or a rule with fewer "
-            "units; nothing was changed"
+            f"state of {numel:,} coordinates: expected {size:,.1f} GiB of free memory on {device}, got less; take "
+            f"{half}fewer parameters, fewer of them in a group (whose new states are one piece of memory) or a rule of "
+            "fewer units; nothing was changed"
         ) from error
 
 
