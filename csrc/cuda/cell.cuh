@@ -132,7 +132,7 @@ DEVICE Pair<float> lstm_step(const ForwardWeights<S>& weights, const Pair<float>
     }
   });
   Pair<float> out = {};
-  Hidden<S> all = {};
+  Hidden<S> all;
   ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
     Pair<float> c = load_unit(before, c_row<S>(Layer) + 4 * u), h;
     const Pair<Gates> gates = group_gates<S, Layer>(weights, input, features, u, lane);
