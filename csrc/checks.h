@@ -114,6 +114,17 @@ inline void check_floating(const std::vector<Tensor>& tensors) {
   }
 }
 
+// The dtype that the states of one call are stored in: the rule's, or bfloat16 where that is float32.
+inline ScalarType check_state_dtype(const std::vector<Tensor>& states, ScalarType dtype) {
+  if (states.empty()) return dtype;
+  const ScalarType stored = states[0].scalar_type();
+  const bool is_float = dtype == ScalarType::Float;
+  STD_TORCH_CHECK(stored == dtype || (is_float && stored == ScalarType::BFloat16), "states[0]: expected ",
+                  dtype_name(dtype), is_float ? " or bfloat16" : "", ", got ", dtype_name(stored));
+  return stored;
+}
+
+// `dtype` is that of the states.
 inline void check_segments(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                            const std::vector<Tensor>& states, ScalarType dtype, int64_t state_rows) {
   check_length("grads", grads.size(), params.size());
@@ -139,18 +150,18 @@ inline void check_segments(const std::vector<Tensor>& params, const std::vector<
 }
 
 // Where each parameter's state begins.
-template <typename T>
-std::vector<T*> state_pointers(const std::vector<Tensor>& params, const std::vector<Tensor>& states,
-                               int64_t state_rows) {
-  std::vector<T*> result;
+inline std::vector<char*> state_pointers(const std::vector<Tensor>& params, const std::vector<Tensor>& states,
+                                         int64_t state_rows) {
+  std::vector<char*> result;
   if (states.size() == params.size()) {
-    for (const Tensor& state : states) result.push_back(static_cast<T*>(state.data_ptr()));
+    for (const Tensor& state : states) result.push_back(static_cast<char*>(state.data_ptr()));
     return result;
   }
-  T* at = static_cast<T*>(states[0].data_ptr());
+  char* at = static_cast<char*>(states[0].data_ptr());
+  const int64_t tile_bytes = state_rows * kTile * (int64_t)states[0].element_size();
   for (const Tensor& param : params) {
     result.push_back(at);
-    at += tiles_of(param.numel()) * state_rows * kTile;
+    at += tiles_of(param.numel()) * tile_bytes;
   }
   return result;
 }

@@ -57,10 +57,10 @@ class _Together(NamedTuple):
     state: Tensor
 
     @classmethod
-    def of(cls, rule: LSTMRule, params: list[Tensor]) -> _Together:
+    def of(cls, rule: LSTMRule, params: list[Tensor], dtype: torch.dtype | None) -> _Together:
         """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory."""
         tiles = [state_shape(rule, param.numel())[0] for param in params]
-        state = new_state(rule, sum(tiles) * TILE, rule.weight_out.device)
+        state = _allocate(rule, sum(tiles) * TILE, dtype)
         return cls(list(state.split(tiles)), state)
 
     def holds(self, states: list[Tensor]) -> bool:
@@ -70,8 +70,9 @@ class _Together(NamedTuple):
 class FusedLSTMOptimizer(torch.optim.Optimizer):
     """Applies a learned rule to parameters: one fused kernel call a parameter group and step.
 
-    Every coordinate of every parameter has its own LSTM state (320 bytes in float32 for the papers' rule), zero at its
-    first step. The update is ``lr`` times the rule's own, so ``lr=1`` is what the rule was meta-trained for.
+    Every coordinate of every parameter has its own LSTM state (320 bytes in float32 for the papers' rule, 160 in
+    bfloat16), zero at its first step. The update is ``lr`` times the rule's own, so ``lr=1`` is what the rule was
+    meta-trained for.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A group may have its own ``rule``,
@@ -86,6 +87,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             ``"propagate"``: do not look, as torch.optim's optimizers do.
         capturable: a step never waits for the device, so that it can be part of a CUDA graph or of a function that
             torch.compile takes; not with ``nonfinite="raise"``. The graph keeps the ``lr`` that it was made with.
+        state_dtype: what the states are stored in: None for their rule's dtype, or ``torch.bfloat16``, half as many
+            bytes, for rules in float32. Everything is computed in the rule's dtype all the same; only the state is
+            rounded, to 8 bits, after every step.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -108,6 +112,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         backend: str = "auto",
         nonfinite: str = "raise",
         capturable: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite: expected one of {', '.join(NONFINITE)}, got {nonfinite!r}")
@@ -115,9 +120,12 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "nonfinite: expected skip or propagate with capturable=True, which cannot look, got 'raise'"
             )
+        if state_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"state_dtype: expected None (the rule's dtype) or torch.bfloat16, got {state_dtype!r}")
         self.backend = backend
         self.nonfinite = nonfinite
         self.capturable = capturable
+        self.state_dtype = state_dtype
         self._together: dict[int, _Together] = {}
         super().__init__(params, {"rule": rule, "lr": lr, "maximize": maximize})
         self._skipped = torch.zeros(1, dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
@@ -130,6 +138,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             if not isinstance(params, set):  # which torch refuses
                 params = [params] if isinstance(params, Tensor) else list(params)
             _check_group(group, [entry[1] if isinstance(entry, tuple) else entry for entry in params], self.backend)
+            _check_state_dtype(self.state_dtype, group["rule"])
             param_group = {**param_group, "params": params}
         super().add_param_group(param_group)
 
@@ -145,7 +154,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
-            RuntimeError: a gradient is sparse, or of another dtype than its parameter. Nothing has been changed then.
+            RuntimeError: a gradient is sparse, or of another dtype than its parameter.
+            torch.OutOfMemoryError: there is no memory for the states of parameters that are stepped for the first time.
+                Nothing has been changed in any of these cases.
         """
         loss = None
         if closure is not None:
@@ -155,8 +166,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if len(batches) > 1:  # what is wrong with one group must be found before another is changed
             batches = [batch.checked() for batch in batches]
         flags = self._flags(batches)
-        for batch, finite in zip(batches, flags, strict=True):
-            if not self._apply(batch, finite):
+        states = [self._states(batch) for batch in batches]  # and all memory must have been had
+        for batch, (kept, new), finite in zip(batches, states, flags, strict=True):
+            if not self._apply(batch, kept, new, finite):
                 self._refuse(batches)
                 break
         if self.capturable and flags and flags[0] is not None:
@@ -181,9 +193,10 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             together &= flag.to(together.device)
         return [together.to(flag.device) for flag in flags]
 
-    def _apply(self, batch: _Batch, finite: Tensor | None) -> bool:
+    def _apply(
+        self, batch: _Batch, states: list[Tensor], new: list[tuple[Tensor, Tensor]], finite: Tensor | None
+    ) -> bool:
         """One kernel call; False if it has changed nothing, because a gradient is not finite."""
-        states, new = self._states(batch)
         # The kernel checks what it is given before it changes anything, and far faster than a loop over hundreds of
         # parameters here would: only when it refuses are they looked at one by one.
         try:
@@ -232,7 +245,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 "state: expected every parameter to have been stepped before a CUDA graph is captured, got "
                 f"{len(missing)} without; the graph would set their state to zero at every replay"
             )
-        together = self._together[id(batch.group)] = _Together.of(batch.group["rule"], missing)
+        together = _Together.of(batch.group["rule"], missing, self.state_dtype)
+        self._together[id(batch.group)] = together
         new = dict(zip(missing, together.states, strict=True))
         states = [new[param] if param in new else kept[param][_STATE] for param in batch.owners]
         return states, list(new.items())
@@ -254,7 +268,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch's optimizers name what they hold."""
-        mine = {name: getattr(self, name) for name in ("backend", "nonfinite", "capturable", "_skipped")}
+        names = ("backend", "nonfinite", "capturable", "state_dtype", "_skipped")
+        mine = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -286,7 +301,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             for index, (group, rule) in enumerate(zip(saved_groups, rules, strict=True)):
                 _check_same_rule(index, group.get("rule"), rule)
         found = self._match_states(state_dict) if len(saved_groups) == len(rules) else []
-        copies = [_Together.of(rule, list(states)) for rule, states in zip(rules, found, strict=False)]
+        copies = [
+            _Together.of(rule, list(states), self.state_dtype) for rule, states in zip(rules, found, strict=False)
+        ]
         super().load_state_dict(state_dict)
         for group, rule in zip(self.param_groups, rules, strict=True):
             group["rule"] = rule
@@ -304,11 +321,11 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             for param, key in zip(group["params"], saved_group["params"], strict=False):
                 if (saved := state_dict["state"].get(key)) is None:
                     continue
-                expected = state_shape(group["rule"], param.numel())
+                expected, dtype = state_shape(group["rule"], param.numel()), self.state_dtype or group["rule"].dtype
                 found = saved[_STATE]
-                if tuple(found.shape) != expected or found.dtype != group["rule"].dtype:
+                if tuple(found.shape) != expected or found.dtype != dtype:
                     raise ValueError(
-                        f"state of parameter {key}: expected {list(expected)} of {group['rule'].dtype}, "
+                        f"state of parameter {key}: expected {list(expected)} of {dtype}, "
                         f"got {list(found.shape)} of {found.dtype}"
                     )
                 matched[-1][param] = found.detach()
@@ -345,6 +362,29 @@ def _check_group(group: dict[str, Any], params: list[Any], backend: str) -> None
         if param.device != device:
             raise ValueError(f"params: expected tensors on {device}, where their rule is, got one on {param.device}")
     select(backend, device)
+
+
+def _check_state_dtype(dtype: torch.dtype | None, rule: LSTMRule) -> None:
+    if dtype is not None and rule.dtype != torch.float32:
+        raise ValueError(f"state_dtype: expected None for a rule in {rule.dtype}, got {dtype}; float32 rules take it")
+
+
+def _allocate(rule: LSTMRule, numel: int, dtype: torch.dtype | None) -> Tensor:
+    """Memory for new states."""
+    device = rule.weight_out.device
+    try:
+        return new_state(rule, numel, device, dtype)
+    except RuntimeError as error:
+        # The CPU's allocator has no error of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        size = math.prod(state_shape(rule, numel)) * (dtype or rule.dtype).itemsize / 2**30
+        half = "state_dtype=torch.bfloat16 (half as much), " if dtype is None and rule.dtype == torch.float32 else ""
+        raise torch.OutOfMemoryError(
+            f"state of {numel:,} coordinates: expected {size:,.1f} GiB of free memory on {device}, got less; take "
+            f"{half}fewer parameters, fewer of them in a group (whose new states are one piece of memory) or a rule of "
+            "fewer units; nothing was changed"
+        ) from error
 
 
 def _describe(rule: LSTMRule) -> dict[str, Any]:

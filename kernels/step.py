@@ -29,7 +29,7 @@ def step_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    T: tl.constexpr = state.dtype.element_ty
+    T: tl.constexpr = weights.dtype.element_ty  # of all that is computed; the state may be stored in bfloat16
     ROWS: tl.constexpr = 2 * LAYERS * HIDDEN
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)
@@ -49,13 +49,13 @@ def step_kernel(
     for layer in tl.static_range(LAYERS):
         h_at = state + offsets + 2 * layer * HIDDEN * TILE
         c_at = h_at + HIDDEN * TILE
-        h = tl.load(h_at, mask=mask, other=0.0)
+        h = tl.load(h_at, mask=mask, other=0.0).to(T)
         h = extend(h, first, second, units, layer == 0, HIDDEN)
         i, f, g, o = gate_sums(weights, h, x, layer == 0, UNITS, WIDE, PRECISION)
-        c = tl.load(c_at, mask=mask, other=0.0)
+        c = tl.load(c_at, mask=mask, other=0.0).to(T)
         h, c = activate(i, f, g, o, c, units, HIDDEN)
         weights += 8 * UNITS * UNITS
-        tl.store(h_at, h, mask=mask)
+        tl.store(h_at, h, mask=mask)  # rounded to the nearest, if at all
         tl.store(c_at, c, mask=mask)
         x = h
     update = tl.sum(tl.where((units == HIDDEN)[None, :], 1.0, x) * tl.load(weights + units)[None, :], 1)

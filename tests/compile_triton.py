@@ -33,13 +33,15 @@ def rule(precision="tf32x3", dtype=torch.float32, preprocess="log_sign", hidden=
     return launch.Rule(preprocess, 10.0, 0.1, 2, hidden, dtype, precision)
 
 
-def compiled(kernel, capability, rule, **constants):
+def compiled(kernel, capability, rule, state=None, **constants):
     """Registers, bytes of the stack and of shared memory, and matrix instructions in the PTX."""
     number = "fp64" if rule.dtype == torch.float64 else "fp32"
 
     def kind(name):
         if name in constants:
             return "constexpr"
+        if name == "state" and state:
+            return f"*{state}"
         if name in POINTERS:
             return f"*{number}"
         return INTEGERS.get(name) or ("*fp64" if name == "sums" else "fp64")
@@ -90,6 +92,8 @@ def report(capabilities):
     for capability in capabilities:
         for name, kernel, constants in kernels(capability, rule()):
             yield {"kernel": name, "capability": capability} | compiled(kernel, capability, rule(), **constants)
+        found = compiled(step.step_kernel, capability, rule(), "bf16", **rule().cell(capability))
+        yield {"kernel": "step, state in bfloat16", "capability": capability} | found
     # What only a compiler finds: that the other variants are valid at all.
     variants = {
         "ieee": rule("ieee"),

@@ -42,8 +42,9 @@ def backend(library: Path) -> dispatch.Backend:
         dtypes = (ctypes.c_int * count)(*(_DTYPES.index(param.dtype) for param in params))
         error = kernels.emulated_step(
             *_rule(weights, preprocess, constant, update_scale), ctypes.c_double(grad_scale),
-            int(weights[-1].dtype == torch.float64), _pointers(weights), count, _pointers(params), _pointers(grads),
-            _pointers(states), numels, dtypes, ctypes.c_void_p(None if finite is None else finite.data_ptr()),
+            int(weights[-1].dtype == torch.float64), int(states[0].dtype == torch.bfloat16), _pointers(weights), count,
+            _pointers(params), _pointers(grads), _pointers(states), numels, dtypes,
+            ctypes.c_void_p(None if finite is None else finite.data_ptr()),
         )  # fmt: skip
         assert error == 0
 

@@ -173,6 +173,69 @@ def steps_by(backend: dispatch.Backend, case: Case, dtype: torch.dtype) -> dict[
     return {"update": torch.stack(updates), "state": torch.stack(states)}
 
 
+def assert_bfloat16_steps_are_accurate(backend: dispatch.Backend, case: Case) -> None:
+    """Steps with their state stored in bfloat16, each beside the reference from the state that the one before has left.
+
+    Updates must be accurate, and the state what an accurate one is rounded to.
+    """
+    found, truth, single = [], [], []
+    for rule, grads, rows in zip(case.rules(), inputs(case).grads, inputs(case).rows, strict=True):
+        state, steps = tiles(rows, torch.bfloat16), []
+        for grad in grads:
+            before, update = to_rows(state, case.n).clone(), torch.zeros_like(grad)
+            backend.step_([update], [grad], [state], detached(rule), *constants(rule), 1.0)
+            exact, plain = (
+                reference.step(grad.to(dtype), before.to(dtype), detached(rule, dtype), *constants(rule))
+                for dtype in (torch.float64, torch.float32)
+            )
+            steps.append(((update, unrounded(to_rows(state, case.n), exact[1])), exact, plain))
+        for results, outputs in zip((found, truth, single), zip(*steps, strict=True), strict=True):
+            results.append([torch.stack(tensors) for tensors in zip(*outputs, strict=True)])
+    named = (
+        dict(zip(("update", "state"), map(torch.stack, zip(*draws, strict=True)), strict=True))
+        for draws in (found, truth, single)
+    )
+    assert_as_accurate_as_pytorch(*named)
+
+
+def unrounded(stored: Tensor, truth: Tensor) -> Tensor:
+    """The numbers closest to `truth` that are rounded to what is stored in bfloat16."""
+    low, high = (
+        (stored.double() + torch.nextafter(stored, torch.full_like(stored, to)).double()) / 2
+        for to in (float("-inf"), float("inf"))
+    )
+    return truth.clamp(low, high).float()
+
+
+def assert_bfloat16_is_float32_rounded(backend: dispatch.Backend, rule: LSTMRule, n: int) -> None:
+    """A step from numbers that bfloat16 has: the same update whatever state is stored in, which is rounded then."""
+    grad = random_gradients(n)
+    # NaN whose bits are all ones: counting up, as rounding does, makes zero of it.
+    grad[n // 2] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    for rows in (random_rows(rule, n) * 0, random_rows(rule, n).bfloat16().float()):
+        states, updates = [tiles(rows, dtype) for dtype in (torch.float32, torch.bfloat16)], torch.zeros(2, n)
+        for update, state in zip(updates, states, strict=True):
+            backend.step_([update], [grad], [state], detached(rule), *constants(rule), 1.0)
+        exact, stored = (to_rows(state, n) for state in states)
+        assert exact[:, n // 2].isnan().all()
+        torch.testing.assert_close(updates[1], updates[0], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(stored, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_halves_are_rounded_to_even(backend: dispatch.Backend) -> None:
+    """By a rule whose gates add 1/2 to c, of which bfloat16 has the integers from 128 to 256."""
+    rule = random_rule(hidden=7, layers=1)
+    with torch.no_grad():
+        for weight in rule.weights():
+            weight.zero_()
+        rule.bias_l0[7:21] = 200.0  # f and g are 1, i is a half
+    rows = torch.zeros(14, 254)
+    rows[7:] = torch.cat([torch.arange(129, 256), -torch.arange(129, 256)])
+    state, param = tiles(rows, torch.bfloat16), torch.zeros(254)
+    backend.step_([param], [torch.ones(254)], [state], detached(rule), *constants(rule), 1.0)
+    assert torch.equal(to_rows(state, 254)[7:].float(), (rows[7:] + 0.5).round())  # which takes the even one, too
+
+
 def backward_by(backend: dispatch.Backend, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """All gradients by the operator window_backward."""
     found = []
@@ -244,12 +307,17 @@ def excess(found: Tensor, truth: Tensor, single: Tensor) -> dict[str, float]:
 
 
 def assert_accurate(found: dict[str, Tensor], case: Case) -> None:
+    assert_as_accurate_as_pytorch(found, by_reference(case, torch.float64), by_reference(case, torch.float32))
+
+
+def assert_as_accurate_as_pytorch(
+    found: dict[str, Tensor], truth: dict[str, Tensor], single: dict[str, Tensor]
+) -> None:  # fmt: skip
     """The geometric mean over the draws must be within what is allowed.
 
     Errors of saturated gates differ by orders of magnitude from draw to draw: taken together, the luck of the worst
     draw would decide.
     """
-    truth, single = by_reference(case, torch.float64), by_reference(case, torch.float32)
     for name, mine in found.items():
         assert mine.shape == truth[name].shape, name
         draws = [excess(*draw) for draw in zip(mine, truth[name], single[name], strict=True)]

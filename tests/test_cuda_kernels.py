@@ -14,6 +14,9 @@ from emulated_cuda import SANITIZE, backend, compile_library, elementwise, set_m
 from helpers import (
     Case,
     assert_accurate,
+    assert_bfloat16_is_float32_rounded,
+    assert_bfloat16_steps_are_accurate,
+    assert_halves_are_rounded_to_even,
     backward_by,
     constants,
     detached,
@@ -83,6 +86,22 @@ def test_float64_is_as_accurate_as_pytorch(emulated, shape):
     assert_accurate(steps_by(emulated, case, torch.float64) | backward_by(emulated, case, torch.float64), case)
 
 
+@pytest.mark.parametrize("size", [(1, 5, 32), (17, 5, 16), (100, 2, 4)])
+@pytest.mark.parametrize("shape", FAST + GENERIC)
+def test_steps_with_state_in_bfloat16_are_as_accurate_as_pytorch(emulated, shape, size):
+    assert_bfloat16_steps_are_accurate(emulated, Case("log_sign", *shape, *size))
+
+
+@pytest.mark.parametrize("n", [1, 37])
+@pytest.mark.parametrize("shape", FAST + GENERIC)
+def test_state_in_bfloat16_is_what_float32_is_rounded_to(emulated, shape, n):
+    assert_bfloat16_is_float32_rounded(emulated, random_rule(hidden=shape[0], layers=shape[1]), n)
+
+
+def test_state_in_bfloat16_is_rounded_to_even(emulated):
+    assert_halves_are_rounded_to_even(emulated)
+
+
 @pytest.mark.parametrize("function", ["sigmoid", "tanh"])
 def test_activations_are_accurate(library, function):
     # The emulator's 2^x and 1 / x are as wrong as the hardware's may be: by 2^-22 and 2^-23 of the result.
@@ -97,15 +116,16 @@ def test_activations_are_accurate(library, function):
     assert elementwise(library, torch.tensor([math.nan]), function).isnan().all()
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(20, 2), (7, 3)])
-def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(emulated, shape):
+def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(emulated, shape, stored):
     rule = random_rule(hidden=shape[0], layers=shape[1], output_scale=0.01)
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     sizes = [(7 * i) % 40 for i in range(150)]  # more than one launch, some of them empty
     numbers = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in sizes]
     params = [x.to(dtypes[i % 4]) for i, x in enumerate(numbers)]
     grads = [random_gradients(size, seed=i).clamp(-1e4, 1e4).to(dtypes[i % 4]) for i, size in enumerate(sizes)]
-    states, rest = [new_state(rule, size) for size in sizes], (detached(rule), *constants(rule), 0.5)
+    states, rest = [new_state(rule, size, dtype=stored) for size in sizes], (detached(rule), *constants(rule), 0.5)
     expected = []
     for param, grad, state in zip(params, grads, states, strict=True):
         alone, its_state = param.clone(), state.clone()
@@ -203,19 +223,22 @@ def test_unused_lanes_reach_nothing_and_any_address_will_do(emulated):
     for first, last in ((state, dstate), moved):
         found = emulated.window_backward(first, grads, adjoints, *rest, last, True, True)
         assert bits(found[0], to_rows(found[1], n), found[2]) == bits(expected[0], to_rows(expected[1], n), expected[2])
-    results = []
-    for x in (clean[0], moved[0]):
-        param = torch.zeros(n)
-        emulated.step_([param], [grads[0]], [x], *rest, 1.0)
-        results.append(param)
-    torch.testing.assert_close(*results)
+    halves = clean[0].bfloat16()
+    odd = torch.cat([halves.new_zeros(1), halves.flatten()])[1:].view(halves.shape)
+    for states in ((clean[0], moved[0]), (halves, odd)):
+        results = []
+        for x in states:
+            param = torch.zeros(n)
+            emulated.step_([param], [grads[0]], [x], *rest, 1.0)
+            results.append(param)
+        torch.testing.assert_close(*results)
 
 
 SANITIZED = """
 import sys
 import torch
 from emulated_cuda import backend
-from helpers import Case, backward_by, steps_by
+from helpers import Case, assert_bfloat16_is_float32_rounded, backward_by, steps_by
 torch.set_num_threads(1)
 emulated = backend(sys.argv[1])
 for shape in ((20, 2), (12, 3), (7, 3)):
@@ -223,6 +246,7 @@ for shape in ((20, 2), (12, 3), (7, 3)):
         case = Case("log_sign", *shape, n, steps, 1)
         steps_by(emulated, case, torch.float32)
         backward_by(emulated, case, torch.float32)
+    assert_bfloat16_is_float32_rounded(emulated, case.rules()[0], 37)
 backward_by(emulated, case, torch.float64)
 print("done")
 """

@@ -16,6 +16,9 @@ from helpers import (
     Case,
     all_finite,
     assert_accurate,
+    assert_bfloat16_is_float32_rounded,
+    assert_bfloat16_steps_are_accurate,
+    assert_halves_are_rounded_to_even,
     assert_one_state_does_for_all,
     backward_by,
     by_reference,
@@ -122,6 +125,22 @@ def test_float64_is_as_accurate_as_pytorch(backend, shape):
     assert_accurate(steps_by(gpu, case, torch.float64) | backward_by(gpu, case, torch.float64), case)
 
 
+@pytest.mark.parametrize("size", [(1, 5, 32), (17, 5, 16), (1000, 3, 4)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps_with_state_in_bfloat16_are_as_accurate_as_pytorch(backend, shape, size):
+    assert_bfloat16_steps_are_accurate(on_gpu(backend), Case("log_sign", *shape, *size))
+
+
+@pytest.mark.parametrize("n", [1, 37, 12_288])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_state_in_bfloat16_is_what_float32_is_rounded_to(backend, shape, n):
+    assert_bfloat16_is_float32_rounded(on_gpu(backend), random_rule(hidden=shape[0], layers=shape[1]), n)
+
+
+def test_state_in_bfloat16_is_rounded_to_even(backend):
+    assert_halves_are_rounded_to_even(on_gpu(backend))
+
+
 @pytest.mark.parametrize("n", [1, 37, 12_288, 100_003])
 def test_any_run_gives_the_same_bits(backend, n):
     rule, state, grads, adjoints, dstate = arguments(n)
@@ -211,14 +230,15 @@ def test_the_optimizer_s_step_can_be_captured_in_a_cuda_graph(backend, compiled)
     assert bits_equal(*results)
 
 
-def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(backend):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(backend, stored):
     rule, *_ = arguments(1, output_scale=0.01)
     module = random_rule(output_scale=0.01)
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     sizes = [(7 * i) % 400 for i in range(150)]
     params = [torch.randn(size).to(dtypes[i % 4]).cuda() for i, size in enumerate(sizes)]
     grads = [random_gradients(size, seed=i).clamp(-1e4, 1e4).to(dtypes[i % 4]).cuda() for i, size in enumerate(sizes)]
-    states = [new_state(module, size, "cuda") for size in sizes]
+    states = [new_state(module, size, "cuda", stored) for size in sizes]
     alone, their_states = [x.clone() for x in params], [x.clone() for x in states]
     for param, grad, state in zip(alone, grads, their_states, strict=True):
         backend.step_([param], [grad], [state], *rule, 1.0)

@@ -16,6 +16,9 @@ from helpers import (
     Case,
     all_finite,
     assert_accurate,
+    assert_bfloat16_is_float32_rounded,
+    assert_bfloat16_steps_are_accurate,
+    assert_halves_are_rounded_to_even,
     assert_one_state_does_for_all,
     backward_by,
     by_reference,
@@ -83,6 +86,36 @@ def test_the_reference_backend_is_the_reference(preprocess):
     case, backend = Case(preprocess, 7, 3, 17, 5, 4), dispatch.select("reference", "cpu")
     for dtype in DTYPES:
         assert_accurate(steps_by(backend, case, dtype) | backward_by(backend, case, dtype), case)
+
+
+BFLOAT16_CASES = [
+    Case(pre, *shape, *size)
+    for pre, shape, size in itertools.product(
+        ("raw", "log_sign"), ((20, 2), (7, 3), (5, 1)), ((1, 5, 32), (17, 5, 16), (200, 3, 4))
+    )
+]
+
+
+@pytest.mark.parametrize("case", BFLOAT16_CASES, ids=name)
+def test_steps_with_state_in_bfloat16_are_as_accurate_as_pytorch(native, case, isa):
+    assert_bfloat16_steps_are_accurate(native, case)
+
+
+@pytest.mark.parametrize("n", [1, 17, 1000])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_state_in_bfloat16_is_what_float32_is_rounded_to(native, shape, n, isa):
+    assert_bfloat16_is_float32_rounded(native, random_rule(hidden=shape[0], layers=shape[1]), n)
+
+
+def test_state_in_bfloat16_is_rounded_to_even(native, isa):
+    assert_halves_are_rounded_to_even(native)
+
+
+def test_the_reference_backend_rounds_state_to_bfloat16():
+    backend = dispatch.select("reference", "cpu")
+    assert_bfloat16_steps_are_accurate(backend, Case("log_sign", 7, 3, 17, 5, 4))
+    assert_bfloat16_is_float32_rounded(backend, random_rule(hidden=7), 37)
+    assert_halves_are_rounded_to_even(backend)
 
 
 @pytest.mark.parametrize("p", [0.5, 10.0, 88.0])
@@ -237,6 +270,18 @@ def test_any_address_will_do_and_nothing_around_it_is_written(native, n, dtype, 
     assert all(check() for check in (*whole, *more_whole, other_whole))
 
 
+@pytest.mark.parametrize("n", [1, 16, 45])
+def test_any_address_will_do_for_state_in_bfloat16(native, n, isa):
+    rule, grad = random_rule(), random_gradients(n)
+    states, params = [tiles(random_rows(rule, n), torch.bfloat16)], torch.zeros(2, n)
+    moved, whole = guarded(states[0], 3)
+    for param, state in zip(params, [*states, moved], strict=True):
+        native.step_([param], [grad], [state], detached(rule), *constants(rule), 1.0)
+    assert bits_equal(params[0], params[1])
+    assert bits_equal(to_rows(states[0], n), to_rows(moved, n))
+    assert whole()
+
+
 def test_inputs_are_left_alone(native, isa):
     rule = random_rule()
     weights, (state, grads, adjoints, dstate) = detached(rule), window_arguments(rule)
@@ -277,12 +322,13 @@ def test_half_precision_overflows_to_infinity(backend):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_many_parameters_at_once_are_the_same_as_one_by_one(native, threads, isa, set_threads):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_many_parameters_at_once_are_the_same_as_one_by_one(native, stored, threads, isa, set_threads):
     set_threads(threads)
     rule = random_rule()
     sizes, dtypes = (0, 1, 16, 17, 100, 31, 5, 3000, 1, 48), (torch.float32, torch.bfloat16, torch.float64)
     grads = [random_gradients(n, seed=i).to(dtypes[i % 3]) for i, n in enumerate(sizes)]
-    states = [tiles(random_rows(rule, n, i)) for i, n in enumerate(sizes)]
+    states = [tiles(random_rows(rule, n, i), stored) for i, n in enumerate(sizes)]
     params = [torch.ones_like(grad) for grad in grads]
     alone = [(torch.ones_like(grad), grad, state.clone()) for grad, state in zip(grads, states, strict=True)]
     native.step_(params, grads, states, detached(rule), *constants(rule), 1.0)
@@ -327,17 +373,18 @@ def test_any_number_of_threads_and_any_run_gives_the_same_bits(native, n, dtype,
         assert bits_equal(found, first)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("preprocess", ["raw", "log_sign"])
 @pytest.mark.parametrize(("hidden", "layers"), SHAPES)
 def test_avx2_and_avx512_take_the_same_steps(native, monkeypatch, hidden, layers, preprocess, dtype):
+    stored, dtype = dtype, torch.float32 if dtype == torch.bfloat16 else dtype
     if "avx512" not in supported_isas():
         pytest.skip("this machine does not have avx512")
     rule, n, found = random_rule(preprocess, hidden, layers, dtype=dtype), 517, {}
     grads = torch.cat([random_gradients(4, n), random_gradients(4, n, seed=1) * 1e30, random_gradients(1, n) * 1e-36])
     for isa in ("avx2", "avx512"):
         monkeypatch.setenv("FASTL2L_CPU_ISA", isa)
-        param, state = torch.zeros(n, dtype=dtype), tiles(random_rows(rule, n), dtype)
+        param, state = torch.zeros(n, dtype=dtype), tiles(random_rows(rule, n), stored)
         for grad in grads.to(dtype):
             native.step_([param], [grad], [state], detached(rule), *constants(rule), 1.0)
         found[isa] = param, to_rows(state, n)
@@ -557,6 +604,9 @@ def tensors_of(arguments):
         ({"states": lambda x: x[:1]}, r"states\[0\]: expected shape \[3, 80, 16\], got \[1, 80, 16\]"),
         ({"states": lambda x: [torch.cat(x).double()]}, r"states\[0\]: expected float32, got float64"),
         ({"states": second(torch.Tensor.double)}, r"states\[1\]: expected float32, got float64"),
+        ({"states": second(torch.Tensor.bfloat16)}, r"states\[1\]: expected float32, got bfloat16"),
+        ({"states": lambda x: [x[0].bfloat16(), x[1]]}, r"states\[1\]: expected bfloat16, got float32"),
+        ({"states": lambda x: [x[0].half(), x[1]]}, r"states\[0\]: expected float32 or bfloat16, got float16"),
         ({"states": second(lambda x: x[:1])}, r"states\[1\]: expected shape \[2, 80, 16\], got \[1, 80, 16\]"),
         ({"states": second(lambda x: x[:, :79])}, r"states\[1\]: expected shape \[2, 80, 16\], got \[2, 79, 16\]"),
         ({"states": second(lambda x: x.view(-1))}, r"states\[1\]: expected shape \[2, 80, 16\], got \[2560\]"),
@@ -594,6 +644,7 @@ def test_bad_arguments_of_step_are_named_and_nothing_is_changed(native, changes,
         ({"adjoints": spread}, "adjoints: expected a contiguous tensor"),
         ({"state": lambda x: x[:2]}, r"state: expected shape \[3, 80, 16\], got \[2, 80, 16\]"),
         ({"state": torch.Tensor.double}, "state: expected float32, got float64"),
+        ({"state": torch.Tensor.bfloat16}, "state: expected float32, got bfloat16"),
         ({"state": spread}, "state: expected a contiguous tensor"),
         ({"dstate": lambda x: x[:, 1:]}, r"dstate: expected shape \[3, 80, 16\], got \[3, 79, 16\]"),
         ({"dstate": torch.Tensor.int}, "dstate: expected float32, got another dtype"),
@@ -610,6 +661,24 @@ def test_bad_arguments_of_window_backward_are_named(native, changes, message):
     dstate = arguments.pop("dstate")
     with pytest.raises(RuntimeError, match=message):
         native.window_backward(*arguments.values(), *constants(RULE), dstate, True, True)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_rules_in_float64_take_no_state_in_bfloat16(backend):
+    rule, param, state = random_rule(dtype=torch.float64), torch.zeros(20), new_state(RULE, 20, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"states\[0\]: expected float64, got bfloat16"):
+        dispatch.select(backend, "cpu").step_(
+            [param], [torch.ones(20)], [state], detached(rule), *constants(rule), 1.0
+        )  # fmt: skip
+    assert not param.any()
+
+
+def test_the_reference_takes_windows_in_the_rule_s_dtype_only():
+    state, grads, adjoints, _ = window_arguments(RULE)
+    with pytest.raises(RuntimeError, match=r"state: expected torch.float32 as the weights are, got torch.bfloat16"):
+        dispatch.select("reference", "cpu").window_backward(
+            state.bfloat16(), grads, adjoints, detached(RULE), *constants(RULE), None, False, False
+        )
 
 
 def test_backends_are_chosen_by_name():
@@ -632,6 +701,8 @@ def test_opcheck_of_step(native):
     arguments = params, grads, [new_state(RULE, 21), new_state(RULE, 5)], detached(RULE), *constants(RULE), 1.0
     torch.library.opcheck(native.step_, arguments)
     torch.library.opcheck(native.step_, (*arguments, torch.ones(1, dtype=torch.bool)))
+    halves = [state.bfloat16() for state in arguments[2]]
+    torch.library.opcheck(native.step_, (*arguments[:2], halves, *arguments[3:]))
 
 
 def test_opcheck_of_find_nonfinite(native):
@@ -726,6 +797,7 @@ def test_update_has_second_derivatives(linear):
         (torch.zeros(16).double(), new_state(RULE, 16), r"gradient: expected \[N\] of torch.float32, got .*float64"),
         (torch.zeros(17), new_state(RULE, 16), r"state: expected \[2, 80, 16\] of torch.float32, got \[1, 80, 16\]"),
         (torch.zeros(16), new_state(RULE, 16).double(), r"state: expected .* of torch.float32, got .*float64"),
+        (torch.zeros(16), new_state(RULE, 16).bfloat16(), r"state: expected .* of torch.float32, got .*bfloat16"),
     ],
 )
 def test_bad_arguments_of_update_are_named(gradient, state, message):

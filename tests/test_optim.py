@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastl2l import FusedLSTMOptimizer, LSTMRule, optim, reference
 from fastl2l.ops import dispatch
 from fastl2l.ops import reference as reference_operators
+from fastl2l.ops.dispatch import select
+from fastl2l.ops.layout import new_state, to_rows
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = ((3, 5), (17,), (), (2, 1, 4, 3), (0, 2))
@@ -96,6 +98,25 @@ def test_parameters_of_any_dtype_are_rounded_at_the_end(rule, dtype):
         for param, other in zip(params, wide, strict=True):
             assert param.dtype == dtype
             torch.testing.assert_close(param.double(), other, rtol=eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_states_are_stored_in_bfloat16_where_that_is_asked(rule, dtype):
+    params, twins, states = parameters(dtype), parameters(dtype), []
+    for twin in twins:
+        states.append(new_state(rule, twin.numel(), dtype=torch.bfloat16))
+    optimizer = FusedLSTMOptimizer(params, rule, state_dtype=torch.bfloat16, backend="native")
+    native = select("native", "cpu")
+    for step in range(4):
+        run(optimizer, params, [step])
+        set_gradients(twins, step)
+        for twin, state in zip(twins, states, strict=True):
+            native.step_([twin.detach()], [twin.grad], [state], detached(rule), *constants(rule), 1.0)
+        assert same(params, twins)
+    for param, state in zip(params, states, strict=True):
+        mine = optimizer.state[param]["lstm_state"]
+        assert mine.dtype == torch.bfloat16
+        assert torch.equal(to_rows(mine, param.numel()), to_rows(state, param.numel()))
 
 
 def test_a_state_is_kept_from_step_to_step(rule):
@@ -293,6 +314,10 @@ def test_bad_arguments_are_named(rule):
         FusedLSTMOptimizer(parameters(), rule, capturable=True)
     with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, triton, got 'triton2'"):
         FusedLSTMOptimizer(parameters(), rule, backend="triton2")
+    for wrong in (torch.float16, torch.float32, "bfloat16"):
+        message = rf"state_dtype: expected None \(the rule's dtype\) or torch.bfloat16, got .*{wrong}"
+        with pytest.raises(ValueError, match=message):
+            FusedLSTMOptimizer(parameters(), rule, state_dtype=wrong)
     with pytest.raises(ValueError, match="empty parameter list"):
         FusedLSTMOptimizer([], rule)
     with pytest.raises(TypeError, match="iterable of Tensors"):
@@ -300,6 +325,17 @@ def test_bad_arguments_are_named(rule):
     params = parameters()
     with pytest.raises(ValueError, match="more than one parameter group"):
         FusedLSTMOptimizer([{"params": params}, {"params": params[:1]}], rule)
+
+
+def test_rules_in_float64_take_no_state_in_bfloat16(rule):
+    double = random_rule(dtype=torch.float64)
+    message = "state_dtype: expected None for a rule in torch.float64, got torch.bfloat16"
+    with pytest.raises(ValueError, match=message):
+        FusedLSTMOptimizer(parameters(), double, state_dtype=torch.bfloat16)
+    optimizer = FusedLSTMOptimizer(parameters(), rule, state_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": parameters(seed=1), "rule": double})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_parameters_may_be_named_or_come_from_a_generator(rule):
@@ -447,6 +483,42 @@ def test_one_group_alone_is_refused_as_a_whole(rule, wrong, stepped, backend):
     assert_unchanged(optimizer, before)
 
 
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_states_that_no_memory_holds_are_refused(rule, state_dtype):
+    param = nn.Parameter(torch.zeros(()).expand(2**47))  # beyond what a process can address
+    param.grad = torch.zeros(()).expand(2**47)
+    optimizer = FusedLSTMOptimizer([param], rule, state_dtype=state_dtype)
+    size, cure = "7,340,032.0", "take fewer parameters"
+    if state_dtype is None:
+        size, cure = "14,680,064.0", r"take state_dtype=torch.bfloat16 \(half as much\), fewer parameters"
+    message = f"state of 140,737,488,355,328 coordinates: expected {size} GiB of free memory on cpu, got less; {cure}"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("stepped", [0, 2])
+def test_without_memory_for_one_group_no_other_is_changed(rule, stepped, monkeypatch):
+    one, two, late = parameters(), parameters(seed=1), parameters(shapes=[(200,)], seed=2)
+    optimizer = FusedLSTMOptimizer([{"params": one}, {"params": two + late}], rule)
+    run(optimizer, one + two, range(stepped))
+    set_gradients(one + two + late, 5)
+    before = everything(optimizer)
+
+    def little_memory(rule, numel, *rest):
+        if numel > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return new_state(rule, numel, *rest)
+
+    monkeypatch.setattr(optim, "new_state", little_memory)
+    with pytest.raises(torch.OutOfMemoryError, match=r"state of \d+ coordinates: .*nothing was changed"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    monkeypatch.undo()
+    run(optimizer, one + two + late, [5])
+    assert not same(everything(optimizer)[0], before[0])
+
+
 def test_nonfinite_gradients_propagate_when_asked(rule):
     params, twins = parameters(), parameters()
     optimizers = [FusedLSTMOptimizer(p, rule, nonfinite="propagate") for p in (params, twins)]
@@ -534,13 +606,16 @@ def through_file(state):
 @pytest.mark.parametrize("way", [lambda state: state, copy.deepcopy, through_file], ids=["as is", "copied", "saved"])
 @pytest.mark.parametrize("rule_dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_restored_optimizer_goes_on_to_the_bit(dtype, rule_dtype, way):
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_a_restored_optimizer_goes_on_to_the_bit(dtype, rule_dtype, state_dtype, way):
+    if state_dtype and rule_dtype == torch.float64:
+        pytest.skip("refused: test_rules_in_float64_take_no_state_in_bfloat16")
     rule = random_rule(hidden=5, dtype=rule_dtype)
 
     def make():
         params = parameters(dtype) + parameters(dtype, shapes=[(8,)], seed=2)
         groups = [{"params": params[:2], "lr": 0.5}, {"params": params[2:]}]
-        return params, FusedLSTMOptimizer(groups, rule)
+        return params, FusedLSTMOptimizer(groups, rule, state_dtype=state_dtype)
 
     params, optimizer = make()
     run(optimizer, params[:-1], range(3))  # the last one has not been stepped yet
@@ -553,6 +628,7 @@ def test_a_restored_optimizer_goes_on_to_the_bit(dtype, rule_dtype, way):
     restored.load_state_dict(saved)
     assert restored.param_groups[0]["lr"] == 0.5
     assert restored.param_groups[0]["rule"] is rule
+    assert {state["lstm_state"].dtype for state in restored.state.values()} == {state_dtype or rule_dtype}
     expected = run(optimizer, params, range(3, 6))
     assert same(run(restored, twins, range(3, 6)), expected)
 
@@ -583,12 +659,14 @@ def test_what_was_saved_is_not_stepped_along(rule):
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: through_pickle(x)])
 def test_a_copied_optimizer_goes_on_to_the_bit(rule, way):
     params = parameters()
-    optimizer = FusedLSTMOptimizer(params, rule, nonfinite="skip", backend="native", lr=0.7, maximize=True)
+    half = {"state_dtype": torch.bfloat16}
+    optimizer = FusedLSTMOptimizer(params, rule, nonfinite="skip", backend="native", lr=0.7, maximize=True, **half)
     run(optimizer, params, range(2))
     params[0].grad[0, 0] = NAN
     optimizer.step()
     twin = way(optimizer)
-    assert (twin.nonfinite, twin.backend, twin.skipped_steps) == ("skip", "native", 1)
+    kept = twin.nonfinite, twin.backend, twin.skipped_steps, twin.state_dtype
+    assert kept == ("skip", "native", 1, torch.bfloat16)
     twins = twin.param_groups[0]["params"]
     assert not any(a is b for a, b in zip(params, twins, strict=True))
     assert twin.param_groups[0]["rule"] is not rule
@@ -624,6 +702,10 @@ def test_other_weights_are_warned_about(rule):
         (
             lambda params: FusedLSTMOptimizer(params, random_rule(hidden=7, dtype=torch.float64)),
             "rule of group 0: expected dtype torch.float64, got torch.float32",
+        ),
+        (
+            lambda params: FusedLSTMOptimizer(params, random_rule(hidden=7), state_dtype=torch.bfloat16),
+            "state of parameter 0: expected .* of torch.bfloat16, got .* of torch.float32",
         ),
         (lambda params: FusedLSTMOptimizer(params[:2], random_rule(hidden=7)), "doesn't match the size"),
         (

@@ -20,6 +20,9 @@ from helpers import (
     Case,
     all_finite,
     assert_accurate,
+    assert_bfloat16_is_float32_rounded,
+    assert_bfloat16_steps_are_accurate,
+    assert_halves_are_rounded_to_even,
     assert_one_state_does_for_all,
     backward_by,
     constants,
@@ -125,6 +128,13 @@ def test_steps_and_windows_are_as_accurate_as_pytorch(case):
 def test_float64_rules():
     case = Case("log_sign", 5, 2, 17, 1, 1)
     assert_accurate(steps_by(TRITON, case, torch.float64) | backward_by(TRITON, case, torch.float64), case)
+
+
+def test_steps_with_state_in_bfloat16():
+    assert_bfloat16_steps_are_accurate(TRITON, Case("log_sign", 20, 2, 17, 2, 4))
+    assert_bfloat16_steps_are_accurate(TRITON, Case("raw", 5, 3, 70, 2, 4))
+    assert_bfloat16_is_float32_rounded(TRITON, random_rule(hidden=5), 37)
+    assert_halves_are_rounded_to_even(TRITON)
 
 
 BOUNDS = {"sigmoid": 3.0, "tanh": 3.0, "log": 2.0}
@@ -340,7 +350,7 @@ RULE = random_rule()
         ({"grads": lambda x: [x[0].double()]}, r"grads\[0\]: expected float32, got float64"),
         ({"grads": lambda x: [x[0][:3]]}, r"grads\[0\]: expected 20 elements, got 3"),
         ({"grads": lambda x: [x[0].to("meta")]}, r"grads\[0\]: expected a tensor on .*, got one on meta"),
-        ({"states": lambda x: [x[0].double()]}, r"states\[0\]: expected float32, got float64"),
+        ({"states": lambda x: [x[0].double()]}, r"states\[0\]: expected float32 or bfloat16, got float64"),
         ({"states": lambda x: [x[0][:1]]}, r"states\[0\]: expected shape \[2, 80, 16\], got \[1, 80, 16\]"),
         ({"weights": lambda x: x[1:]}, "weights: expected W_ih, W_hh and bias of each layer.*got 7 tensors"),
         ({"weights": lambda x: [w.half() for w in x]}, "weights: expected float32 or float64, got float16"),
@@ -374,6 +384,7 @@ def test_bad_arguments_of_step_are_named_and_nothing_is_changed(changes, message
         ({"grads": lambda x: x[:0]}, r"grads: expected shape \[steps >= 1, N\], got \[0, 37\]"),
         ({"adjoints": lambda x: x[:1]}, r"adjoints: expected shape \[2, 37\], got \[1, 37\]"),
         ({"state": torch.Tensor.double}, "state: expected float32, got float64"),
+        ({"state": torch.Tensor.bfloat16}, "state: expected float32, got bfloat16"),
         ({"dstate": lambda x: x[:, 1:]}, r"dstate: expected shape \[3, 80, 16\], got \[3, 79, 16\]"),
     ],
 )

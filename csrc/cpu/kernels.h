@@ -27,7 +27,7 @@ template <typename T>
 struct Segment {
   char* param;
   const char* grad;
-  T* state;
+  void* state;  // of T, or bfloat16
   int64_t numel;
   int element_size;
   void (*read)(const void* source, T* target, int n);
@@ -41,6 +41,7 @@ struct StepArgs {
   T grad_scale;
   const Segment<T>* segments;
   const int64_t* first_tile;  // [segments + 1]: running number of each segment's first tile
+  bool state_is_bfloat16;     // for T = float
 };
 
 template <typename T>

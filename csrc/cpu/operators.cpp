@@ -96,7 +96,7 @@ template <typename T>
 void step_all(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
               const std::vector<Tensor>& weights, const Rule& rule, double grad_scale) {
   const Kernels<T>& kernel = kernels<T>();
-  const std::vector<T*> state = state_pointers<T>(params, states, rule.state_rows());
+  const std::vector<char*> state = state_pointers(params, states, rule.state_rows());
   std::vector<Segment<T>> segments(params.size());
   std::vector<int64_t> first_tile{0};
   for (size_t i = 0; i < params.size(); ++i) {
@@ -110,7 +110,8 @@ void step_all(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
   }
   static thread_local Packer<T> packer;
   const PackedWeights<T> packed = packer.pack(rule, pointers<T>(weights), kernel.blocking, false);
-  const StepArgs<T> args{rule, packed, (T)grad_scale, segments.data(), first_tile.data()};
+  const bool is_bfloat16 = states[0].scalar_type() == ScalarType::BFloat16;
+  const StepArgs<T> args{rule, packed, (T)grad_scale, segments.data(), first_tile.data(), is_bfloat16};
   const int64_t tiles = first_tile.back(), block = kernel.block_tiles;
   torch::stable::parallel_for(0, (tiles + block - 1) / block, kTilesPerThread / block, [&](int64_t begin, int64_t end) {
     kernel.step(args, begin * block, std::min(end * block, tiles), scratch<T>(kernel.step_scratch(rule)));
@@ -168,7 +169,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   const RuleSizes sizes = check_weights(weights, preprocess);
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  check_segments(params, grads, states, dtype, rule.state_rows());
+  check_segments(params, grads, states, check_state_dtype(states, dtype), rule.state_rows());
   if (finite && !find_nonfinite(*finite, grads)) return;
   if (params.empty()) return;
   if (dtype == ScalarType::Float) {

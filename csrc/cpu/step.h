@@ -1,5 +1,6 @@
 // One optimizer step over tiles of many parameters: gather gradients, features, LSTM, update, in one pass over the
-// state. Included inside the namespace of an instruction set.
+// state. State in bfloat16 is widened tile by tile into the thread's scratch, and rounded when it goes back. Included
+// inside the namespace of an instruction set.
 
 template <class P>
 struct TileOf {
@@ -7,11 +8,28 @@ struct TileOf {
   int64_t offset;  // of the first coordinate in the segment
   int count;       // coordinates of the tile that exist
   typename P::T* state;
+  uint16_t* rounded;  // where the state is stored in bfloat16, or null
 };
 
+// Features and gates of a block, then its state if that is stored in bfloat16.
+inline size_t block_scratch(const Rule& rule) { return (size_t)kMaxBlockLanes * (rule.features + 4 * rule.hidden); }
 inline size_t step_scratch(const Rule& rule) {
-  const int most = kMaxBlockLanes;
-  return (size_t)most * (rule.features + 4 * rule.hidden);
+  return block_scratch(rule) + (size_t)kMaxBlockLanes * rule.state_rows();
+}
+
+// A bfloat16 is the upper half of a float.
+typedef uint32_t FloatBits __attribute__((may_alias));
+
+INLINE void widen(const uint16_t* __restrict__ from, FloatBits* __restrict__ to, int n) {
+  for (int i = 0; i < n; ++i) to[i] = (uint32_t)from[i] << 16;
+}
+
+// To the nearest, and halfway to the even one; NaN becomes a quiet NaN, as adding to its bits could make it infinite.
+INLINE void round_to_bfloat16(const FloatBits* __restrict__ from, uint16_t* __restrict__ to, int n) {
+  for (int i = 0; i < n; ++i) {
+    const uint32_t bits = from[i], nearest = bits + 0x7fff + (bits >> 16 & 1);
+    to[i] = (uint16_t)(((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : nearest) >> 16);
+  }
 }
 
 // A block is NV vectors: several whole tiles, or a part of one. `state` points at each vector's first row.
@@ -44,8 +62,10 @@ INLINE void step_tiles(const StepArgs<typename P::T>& args, const TileOf<P>* til
   using T = typename P::T;
   constexpr int vectors = NT * kTile / P::lanes, NV = vectors < P::vectors ? vectors : P::vectors;
   alignas(64) T gradient[NT * kTile], update[NT * kTile];
+  const int tile_elements = kTile * args.rule.state_rows();
   for (int t = 0; t < NT; ++t) {
     const auto& tile = tiles[t];
+    if (tile.rounded) widen(tile.rounded, (FloatBits*)tile.state, tile_elements);
     T* target = gradient + t * kTile;
     for (int i = 0; i < kTile; ++i) target[i] = 0;
     tile.segment->read(tile.segment->grad + tile.offset * tile.segment->element_size, target, tile.count);
@@ -63,6 +83,7 @@ INLINE void step_tiles(const StepArgs<typename P::T>& args, const TileOf<P>* til
   for (int t = 0; t < NT; ++t) {
     const auto& tile = tiles[t];
     tile.segment->add(tile.segment->param + tile.offset * tile.segment->element_size, update + t * kTile, tile.count);
+    if (tile.rounded) round_to_bfloat16((const FloatBits*)tile.state, tile.rounded, tile_elements);
   }
 }
 
@@ -70,22 +91,30 @@ template <class P>
 void step(const StepArgs<typename P::T>& args, int64_t begin, int64_t end, typename P::T* scratch) {
   constexpr int NT = P::block_tiles;
   const int64_t tile_elements = (int64_t)kTile * args.rule.state_rows();
+  typename P::T* widened = scratch + block_scratch(args.rule);
   int64_t s = 0;
-  const auto locate = [&](int64_t tile) {
+  const auto locate = [&](int64_t tile, int place) {
     while (args.first_tile[s + 1] <= tile) ++s;
     const auto& segment = args.segments[s];
     const int64_t in_segment = tile - args.first_tile[s], offset = in_segment * kTile;
-    const int64_t left = segment.numel - offset;
-    return TileOf<P>{&segment, offset, left < kTile ? (int)left : kTile, segment.state + in_segment * tile_elements};
+    const int64_t left = segment.numel - offset, element = in_segment * tile_elements;
+    TileOf<P> found{&segment, offset, left < kTile ? (int)left : kTile, nullptr, nullptr};
+    if (args.state_is_bfloat16) {
+      found.state = widened + place * tile_elements;
+      found.rounded = (uint16_t*)segment.state + element;
+    } else {
+      found.state = (typename P::T*)segment.state + element;
+    }
+    return found;
   };
   int64_t tile = begin;
   TileOf<P> tiles[NT];
   for (; tile + NT <= end; tile += NT) {
-    for (int t = 0; t < NT; ++t) tiles[t] = locate(tile + t);
+    for (int t = 0; t < NT; ++t) tiles[t] = locate(tile + t, t);
     step_tiles<P, NT>(args, tiles, scratch);
   }
   for (; tile < end; ++tile) {
-    tiles[0] = locate(tile);
+    tiles[0] = locate(tile, 0);
     step_tiles<P, 1>(args, tiles, scratch);
   }
 }

@@ -16,7 +16,7 @@ struct Lane {
         warp(thread_index() / kWarp) {}
 };
 
-// A warp reads or writes 4 rows at a time, which are one run of 256 bytes.
+// A warp reads or writes 4 rows at a time, which are one run of 256 bytes, or of 128 in bfloat16.
 struct alignas(8) TwoFloats {
   float first, second;
 };
@@ -27,13 +27,20 @@ DEVICE T* lanes_part(T* tile, const Lane& lane) {
   return tile + lane.q * kTile + 2 * lane.g;
 }
 
-// A lane's unit of one group.
+// A lane's unit of one group. In bfloat16 both numbers are one word.
 DEVICE Pair<float> load_unit(const float* part, int row) {
   const auto* two = reinterpret_cast<const TwoFloats*>(part + row * kTile);
   return {{two->first, two->second}};
 }
+DEVICE Pair<float> load_unit(const BFloat16* part, int row) {
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(part + row * kTile);
+  return {{from_bits(word << 16), from_bits(word & 0xffff0000u)}};
+}
 DEVICE void store_unit(float* part, int row, const Pair<float>& unit) {
   *reinterpret_cast<TwoFloats*>(part + row * kTile) = {unit[0], unit[1]};
+}
+DEVICE void store_unit(BFloat16* part, int row, const Pair<float>& unit) {
+  *reinterpret_cast<uint32_t*>(part + row * kTile) = to_two_bfloat16(unit[0], unit[1]);
 }
 
 template <class S>
@@ -45,15 +52,22 @@ FASTL2L_HOST_DEVICE constexpr int c_row(int layer) {
   return h_row<S>(layer) + S::kHidden;
 }
 
+// A lane's units of one layer's h.
+template <class S>
+struct Hidden {
+  Pair<float> of[S::kGroups];
+};
+
 // What tensor cores take for a layer's gates: its input, unless that is the features, and its h before the step. The
-// input is h of the layer below after the step.
+// input is h of the layer below after the step, below(u) its group u.
 template <class S, int Layer>
 struct LayerInput {
   Pair<Split> of[2 * S::forward_steps(Layer)];
 
-  DEVICE LayerInput(const float* before, const float* after) {
+  template <class Stored, class Below>
+  DEVICE LayerInput(const Stored* before, Below below) {
     UNROLL for (int u = 0; u < S::kGroups; ++u) {
-      if (Layer > 0) of[u] = split(load_unit(after, h_row<S>(Layer - 1) + 4 * u));
+      if constexpr (Layer > 0) of[u] = split(below(u));
       of[S::input_groups(Layer) + u] = split(load_unit(before, h_row<S>(Layer) + 4 * u));
     }
     // An odd number of groups ends with one of zeros.
@@ -97,20 +111,28 @@ DEVICE Pair<Gates> group_gates(const ForwardWeights<S>& weights, const LayerInpu
 DEVICE float tanh_of_cell(float c) { return tanh_of_power(c * (float)(2 * kLog2E)); }
 
 // Brings a tile's state closer, before the gradients are read and their features computed.
-template <class S>
-DEVICE void prefetch_state(const float* tile, const Lane& lane) {
-  constexpr int line = 128 / sizeof(float);
+template <class S, class Stored>
+DEVICE void prefetch_state(const Stored* tile, const Lane& lane) {
+  constexpr int line = 128 / sizeof(Stored);
   for (int i = lane.index * line; i < S::kRows * kTile; i += kWarp * line) prefetch(tile + i);
 }
 
 // One step of layers Layer, Layer + 1, ...: the state that lies at `before` is read, and written at `after`, which may
-// be the same place. Returns the lane's part of w_out . h. A lane reads no number that another has written, and groups
-// take turns: together they would need more registers than there are.
-template <class S, int Layer = 0>
+// be the same place; `below` is the new h of the layer below, as it was before it was rounded to be stored. Returns the
+// lane's part of w_out . h. A lane reads no number that another has written, and groups take turns: together they would
+// need more registers than there are.
+template <class S, int Layer = 0, class Stored>
 DEVICE Pair<float> lstm_step(const ForwardWeights<S>& weights, const Pair<float> (&features)[S::kFeatures],
-                             const Lane& lane, const float* before, float* after) {
-  const LayerInput<S, Layer> input(before, after);
+                             const Lane& lane, const Stored* before, Stored* after, const Hidden<S>& below = {}) {
+  const LayerInput<S, Layer> input(before, [&](int u) {
+    if constexpr (std::is_same_v<Stored, float>) {
+      return load_unit(after, h_row<S>(Layer - 1) + 4 * u);  // not rounded, and in no register meanwhile
+    } else {
+      return below.of[u];
+    }
+  });
   Pair<float> out = {};
+  Hidden<S> all;
   ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
     Pair<float> c = load_unit(before, c_row<S>(Layer) + 4 * u), h;
     const Pair<Gates> gates = group_gates<S, Layer>(weights, input, features, u, lane);
@@ -121,9 +143,12 @@ DEVICE Pair<float> lstm_step(const ForwardWeights<S>& weights, const Pair<float>
     }
     store_unit(after, c_row<S>(Layer) + 4 * u, c);
     store_unit(after, h_row<S>(Layer) + 4 * u, h);
+    // Registers cannot be indexed by u: a new unit comes in at the end, and in the end all are in their places.
+    UNROLL for (int k = 0; k + 1 < S::kGroups; ++k) all.of[k] = all.of[k + 1];
+    all.of[S::kGroups - 1] = h;
   }
   if constexpr (Layer + 1 < S::kLayers) {
-    return lstm_step<S, Layer + 1>(weights, features, lane, before, after);
+    return lstm_step<S, Layer + 1>(weights, features, lane, before, after, all);
   } else {
     return out;
   }

@@ -44,6 +44,14 @@ DEVICE void round_to(float x, BFloat16& y) { y = __float2bfloat16_rn(x); }
 
 DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 
+// Two numbers rounded to the nearest bfloat16, or to the even one of two, the first in the lower half of the word; NaN
+// stays NaN.
+DEVICE uint32_t to_two_bfloat16(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
 // To the nearest number of 11 significant bits, which is what tensor cores take; NaN stays NaN.
 DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;

@@ -43,8 +43,8 @@ struct Column {
 };
 
 // One layer of one coordinate; visit(unit, gates, c before) for each unit, gates in the order i, f, g, o.
-template <typename T, class Visit>
-DEVICE void generic_layer(const GenericRule<T>& rule, int layer, Column<T> input, Column<T> h, Column<T> c,
+template <typename T, class Stored, class Visit>
+DEVICE void generic_layer(const GenericRule<T>& rule, int layer, Column<T> input, Column<Stored> h, Column<Stored> c,
                           Visit visit) {
   const int H = rule.hidden, inputs = rule.inputs(layer);
   const T *w_ih = rule.w_ih(layer), *w_hh = rule.w_hh(layer), *bias = rule.bias(layer);
@@ -54,10 +54,10 @@ DEVICE void generic_layer(const GenericRule<T>& rule, int layer, Column<T> input
       const int64_t row = gate * H + unit;
       T sum = bias[row];
       for (int k = 0; k < inputs; ++k) sum = fused(w_ih[row * inputs + k], input[k], sum);
-      for (int k = 0; k < H; ++k) sum = fused(w_hh[row * H + k], h[k], sum);
+      for (int k = 0; k < H; ++k) sum = fused(w_hh[row * H + k], wide(h[k]), sum);
       gates[gate] = gate == 2 ? hyperbolic_tangent(sum) : sigmoid(sum);
     }
-    visit(unit, gates, c[unit]);
+    visit(unit, gates, wide(c[unit]));
   }
 }
 
@@ -66,17 +66,20 @@ struct GenericStepArguments {
   Segments segments;
   GenericRule<T> rule;
   T grad_scale;
-  T* workspace;  // [blocks][hidden + features][threads]
+  T* workspace;  // [blocks][rows()][threads]
+
+  // The new h of two layers, as it was before it was rounded to be stored, and the features.
+  FASTL2L_HOST_DEVICE int64_t rows() const { return 2 * rule.hidden + rule.features; }
 };
 
-template <typename T>
+template <typename T, class Stored>
 KERNEL(kGenericThreads, 8)
 generic_step_kernel(KERNEL_ARGUMENT GenericStepArguments<T> arguments) {
   if (!arguments.segments.wanted()) return;
   const GenericRule<T>& rule = arguments.rule;
   const int H = rule.hidden;
-  T* workspace = arguments.workspace + (int64_t)block_index() * (H + rule.features) * kGenericThreads;
-  const Column<T> h_new{workspace + thread_index(), kGenericThreads}, features = h_new.from(H);
+  T* workspace = arguments.workspace + block_index() * arguments.rows() * kGenericThreads;
+  const Column<T> hidden{workspace + thread_index(), kGenericThreads}, features = hidden.from(2 * H);
   const int64_t stride = (int64_t)block_count() * kGenericThreads;
   const int64_t end = arguments.segments.tiles * kTile;
   for (int64_t i = (int64_t)block_index() * kGenericThreads + thread_index(); i < end; i += stride) {
@@ -86,17 +89,19 @@ generic_step_kernel(KERNEL_ARGUMENT GenericStepArguments<T> arguments) {
     T both[2];
     rule.preprocessing.features(element<T>(segment.grad, segment.dtype, coordinate) * arguments.grad_scale, both);
     for (int feature = 0; feature < rule.features; ++feature) features[feature] = both[feature];
-    T* tile = static_cast<T*>(segment.state) + coordinate / kTile * rule.rows() * kTile;
-    const Column<T> state{tile + coordinate % kTile, kTile};
+    Stored* tile = static_cast<Stored*>(segment.state) + coordinate / kTile * rule.rows() * kTile;
+    const Column<Stored> state{tile + coordinate % kTile, kTile};
     Column<T> input = features;
     for (int layer = 0; layer < rule.layers; ++layer) {
-      const Column<T> h = state.from((int64_t)2 * layer * H), c = h.from(H);
+      const Column<Stored> h = state.from((int64_t)2 * layer * H), c = h.from(H);
+      const Column<T> h_new = hidden.from(layer % 2 * H);
       generic_layer(rule, layer, input, h, c, [&](int unit, const T(&gates)[4], T c_before) {
-        c[unit] = fused(gates[1], c_before, gates[0] * gates[2]);
-        h_new[unit] = gates[3] * hyperbolic_tangent(c[unit]);
+        const T c_new = fused(gates[1], c_before, gates[0] * gates[2]);
+        round_to(c_new, c[unit]);
+        h_new[unit] = gates[3] * hyperbolic_tangent(c_new);
       });
-      for (int unit = 0; unit < H; ++unit) h[unit] = h_new[unit];  // all units have seen h before the step
-      input = h;
+      for (int unit = 0; unit < H; ++unit) round_to(h_new[unit], h[unit]);  // all units have seen h before the step
+      input = h_new;
     }
     T out = rule.out()[H];
     for (int unit = 0; unit < H; ++unit) out = fused(rule.out()[unit], input[unit], out);

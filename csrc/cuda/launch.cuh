@@ -119,8 +119,9 @@ inline Error find_nonfinite(const std::vector<Segment>& all, bool* finite, const
   });
 }
 
-// One step of all segments, if all gradients are finite or there is no flag to say so. Returns the device's error.
-template <typename T>
+// One step of all segments, whose state is stored as numbers of this type, if all gradients are finite or there is no
+// flag to say so. Returns the device's error.
+template <typename T, typename Stored>
 Error step(const Rule& rule, const std::vector<const T*>& weights, const std::vector<Segment>& all, double grad_scale,
            bool* finite, const Queue& queue) {
   Error error = finite ? find_nonfinite(all, finite, queue) : Error{};
@@ -134,12 +135,12 @@ Error step(const Rule& rule, const std::vector<const T*>& weights, const std::ve
           (float)grad_scale, (float)rule.update_scale};
       const int64_t most = (int64_t)queue.multiprocessors * kStepBlocks;
       const int64_t blocks = std::min((segments.tiles + kWarps - 1) / kWarps, most);
-      return launch(step_kernel<S>, blocks, kThreads, sizeof(ForwardWeights<S>), queue.stream, arguments);
+      return launch(step_kernel<S, Stored>, blocks, kThreads, sizeof(ForwardWeights<S>), queue.stream, arguments);
     });
   };
   // It reads two numbers of the state at a time.
   const bool aligned = std::all_of(all.begin(), all.end(), [](const Segment& segment) {
-    return reinterpret_cast<uintptr_t>(segment.state) % sizeof(TwoFloats) == 0;
+    return reinterpret_cast<uintptr_t>(segment.state) % (2 * sizeof(Stored)) == 0;
   });
   if (aligned && with_any_shape<T>(rule, fast, FastShapes())) return error;
 
@@ -147,13 +148,13 @@ Error step(const Rule& rule, const std::vector<const T*>& weights, const std::ve
   const int64_t most = (int64_t)queue.multiprocessors * kBlocks;
   GenericStepArguments<T> arguments{{}, {}, (T)grad_scale, nullptr};
   error = generic_rule(rule, weights, queue, arguments.rule);
-  const int64_t numbers = most * (rule.hidden + rule.features) * kGenericThreads;
+  const int64_t numbers = most * arguments.rows() * kGenericThreads;
   arguments.workspace = static_cast<T*>(queue.workspace(numbers * sizeof(T)));
   if (error != Error{}) return error;
   return each_launch(all, finite, [&](const Segments& segments) {
     arguments.segments = segments;
     const int64_t blocks = std::min((segments.tiles * kTile + kGenericThreads - 1) / kGenericThreads, most);
-    return launch(generic_step_kernel<T>, blocks, kGenericThreads, 0, queue.stream, arguments);
+    return launch(generic_step_kernel<T, Stored>, blocks, kGenericThreads, 0, queue.stream, arguments);
   });
 }
 

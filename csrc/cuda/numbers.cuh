@@ -70,6 +70,12 @@ struct Preprocessing {
   }
 };
 
+// Numbers as they are stored, and as they are computed with.
+DEVICE float wide(float x) { return x; }
+DEVICE double wide(double x) { return x; }
+DEVICE void round_to(float x, float& y) { y = x; }
+DEVICE void round_to(double x, double& y) { y = x; }
+
 enum class Dtype : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 template <typename T>

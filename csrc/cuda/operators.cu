@@ -103,7 +103,8 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   const RuleSizes sizes = check_weights(weights, preprocess);
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  check_segments(params, grads, states, dtype, rule.state_rows());
+  const ScalarType stored = check_state_dtype(states, dtype);
+  check_segments(params, grads, states, stored, rule.state_rows());
   if (params.empty()) return;
   const int device = params[0].get_device();
   check_devices("params", params, device);
@@ -113,20 +114,24 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   if (finite) check_flag(*finite, device);
   bool* flag = finite ? static_cast<bool*>(finite->data_ptr()) : nullptr;
   const Work work(params[0]);
-  const auto run = [&](auto zero) {
+  std::vector<Segment> segments;
+  const std::vector<char*> state = state_pointers(params, states, rule.state_rows());
+  for (size_t i = 0; i < params.size(); ++i) {
+    segments.push_back(
+        {params[i].data_ptr(), grads[i].data_ptr(), state[i], params[i].numel(), 0, dtype_of(params[i])});
+  }
+  const auto run = [&](auto zero, auto stored_zero) {
     using T = decltype(zero);
-    const std::vector<T*> state = state_pointers<T>(params, states, rule.state_rows());
-    std::vector<Segment> segments;
-    for (size_t i = 0; i < params.size(); ++i) {
-      segments.push_back(
-          {params[i].data_ptr(), grads[i].data_ptr(), state[i], params[i].numel(), 0, dtype_of(params[i])});
-    }
-    check_cuda(step<T>(rule, weight_pointers<T>(weights), segments, grad_scale, flag, work.queue()), "step_");
+    using Stored = decltype(stored_zero);
+    const Error error = step<T, Stored>(rule, weight_pointers<T>(weights), segments, grad_scale, flag, work.queue());
+    check_cuda(error, "step_");
   };
-  if (dtype == ScalarType::Float) {
-    run(float());
+  if (stored == ScalarType::BFloat16) {
+    run(float(), BFloat16());
+  } else if (dtype == ScalarType::Float) {
+    run(float(), float());
   } else {
-    run(double());
+    run(double(), double());
   }
 }
 

@@ -1,6 +1,7 @@
 // One optimizer step over tiles of many parameters, a warp a tile, in one pass over the state: 4 rows of a tile are one
 // run of 256 bytes, its state is in registers from the first read to the last write, and the weights are in shared
-// memory, ready for tensor cores.
+// memory, ready for tensor cores. State is stored as float or BFloat16, and float32 in between: it is rounded where it
+// is written, and nothing of the step is computed from a rounded number.
 #pragma once
 
 #include "cuda/cell.cuh"
@@ -18,12 +19,12 @@ struct StepArguments {
   float grad_scale, update_scale;
 };
 
-template <class S>
+template <class S, class Stored>
 DEVICE void step_tile(const StepArguments<S>& arguments, const ForwardWeights<S>& weights, int64_t tile,
                       const Lane& lane) {
   const Segment& segment = arguments.segments.of(tile);
   const int64_t tile_in_segment = tile - segment.first_tile, first = tile_in_segment * kTile + 2 * lane.g;
-  float* memory = static_cast<float*>(segment.state) + tile_in_segment * (S::kRows * kTile);
+  Stored* memory = static_cast<Stored*>(segment.state) + tile_in_segment * (S::kRows * kTile);
   prefetch_state<S>(memory, lane);
   Pair<float> features[S::kFeatures];
   UNROLL for (int i = 0; i < 2; ++i) {
@@ -34,7 +35,7 @@ DEVICE void step_tile(const StepArguments<S>& arguments, const ForwardWeights<S>
     UNROLL for (int feature = 0; feature < S::kFeatures; ++feature) features[feature][i] = both[feature];
   }
   sync_warp();  // products on tensor cores are the whole warp's, and the last tile's lanes may have parted
-  float* part = lanes_part(memory, lane);
+  Stored* part = lanes_part(memory, lane);
   const Pair<float> out = lstm_step<S>(weights, features, lane, part, part);
   Pair<float> update;
   UNROLL for (int i = 0; i < 2; ++i) {
@@ -46,7 +47,7 @@ DEVICE void step_tile(const StepArguments<S>& arguments, const ForwardWeights<S>
   }
 }
 
-template <class S>
+template <class S, class Stored>
 KERNEL(kThreads, kStepBlocks)
 step_kernel(KERNEL_ARGUMENT StepArguments<S> arguments) {
   if (!arguments.segments.wanted()) return;
@@ -56,7 +57,7 @@ step_kernel(KERNEL_ARGUMENT StepArguments<S> arguments) {
   const Lane lane;
   const int64_t stride = (int64_t)block_count() * kWarps;
   for (int64_t tile = (int64_t)block_index() * kWarps + lane.warp; tile < arguments.segments.tiles; tile += stride) {
-    step_tile<S>(arguments, weights, tile, lane);
+    step_tile<S, Stored>(arguments, weights, tile, lane);
   }
 }
 

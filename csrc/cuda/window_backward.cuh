@@ -288,7 +288,7 @@ struct WindowTile {
     sync_warp();  // see step_tile()
     stage_inputs<Layer>(features, before, after);
     float results[S::backward_columns(Layer)][4] = {};
-    const LayerInput<S, Layer> input(before, after);
+    const LayerInput<S, Layer> input(before, [&](int u) { return load_unit(after, h_row<S>(Layer - 1) + 4 * u); });
     ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
       Pair<float> dgates[4];
       group_backward<Layer>(u, group_gates<S, Layer>(shared.forward, input, features, u, lane), dupdate, before,

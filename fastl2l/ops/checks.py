@@ -44,14 +44,25 @@ def check_rule(weights: Sequence[Tensor], preprocess: str) -> tuple[int, int]:
     return layers, hidden
 
 
-def check_tensor(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
-    """Contiguous, of this shape, and of the dtype and device of `like`."""
-    _require(tensor.dtype == like.dtype, f"{name}: expected {_name(like.dtype)}, got {_name(tensor.dtype)}")
+def check_tensor(
+    name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:  # fmt: skip
+    """Contiguous, of this shape, on the device of `like`, and of its dtype unless another is named."""
+    dtype = dtype or like.dtype
+    _require(tensor.dtype == dtype, f"{name}: expected {_name(dtype)}, got {_name(tensor.dtype)}")
     _require(tuple(tensor.shape) == shape, f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     _require(tensor.is_contiguous(), f"{name}: expected a contiguous tensor")
     _require(
         tensor.device == like.device, f"{name}: expected a tensor on {like.device}, got one on {tensor.device}"
     )  # fmt: skip
+
+
+def check_state_dtype(states: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the states of one call are stored in: `dtype`, the rule's, or bfloat16 where that is float32."""
+    allowed = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
+    stored = states[0].dtype if states else dtype
+    _require(stored in allowed, f"states[0]: expected {' or '.join(map(_name, allowed))}, got {_name(stored)}")
+    return stored
 
 
 def check_segments(
@@ -61,6 +72,7 @@ def check_segments(
     _require(len(grads) == len(params), f"grads: expected {len(params)} tensors, got {len(grads)}")
     together = len(states) == 1  # one state for all parameters
     _require(together or len(states) == len(params), f"states: expected {len(params)} tensors, got {len(states)}")
+    stored = check_state_dtype(states, like.dtype)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         _require(
             param.dtype in _NAMES,
@@ -79,7 +91,7 @@ def check_segments(
         )  # fmt: skip
     tiles = [-(-param.numel() // TILE) for param in params]
     for i, (state, expected) in enumerate(zip(states, [sum(tiles)] if together else tiles, strict=True)):
-        check_tensor(f"states[{i}]", state, like, (expected, rows, TILE))
+        check_tensor(f"states[{i}]", state, like, (expected, rows, TILE), stored)
 
 
 def check_window(

@@ -22,9 +22,11 @@ def state_shape(rule: LSTMRule, numel: int) -> tuple[int, int, int]:
     return -(-numel // TILE), rule.config.state_rows, TILE
 
 
-def new_state(rule: LSTMRule, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """State at the start of a trajectory: zeros, in the rule's dtype."""
-    return torch.zeros(state_shape(rule, numel), dtype=rule.dtype, device=device)
+def new_state(
+    rule: LSTMRule, numel: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Tensor:
+    """State at the start of a trajectory: zeros, in the rule's dtype unless another is named."""
+    return torch.zeros(state_shape(rule, numel), dtype=dtype or rule.dtype, device=device)
 
 
 def split_state(state: Sequence[Tensor], numels: Sequence[int]) -> Sequence[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastl2l import reference
+from fastl2l.ops.checks import check_state_dtype
 from fastl2l.ops.layout import from_rows, split_state, to_rows
 
 
@@ -23,7 +24,9 @@ def step_(
     grad_scale: float,
     finite: Tensor | None = None,
 ) -> None:
-    """See schema.py."""
+    """See schema.py. The update is that of the new h as it is before it is rounded to the state's dtype."""
+    dtype = weights[-1].dtype
+    check_state_dtype(states, dtype)
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad.layout != param.layout or grad.dtype != param.dtype:
             raise RuntimeError(f"grads[{index}]: expected {param.dtype}, dense, got {grad.dtype}, {grad.layout}")
@@ -32,16 +35,16 @@ def step_(
     states = split_state(states, [param.numel() for param in params])
     for param, grad, state in zip(params, grads, states, strict=True):
         update, rows = reference.step(
-            grad.reshape(-1).to(state.dtype) * grad_scale,
-            to_rows(state, param.numel()),
+            grad.reshape(-1).to(dtype) * grad_scale,
+            to_rows(state, param.numel()).to(dtype),
             weights,
             preprocess,
             preprocess_constant,
             update_scale,
         )
-        wide = torch.promote_types(param.dtype, state.dtype)
+        wide = torch.promote_types(param.dtype, dtype)
         _write(param, (param.to(wide) + update.to(wide).view_as(param)).to(param.dtype), finite)
-        _write(state, from_rows(rows), finite)
+        _write(state, from_rows(rows).to(state.dtype), finite)
 
 
 def window_backward(
@@ -57,6 +60,8 @@ def window_backward(
     need_dgrads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See schema.py."""
+    if state.dtype != weights[-1].dtype:
+        raise RuntimeError(f"state: expected {weights[-1].dtype} as the weights are, got {state.dtype}")
     numel = grads.shape[1]
     with torch.enable_grad():
         weights = [weight.detach().requires_grad_() for weight in weights]

@@ -8,7 +8,9 @@ contiguous, states have the layout of layout.py.
 step_
     One step of every coordinate of several parameters. ``params``: float32, float64, float16 or bfloat16, any shape,
     changed in place by ``+ update_scale * (w_out . h + b_out)``; ``grads``: like params; ``states``: one a parameter,
-    or a single one that holds those of all parameters one after the other, in the weights' dtype, changed in place.
+    or a single one that holds those of all parameters one after the other; in the weights' dtype, or all of them in
+    bfloat16 if that is float32, changed in place. Everything is computed in the weights' dtype, the update from the new
+    h, and only then is the new state rounded to bfloat16: to the nearest, and halfway to the even one; NaN stays NaN.
     ``grad_scale`` multiplies the gradients first. ``finite``: None, or a bool [1] that becomes False if a gradient is
     not finite; while it is False, from before the call or since, nothing else is changed. Arguments are checked before
     anything is changed.
@@ -16,8 +18,9 @@ step_
 window_backward
     Gradients of ``sum(adjoints * updates)`` over a window of T steps, by recomputation from its first state.
     ``state``: before the first step; ``grads``, ``adjoints``: [T, N]; ``dstate``: gradient with respect to the state
-    after the last step. Returns the gradients with respect to the weights (flat, in their order), to the first state
-    if ``need_dstate`` and to grads if ``need_dgrads``; what is not needed comes back with a first dimension of 0.
+    after the last step; all in the weights' dtype. Returns the gradients with respect to the weights (flat, in their
+    order), to the first state if ``need_dstate`` and to grads if ``need_dgrads``; what is not needed comes back with a
+    first dimension of 0.
 
 find_nonfinite_
     Sets ``finite``, a bool [1], to False if a number in ``tensors`` is not finite. The host does not wait for it.

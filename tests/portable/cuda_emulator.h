@@ -275,6 +275,13 @@ inline void round_to(float x, BFloat16& y) {
   y.bits = std::isnan(x) ? 0x7fff : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline uint32_t to_two_bfloat16(float first, float second) {
+  BFloat16 low, high;
+  round_to(first, low);
+  round_to(second, high);
+  return low.bits | (uint32_t)high.bits << 16;
+}
+
 inline Error copy_on_device(void* to, const void* from, size_t bytes, Stream) {
   std::memcpy(to, from, bytes);
   return 0;

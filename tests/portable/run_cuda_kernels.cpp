@@ -39,17 +39,19 @@ Rule make_rule(int layers, int hidden, int log_sign, double constant, double upd
 extern "C" {
 
 int emulated_step(int layers, int hidden, int log_sign, double constant, double update_scale, double grad_scale,
-                  int is_double, void** weights, int count, void** params, void** grads, void** states,
+                  int is_double, int is_bfloat16, void** weights, int count, void** params, void** grads, void** states,
                   const int64_t* numels, const int* dtypes, bool* finite) {
   const Rule rule = make_rule(layers, hidden, log_sign, constant, update_scale);
   std::vector<Segment> segments;
   for (int i = 0; i < count; ++i) segments.push_back({params[i], grads[i], states[i], numels[i], 0, (Dtype)dtypes[i]});
   Workspaces workspaces;
-  const auto run = [&](auto zero) {
+  const auto run = [&](auto zero, auto stored_zero) {
     using T = decltype(zero);
-    return step<T>(rule, weights_of<T>(rule, weights), segments, grad_scale, finite, workspaces.queue());
+    using Stored = decltype(stored_zero);
+    return step<T, Stored>(rule, weights_of<T>(rule, weights), segments, grad_scale, finite, workspaces.queue());
   };
-  return is_double ? run(double()) : run(float());
+  if (is_bfloat16) return run(float(), BFloat16());
+  return is_double ? run(double(), double()) : run(float(), float());
 }
 
 int emulated_window_backward(int layers, int hidden, int log_sign, double constant, double update_scale, int is_double,
