@@ -10,12 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from competitors import BYTES
-from figure import COLOURS, LABELS
 from harness import Findings, arguments
 from marks import LARGE, Results, share_of_copy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+# isort: split
+from competitors import BYTES
+from figure import COLOURS, LABELS
 
 from fastl2l.files import write_bytes
 

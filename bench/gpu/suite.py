@@ -62,7 +62,7 @@ def stages(folder: Path) -> list[Stage]:
         return (sys.executable, str(HERE / name), *arguments)
 
     return [
-        Stage("build", script("kernels.py"), 110, 70),
+        Stage("build", script("building.py"), 110, 70),
         Stage("machine", script("machine.py"), 20, 8),
         Stage("tests", script("parity.py"), 120, 90),
         Stage("sanitizer", script("sanitize.py"), 75, 50),
