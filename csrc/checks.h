@@ -117,7 +117,9 @@ inline void check_floating(const std::vector<Tensor>& tensors) {
 inline void check_segments(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                            const std::vector<Tensor>& states, ScalarType dtype, int64_t state_rows) {
   check_length("grads", grads.size(), params.size());
-  check_length("states", states.size(), params.size());
+  const bool together = states.size() == 1;  // one state for all parameters
+  if (!together) check_length("states", states.size(), params.size());
+  int64_t tiles = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const Name param{"params", (int64_t)i}, grad{"grads", (int64_t)i};
     const ScalarType stored = params[i].scalar_type();
@@ -130,8 +132,27 @@ inline void check_segments(const std::vector<Tensor>& params, const std::vector<
     const int64_t numel = params[i].numel();
     STD_TORCH_CHECK(grads[i].numel() == numel, grad.string(), ": expected ", numel, " elements, got ",
                     grads[i].numel());
-    check_tensor({"states", (int64_t)i}, states[i], dtype, {tiles_of(numel), state_rows, kTile});
+    if (!together) check_tensor({"states", (int64_t)i}, states[i], dtype, {tiles_of(numel), state_rows, kTile});
+    tiles += tiles_of(numel);
   }
+  if (together) check_tensor({"states", 0}, states[0], dtype, {tiles, state_rows, kTile});
+}
+
+// Where each parameter's state begins.
+template <typename T>
+std::vector<T*> state_pointers(const std::vector<Tensor>& params, const std::vector<Tensor>& states,
+                               int64_t state_rows) {
+  std::vector<T*> result;
+  if (states.size() == params.size()) {
+    for (const Tensor& state : states) result.push_back(static_cast<T*>(state.data_ptr()));
+    return result;
+  }
+  T* at = static_cast<T*>(states[0].data_ptr());
+  for (const Tensor& param : params) {
+    result.push_back(at);
+    at += tiles_of(param.numel()) * state_rows * kTile;
+  }
+  return result;
 }
 
 inline void check_window(const Tensor& state, const Tensor& grads, const Tensor& adjoints,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -49,6 +50,23 @@ class _Batch(NamedTuple):
         return _Batch(self.group, self.owners, params, [grad.contiguous() for grad in self.grads], copies)
 
 
+class _Together(NamedTuple):
+    """The states of a group's parameters side by side in one tensor, which the kernel takes in their place."""
+
+    states: list[Tensor]
+    state: Tensor
+
+    @classmethod
+    def of(cls, rule: LSTMRule, params: list[Tensor]) -> _Together:
+        """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory."""
+        tiles = [state_shape(rule, param.numel())[0] for param in params]
+        state = new_state(rule, sum(tiles) * TILE, rule.weight_out.device)
+        return cls(list(state.split(tiles)), state)
+
+    def holds(self, states: list[Tensor]) -> bool:
+        return len(states) == len(self.states) and all(map(operator.is_, states, self.states))
+
+
 class FusedLSTMOptimizer(torch.optim.Optimizer):
     """Applies a learned rule to parameters: one fused kernel call a parameter group and step.
 
@@ -66,6 +84,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         nonfinite: what to do about a gradient with NaN or infinity, for the step as a whole and before anything is
             changed: ``"raise"`` FloatingPointError, ``"skip"`` the step (counted in ``skipped_steps``), or
             ``"propagate"``: do not look, as torch.optim's optimizers do.
+        capturable: a step never waits for the device, so that it can be part of a CUDA graph or of a function that
+            torch.compile takes; not with ``nonfinite="raise"``. The graph keeps the ``lr`` that it was made with.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -87,13 +107,20 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         backend: str = "auto",
         nonfinite: str = "raise",
+        capturable: bool = False,
     ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite: expected one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        if capturable and nonfinite == "raise":
+            raise ValueError(
+                "nonfinite: expected skip or propagate with capturable=True, which cannot look, got 'raise'"
+            )
         self.backend = backend
         self.nonfinite = nonfinite
-        self.skipped_steps = 0
+        self.capturable = capturable
+        self._together: dict[int, _Together] = {}
         super().__init__(params, {"rule": rule, "lr": lr, "maximize": maximize})
+        self._skipped = torch.zeros(1, dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``. Checked before anything is changed."""
@@ -124,45 +151,63 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = [batch for group in self.param_groups if (batch := _Batch.of(group)).params]
+        batches = [batch for batch in map(_Batch.of, self.param_groups) if batch.params]
         if len(batches) > 1:  # what is wrong with one group must be found before another is changed
             batches = [batch.checked() for batch in batches]
-            if self.nonfinite != "propagate":
-                for batch in batches:
-                    if not self._backend(batch).all_finite(batch.grads):
-                        self._refuse(batch)
-                        return loss
-        for batch in batches:
-            self._apply(batch)
+        flags = self._flags(batches)
+        for batch, finite in zip(batches, flags, strict=True):
+            if not self._apply(batch, finite):
+                self._refuse(batches)
+                break
+        if self.capturable and flags and flags[0] is not None:
+            self._skipped += (~flags[0]).to(self._skipped.device)
         return loss
 
-    def _apply(self, batch: _Batch) -> None:
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that ``nonfinite="skip"`` has left out. With ``capturable`` reading it waits for the device."""
+        return int(self._skipped)
+
+    def _flags(self, batches: list[_Batch]) -> list[Tensor] | list[None]:
+        """For each kernel call a flag: whether all gradients are finite, of all groups if there are several."""
+        if self.nonfinite == "propagate":
+            return [None] * len(batches)
+        flags = [batch.grads[0].new_ones(1, dtype=torch.bool) for batch in batches]
+        if len(batches) <= 1:  # the kernel itself will look
+            return flags
+        together = flags[0]
+        for batch, flag in zip(batches, flags, strict=True):
+            self._backend(batch).find_nonfinite_(flag, batch.grads)
+            together &= flag.to(together.device)
+        return [together.to(flag.device) for flag in flags]
+
+    def _apply(self, batch: _Batch, finite: Tensor | None) -> bool:
+        """One kernel call; False if it has changed nothing, because a gradient is not finite."""
         states, new = self._states(batch)
         # The kernel checks what it is given before it changes anything, and far faster than a loop over hundreds of
         # parameters here would: only when it refuses are they looked at one by one.
         try:
-            done = self._call(batch, states)
+            self._call(batch, states, finite)
         except RuntimeError:
             batch = batch.checked()
-            done = self._call(batch, states)
-        if not done:
-            self._refuse(batch)
-            return
+            self._call(batch, states, finite)
+        if finite is not None and not self.capturable and not finite:
+            return False
         for param, state in new:
             self.state[param][_STATE] = state
         torch.autograd.graph.increment_version(batch.params)
         for param, work in batch.copies:
             param.copy_(work)
+        return True
 
-    def _call(self, batch: _Batch, states: list[Tensor]) -> bool:
-        """One kernel call; False if it has changed nothing, because a gradient is not finite."""
+    def _call(self, batch: _Batch, states: list[Tensor], finite: Tensor | None) -> None:
         rule: LSTMRule = batch.group["rule"]
         config = rule.config
-        finite = None if self.nonfinite == "propagate" else states[0].new_empty(1, dtype=torch.bool)
+        together = self._together.get(id(batch.group))
         self._backend(batch).step_(
             batch.params,
             batch.grads,
-            states,
+            [together.state] if together is not None and together.holds(states) else states,
             rule.weights(),
             config.preprocess,
             config.preprocess_constant,
@@ -170,43 +215,51 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             -1.0 if batch.group["maximize"] else 1.0,
             finite,
         )
-        return finite is None or bool(finite)
 
     def _states(self, batch: _Batch) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """The parameters' states, and those among them that are new, to be kept when the step is done."""
         kept = self.state
         try:
+            if len(kept) == len(batch.owners) and all(map(operator.is_, kept, batch.owners)):
+                return [entry[_STATE] for entry in kept.values()], []  # faster: parameters are slow to look up
             return [kept[param][_STATE] for param in batch.owners], []
         except KeyError:
             missing = [param for param in batch.owners if _STATE not in kept[param]]
         for param in missing:
             del kept[param]  # looking it up has made an entry
-        # One allocation for all: a kernel walks through it faster than through hundreds of small ones.
-        rule = batch.group["rule"]
-        tiles = [state_shape(rule, param.numel())[0] for param in missing]
-        together = new_state(rule, sum(tiles) * TILE, rule.weight_out.device)
-        new = dict(zip(missing, together.split(tiles), strict=True))
+        if _is_captured(batch.params[0].device):
+            raise RuntimeError(
+                "state: expected every parameter to have been stepped before a CUDA graph is captured, got "
+                f"{len(missing)} without; the graph would set their state to zero at every replay"
+            )
+        together = self._together[id(batch.group)] = _Together.of(batch.group["rule"], missing)
+        new = dict(zip(missing, together.states, strict=True))
         states = [new[param] if param in new else kept[param][_STATE] for param in batch.owners]
         return states, list(new.items())
 
     def _backend(self, batch: _Batch) -> Backend:
         return select(self.backend, batch.params[0].device)
 
-    def _refuse(self, batch: _Batch) -> None:
+    def _refuse(self, batches: list[_Batch]) -> None:
         """Raise, or count, for gradients that are not finite."""
         if self.nonfinite == "skip":
-            self.skipped_steps += 1
+            self._skipped += 1
             return
-        shapes = [list(grad.shape) for grad in batch.grads if not grad.isfinite().all()]
+        grads = [grad for batch in batches for grad in batch.grads]
+        shapes = [list(grad.shape) for grad in grads if not grad.isfinite().all()]
         raise FloatingPointError(
-            f"gradient: expected finite numbers, got NaN or infinity in {len(shapes)} of {len(batch.grads)} "
+            f"gradient: expected finite numbers, got NaN or infinity in {len(shapes)} of {len(grads)} "
             f"parameters, the first of shape {shapes[0]}; nothing was changed"
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch's optimizers name what they hold."""
-        mine = {name: getattr(self, name) for name in ("backend", "nonfinite", "skipped_steps")}
+        mine = {name: getattr(self, name) for name in ("backend", "nonfinite", "capturable", "_skipped")}
         return {**super().__getstate__(), **mine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._together = {}
 
     def state_dict(self) -> dict[str, Any]:
         """As for any torch optimizer; a group's rule is described (kind, configuration, fingerprint), not contained."""
@@ -232,17 +285,22 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if len(saved_groups) == len(rules):
             for index, (group, rule) in enumerate(zip(saved_groups, rules, strict=True)):
                 _check_same_rule(index, group.get("rule"), rule)
-        states = self._match_states(state_dict) if len(saved_groups) == len(rules) else []
+        found = self._match_states(state_dict) if len(saved_groups) == len(rules) else []
+        copies = [_Together.of(rule, list(states)) for rule, states in zip(rules, found, strict=False)]
         super().load_state_dict(state_dict)
         for group, rule in zip(self.param_groups, rules, strict=True):
             group["rule"] = rule
         # torch casts states to the parameter's dtype, but ours is the rule's: put back what was saved.
-        for param, saved in states:
-            self.state[param] = saved
+        for group, together, states in zip(self.param_groups, copies, found, strict=True):
+            self._together[id(group)] = together
+            for copy, (param, saved) in zip(together.states, states.items(), strict=True):
+                self.state[param] = {_STATE: copy.copy_(saved)}
 
-    def _match_states(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
-        matched = []
+    def _match_states(self, state_dict: dict[str, Any]) -> list[dict[Tensor, Tensor]]:
+        """The saved states of each group's parameters, as they are."""
+        matched: list[dict[Tensor, Tensor]] = []
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            matched.append({})
             for param, key in zip(group["params"], saved_group["params"], strict=False):
                 if (saved := state_dict["state"].get(key)) is None:
                     continue
@@ -253,8 +311,12 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                         f"state of parameter {key}: expected {list(expected)} of {group['rule'].dtype}, "
                         f"got {list(found.shape)} of {found.dtype}"
                     )
-                matched.append((param, {_STATE: found.detach().to(param.device, copy=True)}))
+                matched[-1][param] = found.detach()
         return matched
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _check_gradient(param: Tensor, grad: Tensor) -> None:

@@ -105,6 +105,7 @@ def step_(
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
     grad_scale: float,
+    finite: Tensor | None,
 ) -> None:
     """One launch a parameter; a table of all their addresses would have to be copied to the GPU at every step."""
     packed = pack(rule, weights)
@@ -113,7 +114,7 @@ def step_(
     for param, grad, state in zip(params, grads, states, strict=True):
         if param.numel():
             step_kernel[(triton.cdiv(param.numel(), block),)](
-                param, grad, state, packed, param.numel(), **rule.gradient(), update_scale=rule.update_scale,
+                param, grad, state, packed, finite, param.numel(), **rule.gradient(), update_scale=rule.update_scale,
                 grad_scale=grad_scale, **constants, num_warps=warps, **OPTIONS,
             )  # fmt: skip
 

@@ -14,6 +14,7 @@ def step_kernel(
     grad,
     state,  # [tiles, rows, 16]
     weights,  # packed; see pack.py
+    finite,  # a bool: nothing is changed unless it is True; or None
     numel: tl.int64,
     constant: tl.float64,
     threshold: tl.float64,
@@ -34,6 +35,8 @@ def step_kernel(
     lanes = tl.arange(0, BLOCK)
     units = tl.arange(0, UNITS)
     exists = start + lanes < numel
+    if finite is not None:
+        exists &= tl.load(finite)
     gradient = tl.load(grad + start + lanes, mask=exists, other=0.0).to(T) * tl.full([], grad_scale, T)
     first, second = features(
         gradient, tl.full([], constant, T), tl.full([], threshold, T), tl.full([], slope, T), LOG_SIGN

@@ -36,14 +36,14 @@ def backend(library: Path) -> dispatch.Backend:
     """The operators, as schema.py has them, on the host."""
     kernels = ctypes.CDLL(str(library))
 
-    def step_(params, grads, states, weights, preprocess, constant, update_scale, grad_scale):
+    def step_(params, grads, states, weights, preprocess, constant, update_scale, grad_scale, finite=None):
         count = len(params)
         numels = (ctypes.c_int64 * count)(*(param.numel() for param in params))
         dtypes = (ctypes.c_int * count)(*(_DTYPES.index(param.dtype) for param in params))
         error = kernels.emulated_step(
             *_rule(weights, preprocess, constant, update_scale), ctypes.c_double(grad_scale),
             int(weights[-1].dtype == torch.float64), _pointers(weights), count, _pointers(params), _pointers(grads),
-            _pointers(states), numels, dtypes,
+            _pointers(states), numels, dtypes, ctypes.c_void_p(None if finite is None else finite.data_ptr()),
         )  # fmt: skip
         assert error == 0
 
@@ -64,10 +64,10 @@ def backend(library: Path) -> dispatch.Backend:
         assert error == 0
         return dweights, dstate_first, dgrads
 
-    def all_finite(tensors):
-        raise NotImplementedError("all_finite is not emulated")
+    def find_nonfinite_(finite, tensors):
+        raise NotImplementedError("find_nonfinite_ alone is not emulated: step_ does the same first")
 
-    return dispatch.Backend("emulated", step_, window_backward, all_finite)
+    return dispatch.Backend("emulated", step_, window_backward, find_nonfinite_)
 
 
 def elementwise(library: Path, x: torch.Tensor, function: str) -> torch.Tensor:

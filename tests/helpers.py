@@ -200,6 +200,28 @@ LEAST = 0.1
 """The smallest error that counts, in units of what is allowed."""
 
 
+def all_finite(backend: dispatch.Backend, tensors: list[Tensor]) -> bool:
+    finite = torch.ones(1, dtype=torch.bool, device=tensors[0].device)
+    backend.find_nonfinite_(finite, tensors)
+    return bool(finite)
+
+
+def assert_one_state_does_for_all(backend: dispatch.Backend, device: torch.device | str = "cpu") -> None:
+    """A step of several parameters, whose states are one tensor or one each."""
+    rule, sizes = random_rule(), (3, 0, 20, 16, 33)
+    weights = [weight.to(device) for weight in detached(rule)]
+    grads = [random_gradients(size, seed=size).to(device) for size in sizes]
+    together = tiles(random_rows(rule, 7 * 16)).to(device)
+    results = []
+    for states in (list(together.clone().split([1, 0, 2, 1, 3])), [together.clone()]):
+        params = [torch.ones(size, device=device) for size in sizes]
+        backend.step_(params, grads, states, weights, *constants(rule), 1.0)
+        results.append((torch.cat(params), torch.cat(states)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[1][1], together)
+
+
 def errors(found: Tensor, truth: Tensor) -> dict[str, float]:
     """Root mean square error and largest error, each relative to the truth's."""
     difference, rms = found.double() - truth, lambda x: x.square().mean().sqrt()

@@ -120,6 +120,21 @@ def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(emulated, shap
     assert bits(*found) == bits(*expected)
 
 
+@pytest.mark.parametrize("shape", [(20, 2), (7, 3)])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf, -math.inf])
+def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite(emulated, shape, before, value):
+    rule = random_rule(hidden=shape[0], layers=shape[1])
+    params, grads = ([torch.full((size,), 0.5) for size in [20] * 70] for _ in range(2))  # more than one launch
+    states, finite = [new_state(rule, 20) for _ in params], torch.tensor([before])
+    grads[68][19] = value
+    emulated.step_(params, grads, states, detached(rule), *constants(rule), 1.0, finite)
+    done = before and math.isfinite(value)
+    assert finite.item() == done
+    assert all(bool((param != 0.5).any()) == done for param in params)
+    assert all(bool(state.any()) == done for state in states)
+
+
 @pytest.mark.parametrize("shape", [(20, 2), (12, 3), (7, 3)])
 def test_what_is_not_asked_for_changes_nothing_else(emulated, shape):
     rule = random_rule(hidden=shape[0], layers=shape[1])

@@ -14,7 +14,9 @@ from helpers import (
     DTYPES,
     SHAPES,
     Case,
+    all_finite,
     assert_accurate,
+    assert_one_state_does_for_all,
     backward_by,
     by_reference,
     constants,
@@ -27,7 +29,7 @@ from helpers import (
     tiles,
 )
 
-from fastl2l import build
+from fastl2l import FusedLSTMOptimizer, build
 from fastl2l.ops import dispatch
 from fastl2l.ops.layout import TILE, new_state, to_rows
 
@@ -71,7 +73,7 @@ def on_gpu(backend):
         found = backend.window_backward(*tensors, move(weights), preprocess, constant, scale, dstate, *needs)
         return tuple(tensor.cpu() for tensor in found)
 
-    return dispatch.Backend(backend.name, step_, window_backward, backend.all_finite)
+    return dispatch.Backend(backend.name, step_, window_backward, backend.find_nonfinite_)
 
 
 def bits_equal(one, other):
@@ -186,6 +188,29 @@ def test_steps_and_windows_can_be_captured_in_a_cuda_graph(backend, hidden):
     assert bits_equal(captured, expected_window)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_optimizer_s_step_can_be_captured_in_a_cuda_graph(backend, compiled):
+    rule, results = random_rule().cuda(), []
+    for captured in (False, True):
+        params = [torch.nn.Parameter(torch.ones(size, device="cuda")) for size in (3000, 17)]
+        optimizer = FusedLSTMOptimizer(params, rule, backend=backend.name, nonfinite="skip", capturable=True)
+        for param in params:
+            param.grad = random_gradients(param.numel(), seed=1).cuda()
+        optimizer.step()  # states come to be
+        step = torch.compile(optimizer.step, fullgraph=True) if compiled and captured else optimizer.step
+        graph = torch.cuda.CUDAGraph()
+        if captured and not compiled:
+            with torch.cuda.graph(graph):
+                step()
+            step = graph.replay
+        for value in (1.0, math.nan, 2.0):
+            params[0].grad[0] = value
+            step()
+        assert optimizer.skipped_steps == 1
+        results.append([*(p.detach() for p in params), *(s["lstm_state"] for s in optimizer.state.values())])
+    assert bits_equal(*results)
+
+
 def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(backend):
     rule, *_ = arguments(1, output_scale=0.01)
     module = random_rule(output_scale=0.01)
@@ -201,6 +226,23 @@ def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(backend):
     assert bits_equal(params, alone)
     rows = zip(states, their_states, sizes, strict=True)
     assert all(bits_equal([to_rows(a, n)], [to_rows(b, n)]) for a, b, n in rows)
+
+
+def test_one_state_does_for_all_parameters(backend):
+    assert_one_state_does_for_all(backend, "cuda")
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan, -math.inf])
+def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite(backend, value):
+    rule, state, grads, *_ = arguments(37)
+    params, before = [torch.zeros(37, device="cuda") for _ in range(2)], state.clone()
+    strange, flag = grads[1].clone(), torch.ones(1, dtype=torch.bool, device="cuda")
+    strange[18] = value
+    backend.step_(params, [grads[0], strange], [state, state.clone()], *rule, 1.0, flag)
+    done = math.isfinite(value)
+    assert flag.item() == done
+    assert bool(params[0].any()) == bool(params[1].any()) == done
+    assert bits_equal([state], [before]) == (not done)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -240,11 +282,11 @@ def test_states_of_more_than_2_to_the_31_numbers(backend):
 def test_all_finite_misses_nothing(backend, dtype):
     for n in (0, 1, 255, 256, 100_003):
         tensor = torch.full((n,), torch.finfo(dtype).max, dtype=dtype, device="cuda")
-        assert backend.all_finite([tensor, tensor])
+        assert all_finite(backend, [tensor, tensor])
         for place, value in itertools.product({0, n // 2, n - 1} if n else (), (math.nan, math.inf, -math.inf)):
             wrong = tensor.clone()
             wrong[place] = value
-            assert not backend.all_finite([tensor, wrong])
+            assert not all_finite(backend, [tensor, wrong])
 
 
 def test_tensors_on_different_devices_are_named():

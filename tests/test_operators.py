@@ -14,7 +14,9 @@ from helpers import (
     ISAS,
     SHAPES,
     Case,
+    all_finite,
     assert_accurate,
+    assert_one_state_does_for_all,
     backward_by,
     by_reference,
     constants,
@@ -448,28 +450,42 @@ def test_a_window_with_a_strange_number_is_strange_in_its_coordinate_and_the_wei
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_all_finite_misses_nothing(backend, dtype):
-    all_finite = dispatch.select(backend, "cpu").all_finite
+    chosen = dispatch.select(backend, "cpu")
     largest = torch.finfo(dtype).max
     for n in (0, 1, 15, 16, 17, 4095, 4096, 4097, 9000):
         tensor = torch.full((n,), largest, dtype=dtype)
         tensor[1::2] *= -1
-        assert all_finite([tensor, tensor])
+        assert all_finite(chosen, [tensor, tensor])
         for place in {0, n // 2, n - 1, min(n, 4096) - 1} if n else ():
             for value in (NAN, INF, -INF):
                 wrong = tensor.clone()
                 wrong[place] = value
-                assert not all_finite([tensor, wrong])
+                assert not all_finite(chosen, [tensor, wrong])
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("value", [1.0, NAN, INF, -INF])
 def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite(backend, value):
-    arguments, flag = step_arguments(), torch.empty(1, dtype=torch.bool)
+    arguments, flag = step_arguments(), torch.ones(1, dtype=torch.bool)
     arguments["grads"][1].view(-1)[-1] = value
     before = [tensor.clone() for tensor in tensors_of(arguments)]
     dispatch.select(backend, "cpu").step_(*arguments.values(), 10.0, 1.0, 1.0, flag)
     assert flag.item() == math.isfinite(value)
     assert bits_equal(tensors_of(arguments), before) == (not math.isfinite(value))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_step_is_left_out_where_the_flag_says_so_before(backend):
+    arguments, flag = step_arguments(), torch.zeros(1, dtype=torch.bool)
+    before = [tensor.clone() for tensor in tensors_of(arguments)]
+    dispatch.select(backend, "cpu").step_(*arguments.values(), 10.0, 1.0, 1.0, flag)
+    assert not flag
+    assert bits_equal(tensors_of(arguments), before)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_one_state_does_for_all_parameters(backend):
+    assert_one_state_does_for_all(dispatch.select(backend, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -487,11 +503,11 @@ def test_the_flag_of_a_step_is_one_bool(native, flag, message):
     assert bits_equal(tensors_of(arguments), before)
 
 
-def test_all_finite_takes_floating_contiguous_tensors(native):
+def test_find_nonfinite_takes_floating_contiguous_tensors(native):
     with pytest.raises(RuntimeError, match=r"tensors\[1\]: expected a contiguous tensor"):
-        native.all_finite([torch.zeros(3), torch.zeros(4, 4).T[1:]])
+        native.find_nonfinite_(torch.ones(1, dtype=torch.bool), [torch.zeros(3), torch.zeros(4, 4).T[1:]])
     with pytest.raises(RuntimeError, match=r"tensors\[0\]: expected a floating dtype"):
-        native.all_finite([torch.zeros(3, dtype=torch.int32)])
+        native.find_nonfinite_(torch.ones(1, dtype=torch.bool), [torch.zeros(3, dtype=torch.int32)])
 
 
 # Arguments that are not as they should be
@@ -538,6 +554,8 @@ def tensors_of(arguments):
         ({"grads": second(spread)}, r"grads\[1\]: expected a contiguous tensor"),
         ({"grads": second(torch.Tensor.double)}, r"grads\[1\]: expected float32, got float64"),
         ({"grads": second(lambda x: x[:3])}, r"grads\[1\]: expected 20 elements, got 15"),
+        ({"states": lambda x: x[:1]}, r"states\[0\]: expected shape \[3, 80, 16\], got \[1, 80, 16\]"),
+        ({"states": lambda x: [torch.cat(x).double()]}, r"states\[0\]: expected float32, got float64"),
         ({"states": second(torch.Tensor.double)}, r"states\[1\]: expected float32, got float64"),
         ({"states": second(lambda x: x[:1])}, r"states\[1\]: expected shape \[2, 80, 16\], got \[1, 80, 16\]"),
         ({"states": second(lambda x: x[:, :79])}, r"states\[1\]: expected shape \[2, 80, 16\], got \[2, 79, 16\]"),
@@ -613,7 +631,11 @@ def test_opcheck_of_step(native):
     params, grads = [torch.zeros(3, 7), torch.zeros(5).half()], [random_gradients(3, 7), torch.ones(5).half()]
     arguments = params, grads, [new_state(RULE, 21), new_state(RULE, 5)], detached(RULE), *constants(RULE), 1.0
     torch.library.opcheck(native.step_, arguments)
-    torch.library.opcheck(native.step_, (*arguments, torch.zeros(1, dtype=torch.bool)))
+    torch.library.opcheck(native.step_, (*arguments, torch.ones(1, dtype=torch.bool)))
+
+
+def test_opcheck_of_find_nonfinite(native):
+    torch.library.opcheck(native.find_nonfinite_, (torch.ones(1, dtype=torch.bool), [torch.tensor([1.0, NAN])]))
 
 
 @pytest.mark.parametrize("need", [True, False])
@@ -719,3 +741,18 @@ def test_layouts_are_inverse():
         assert state.shape == state_shape(rule, n) == new_state(rule, n).shape
         assert torch.equal(to_rows(state, n), rows)
         assert state.sum().item() == pytest.approx(rows.sum().item(), abs=1e-4)  # nothing beside them
+
+
+def test_torch_compile_takes_the_update_without_a_break():
+    def objective(gradient, state):
+        first, state = update(RULE, gradient, state)
+        second, state = update(RULE, 2 * gradient + first, state)
+        return (first + second).sum() + state.square().sum()
+
+    gradient, state = random_gradients(37), tiles(random_rows(RULE, 37), poison=0.0)
+    torch.compiler.reset()
+    results = []
+    for function in (objective, torch.compile(objective, fullgraph=True, backend="aot_eager")):
+        loss = function(gradient, state)
+        results.append([loss.detach(), *torch.autograd.grad(loss, RULE.weights())])
+    assert bits_equal(*results)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -12,8 +14,11 @@ import pytest
 import torch
 from helpers import constants, detached, random_gradients, random_rule
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastl2l import FusedLSTMOptimizer, LSTMRule, reference
+from fastl2l import FusedLSTMOptimizer, LSTMRule, optim, reference
+from fastl2l.ops import dispatch
+from fastl2l.ops import reference as reference_operators
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = ((3, 5), (17,), (), (2, 1, 4, 3), (0, 2))
@@ -284,6 +289,8 @@ def test_bad_arguments_are_named(rule):
         FusedLSTMOptimizer(parameters())
     with pytest.raises(ValueError, match="nonfinite: expected one of raise, skip, propagate, got 'ignore'"):
         FusedLSTMOptimizer(parameters(), rule, nonfinite="ignore")
+    with pytest.raises(ValueError, match="nonfinite: expected skip or propagate with capturable=True"):
+        FusedLSTMOptimizer(parameters(), rule, capturable=True)
     with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, triton, got 'triton2'"):
         FusedLSTMOptimizer(parameters(), rule, backend="triton2")
     with pytest.raises(ValueError, match="empty parameter list"):
@@ -404,7 +411,7 @@ def test_nonfinite_gradients_raise_or_skip_for_all_groups_at_once(rule, value, s
         set_gradients(one + two, 7)
         two[3].grad.view(-1)[-1] = value
         if nonfinite == "raise":
-            message = r"NaN or infinity in 1 of 5 parameters, the first of shape \[2, 1, 4, 3\]; nothing was changed"
+            message = r"NaN or infinity in 1 of 10 parameters, the first of shape \[2, 1, 4, 3\]; nothing was changed"
             with pytest.raises(FloatingPointError, match=message):
                 optimizer.step()
         else:
@@ -649,7 +656,100 @@ def test_the_state_of_another_kind_of_optimizer_is_refused(rule):
         FusedLSTMOptimizer(params, rule).load_state_dict(adam.state_dict())
 
 
+# Without the host: in CUDA graphs and under torch.compile
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses whatever would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def two_groups():
+    params = parameters()
+    return params, [{"params": params[:2], "lr": 0.5}, {"params": params[2:], "rule": random_rule(hidden=3)}]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_capturable_step_does_the_same_without_waiting(rule, backend, nonfinite, several):
+    results = []
+    for capturable in (False, True):
+        params, groups = two_groups()
+        optimizer = FusedLSTMOptimizer(
+            groups if several else params, rule, backend=backend, nonfinite=nonfinite, capturable=capturable
+        )
+        for step in range(4):
+            set_gradients(params, step)
+            if step in (0, 2) and nonfinite == "skip":
+                params[3].grad.view(-1)[5] = NAN
+            with NoWaiting() if capturable else contextlib.nullcontext():
+                optimizer.step()
+        results.append((*params, *(entry["lstm_state"] for entry in optimizer.state.values())))
+        assert optimizer.skipped_steps == (2 if nonfinite == "skip" else 0)
+        assert pickle.loads(pickle.dumps(optimizer)).skipped_steps == optimizer.skipped_steps
+    assert same(*results)
+
+
+def test_a_graph_that_would_start_from_zero_at_every_replay_is_refused(rule, monkeypatch):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, rule, nonfinite="skip", capturable=True)
+    set_gradients(params, 0)
+    before = everything(optimizer)
+    monkeypatch.setattr(optim, "_is_captured", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"state: expected every parameter to have been stepped.*got 5 without"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    monkeypatch.undo()
+    optimizer.step()
+    monkeypatch.setattr(optim, "_is_captured", lambda device: True)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("stepped", [0, 1])
+def test_torch_compile_takes_the_step_without_a_break(rule, several, stepped):
+    results = []
+    for compiled in (False, True):
+        params, groups = two_groups()
+        optimizer = FusedLSTMOptimizer(groups if several else params, rule, nonfinite="skip", capturable=True)
+        run(optimizer, params, range(stepped))
+        torch.compiler.reset()
+        step = torch.compile(lambda o=optimizer: o.step(), fullgraph=True, backend="aot_eager")
+        for number in range(stepped, 5):
+            set_gradients(params, number)
+            if number == 3:
+                params[0].grad[0, 0] = NAN
+            step() if compiled else optimizer.step()
+        results.append((*params, *(entry["lstm_state"] for entry in optimizer.state.values())))
+        assert optimizer.skipped_steps == 1
+    assert same(*results)
+
+
 # Together
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_the_states_of_a_group_are_one_argument_of_the_kernel(rule, restored, monkeypatch):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, rule, backend="reference")
+    run(optimizer, params, [0])
+    if restored:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    taken, step_ = [], reference_operators.step_
+    spy = dataclasses.replace(
+        dispatch.select("reference", "cpu"), step_=lambda *args: (taken.append(args[2]), step_(*args))
+    )
+    monkeypatch.setitem(dispatch._BACKENDS, "reference", spy)
+    run(optimizer, params, [1])
+    assert [len(states) for states in taken] == [1]
+    optimizer.state[params[0]]["lstm_state"] = torch.ones_like(optimizer.state[params[0]]["lstm_state"])
+    run(optimizer, params, [2])
+    assert [len(states) for states in taken] == [1, len(params)]  # someone has put another in its place
+    assert taken[1][0] is optimizer.state[params[0]]["lstm_state"]
 
 
 def test_backends_agree_along_a_trajectory(rule):

@@ -18,7 +18,9 @@ import pytest
 import torch
 from helpers import (
     Case,
+    all_finite,
     assert_accurate,
+    assert_one_state_does_for_all,
     backward_by,
     constants,
     detached,
@@ -85,7 +87,7 @@ def window_backward(state, grads, adjoints, weights, preprocess, constant, scale
 
 
 # Tensors of the tests are on the CPU.
-TRITON = dispatch.Backend("triton", step_, window_backward, operators.all_finite)
+TRITON = dispatch.Backend("triton", step_, window_backward, operators.find_nonfinite_)
 
 
 def bits_equal(one, other):
@@ -300,7 +302,7 @@ def test_a_window_with_a_strange_gradient_is_strange_in_its_coordinate_and_the_w
 
 @pytest.mark.parametrize("value", [1.0, NAN, -INF])
 def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite(value):
-    rule, flag = random_rule(hidden=3, layers=1), torch.empty(1, dtype=torch.bool)
+    rule, flag = random_rule(hidden=3, layers=1), torch.ones(1, dtype=torch.bool)
     grad, tensors = random_gradients(17), [torch.zeros(17), new_state(rule, 17), flag]
     grad[16] = value
     param, state, flag = there(tensors)
@@ -309,16 +311,19 @@ def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite
     assert bool(state.any()) == bool(param.any()) == math.isfinite(value)
 
 
+def test_one_state_does_for_all_parameters():
+    assert_one_state_does_for_all(dispatch._of_operators("triton", torch.ops.fastl2l_triton), DEVICE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_all_finite_misses_nothing(dtype):
     fine = torch.full((100,), torch.finfo(dtype).max, dtype=dtype, device=DEVICE)
     empty = fine[:0]
-    assert operators.all_finite([])
-    assert operators.all_finite([fine, empty])
+    assert all_finite(TRITON, [fine, empty])
     for value in (NAN, INF, -INF):
         wrong = fine.clone()
         wrong[99] = value
-        assert not operators.all_finite([fine, wrong])
+        assert not all_finite(TRITON, [fine, wrong])
 
 
 # Arguments that are not as they should be

@@ -96,13 +96,14 @@ template <typename T>
 void step_all(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
               const std::vector<Tensor>& weights, const Rule& rule, double grad_scale) {
   const Kernels<T>& kernel = kernels<T>();
+  const std::vector<T*> state = state_pointers<T>(params, states, rule.state_rows());
   std::vector<Segment<T>> segments(params.size());
   std::vector<int64_t> first_tile{0};
   for (size_t i = 0; i < params.size(); ++i) {
     Segment<T>& segment = segments[i];
     segment.param = static_cast<char*>(params[i].data_ptr());
     segment.grad = static_cast<const char*>(grads[i].data_ptr());
-    segment.state = static_cast<T*>(states[i].data_ptr());
+    segment.state = state[i];
     segment.numel = params[i].numel();
     set_dtype(segment, params[i].scalar_type());
     first_tile.push_back(first_tile.back() + tiles_of(segment.numel));
@@ -139,7 +140,6 @@ bool finite(const void* data, int64_t n) {
 }
 
 bool all_finite(const std::vector<Tensor>& tensors) {
-  check_floating(tensors);
   return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
     switch (tensor.scalar_type()) {
       case ScalarType::Float: return finite<float>(tensor.data_ptr(), tensor.numel());
@@ -150,6 +150,18 @@ bool all_finite(const std::vector<Tensor>& tensors) {
   });
 }
 
+// Clears a flag that says that all numbers are finite, if one is not; returns the flag.
+bool find_nonfinite(Tensor& finite, const std::vector<Tensor>& tensors) {
+  check_tensor({"finite"}, finite, ScalarType::Bool, {1});
+  bool& flag = *static_cast<bool*>(finite.data_ptr());
+  return flag = flag && all_finite(tensors);
+}
+
+void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors) {
+  check_floating(tensors);
+  find_nonfinite(finite, tensors);
+}
+
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
            std::vector<Tensor> weights, std::string preprocess, double constant, double update_scale, double grad_scale,
            std::optional<Tensor> finite) {
@@ -157,10 +169,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
   check_segments(params, grads, states, dtype, rule.state_rows());
-  if (finite) {
-    check_tensor({"finite"}, *finite, ScalarType::Bool, {1});
-    if (!(*static_cast<bool*>(finite->data_ptr()) = all_finite(grads))) return;
-  }
+  if (finite && !find_nonfinite(*finite, grads)) return;
   if (params.empty()) return;
   if (dtype == ScalarType::Float) {
     step_all<float>(params, grads, states, weights, rule, grad_scale);
@@ -268,7 +277,7 @@ std::string cpu_isas() { return instruction_sets(); }
 STABLE_TORCH_LIBRARY_IMPL(fastl2l, CPU, m) {
   m.impl("step_", TORCH_BOX(&step_));
   m.impl("window_backward", TORCH_BOX(&window_backward));
-  m.impl("all_finite", TORCH_BOX(&all_finite));
+  m.impl("find_nonfinite_", TORCH_BOX(&find_nonfinite_));
   m.impl("elementwise", TORCH_BOX(&elementwise));
 }
 

@@ -25,6 +25,9 @@ struct Segments {
   Segment at[kMostSegments];
   int count;
   int64_t tiles;
+  bool* finite;  // null, or whether all gradients are: nothing is changed while they are not
+
+  DEVICE bool wanted() const { return finite == nullptr || *finite; }
 
   // The segment that a tile belongs to.
   DEVICE const Segment& of(int64_t tile) const {

@@ -72,6 +72,7 @@ struct GenericStepArguments {
 template <typename T>
 KERNEL(kGenericThreads, 8)
 generic_step_kernel(KERNEL_ARGUMENT GenericStepArguments<T> arguments) {
+  if (!arguments.segments.wanted()) return;
   const GenericRule<T>& rule = arguments.rule;
   const int H = rule.hidden;
   T* workspace = arguments.workspace + (int64_t)block_index() * (H + rule.features) * kGenericThreads;

@@ -86,8 +86,9 @@ Error generic_rule(const Rule& rule, const std::vector<const T*>& weights, const
 }
 
 // As many segments as one launch takes, from `first` on; empty ones are left out.
-inline Segments collect_segments(const std::vector<Segment>& all, size_t first) {
+inline Segments collect_segments(const std::vector<Segment>& all, size_t first, bool* finite) {
   Segments segments{};
+  segments.finite = finite;
   for (size_t i = first; i < std::min(all.size(), first + kMostSegments); ++i) {
     if (all[i].numel == 0) continue;
     Segment& segment = segments.at[segments.count++];
@@ -98,21 +99,36 @@ inline Segments collect_segments(const std::vector<Segment>& all, size_t first) 
   return segments;
 }
 
-// One step of all segments, whose first_tile is filled in here. Returns the device's error.
+// Launches something for all segments, whose first_tile is filled in here. Returns the device's error.
+template <class F>
+Error each_launch(const std::vector<Segment>& all, bool* finite, F launch_segments) {
+  Error error{};
+  for (size_t first = 0; first < all.size() && error == Error{}; first += kMostSegments) {
+    const Segments segments = collect_segments(all, first, finite);
+    if (segments.tiles > 0) error = launch_segments(segments);
+  }
+  return error;
+}
+
+// Clears the flag if a gradient is not finite; the rest of the segments may be missing. Returns the device's error.
+inline Error find_nonfinite(const std::vector<Segment>& all, bool* finite, const Queue& queue) {
+  return each_launch(all, finite, [&](const Segments& segments) {
+    const int64_t most = (int64_t)queue.multiprocessors * 8;
+    const int64_t blocks = std::min((segments.tiles * kTile + kReduceThreads - 1) / kReduceThreads, most);
+    return launch(find_nonfinite_kernel, blocks, kReduceThreads, 0, queue.stream, segments);
+  });
+}
+
+// One step of all segments, if all gradients are finite or there is no flag to say so. Returns the device's error.
 template <typename T>
 Error step(const Rule& rule, const std::vector<const T*>& weights, const std::vector<Segment>& all, double grad_scale,
-           const Queue& queue) {
-  Error error{};
-  const auto each_launch = [&](auto launch_step) {
-    for (size_t first = 0; first < all.size() && error == Error{}; first += kMostSegments) {
-      const Segments segments = collect_segments(all, first);
-      if (segments.tiles > 0) error = launch_step(segments);
-    }
-  };
+           bool* finite, const Queue& queue) {
+  Error error = finite ? find_nonfinite(all, finite, queue) : Error{};
+  if (error != Error{}) return error;
   const auto fast = [&](auto shape) {
     using S = decltype(shape);
     static_assert(kStepBlocks * sizeof(ForwardWeights<S>) <= kMostShared);
-    each_launch([&](const Segments& segments) {
+    error = each_launch(all, finite, [&](const Segments& segments) {
       const StepArguments<S> arguments{
           segments,          pointers<S::kLayers>(weights), Preprocessing<float>(rule), rule.features,
           (float)grad_scale, (float)rule.update_scale};
@@ -133,12 +149,12 @@ Error step(const Rule& rule, const std::vector<const T*>& weights, const std::ve
   error = generic_rule(rule, weights, queue, arguments.rule);
   const int64_t numbers = most * (rule.hidden + rule.features) * kGenericThreads;
   arguments.workspace = static_cast<T*>(queue.workspace(numbers * sizeof(T)));
-  each_launch([&](const Segments& segments) {
+  if (error != Error{}) return error;
+  return each_launch(all, finite, [&](const Segments& segments) {
     arguments.segments = segments;
     const int64_t blocks = std::min((segments.tiles * kTile + kGenericThreads - 1) / kGenericThreads, most);
     return launch(generic_step_kernel<T>, blocks, kGenericThreads, 0, queue.stream, arguments);
   });
-  return error;
 }
 
 // Parts for `numel` coordinates in groups, and memory for their sums.

@@ -1,6 +1,5 @@
 // The operators on CUDA tensors: checks, workspaces from torch's allocator, and launches on the current stream. Nothing
-// waits for the device but all_finite and a step that is asked for it, which have to know, so all else can be captured
-// in a CUDA graph.
+// waits for the device, so all can be captured in a CUDA graph.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -80,33 +79,22 @@ std::vector<const T*> weight_pointers(const std::vector<Tensor>& weights) {
   return result;
 }
 
-bool all_finite(const std::vector<Tensor>& tensors) {
-  if (tensors.empty()) return true;
-  check_floating(tensors);
-  check_devices("tensors", tensors, tensors[0].get_device());
-  const Work work(tensors[0]);
-  const Stream stream = work.queue().stream;
-  int* flag = static_cast<int*>(work.queue().workspace(sizeof(int)));
-  check_cuda(cudaMemsetAsync(flag, 0, sizeof(int), stream), "all_finite");
-  for (const Tensor& tensor : tensors) {
-    if (tensor.numel() == 0) continue;
-    const int64_t most = (int64_t)work.queue().multiprocessors * 8;
-    const int64_t blocks = std::min((tensor.numel() + kReduceThreads - 1) / kReduceThreads, most);
-    check_cuda(launch(find_nonfinite_kernel, blocks, kReduceThreads, 0, stream, tensor.data_ptr(), dtype_of(tensor),
-                      tensor.numel(), flag),
-               "all_finite");
-  }
-  int found = 0;
-  check_cuda(cudaMemcpyAsync(&found, flag, sizeof(int), cudaMemcpyDeviceToHost, stream), "all_finite");
-  check_cuda(cudaStreamSynchronize(stream), "all_finite");
-  return found == 0;
+void check_flag(const Tensor& finite, int device) {
+  check_tensor({"finite"}, finite, ScalarType::Bool, {1});
+  check_device({"finite"}, finite, device);
 }
 
-// Writes an answer that the host has to a flag on the device.
-bool tell(bool answer, Tensor& flag) {
-  const Work work(flag);
-  check_cuda(cudaMemsetAsync(flag.data_ptr(), answer, 1, work.queue().stream), "finite");
-  return answer;
+void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors) {
+  check_floating(tensors);
+  const int device = finite.get_device();
+  check_flag(finite, device);
+  check_devices("tensors", tensors, device);
+  std::vector<Segment> segments;
+  for (const Tensor& tensor : tensors) {
+    segments.push_back({nullptr, tensor.data_ptr(), nullptr, tensor.numel(), 0, dtype_of(tensor)});
+  }
+  const Work work(finite);
+  check_cuda(find_nonfinite(segments, static_cast<bool*>(finite.data_ptr()), work.queue()), "find_nonfinite_");
 }
 
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
@@ -122,21 +110,23 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   check_devices("grads", grads, device);
   check_devices("states", states, device);
   check_devices("weights", weights, device);
-  if (finite) {
-    check_tensor({"finite"}, *finite, ScalarType::Bool, {1});
-    check_device({"finite"}, *finite, device);
-    if (!tell(all_finite(grads), *finite)) return;
-  }
-  std::vector<Segment> segments;
-  for (size_t i = 0; i < params.size(); ++i) {
-    segments.push_back(
-        {params[i].data_ptr(), grads[i].data_ptr(), states[i].data_ptr(), params[i].numel(), 0, dtype_of(params[i])});
-  }
+  if (finite) check_flag(*finite, device);
+  bool* flag = finite ? static_cast<bool*>(finite->data_ptr()) : nullptr;
   const Work work(params[0]);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<T*> state = state_pointers<T>(params, states, rule.state_rows());
+    std::vector<Segment> segments;
+    for (size_t i = 0; i < params.size(); ++i) {
+      segments.push_back(
+          {params[i].data_ptr(), grads[i].data_ptr(), state[i], params[i].numel(), 0, dtype_of(params[i])});
+    }
+    check_cuda(step<T>(rule, weight_pointers<T>(weights), segments, grad_scale, flag, work.queue()), "step_");
+  };
   if (dtype == ScalarType::Float) {
-    check_cuda(step<float>(rule, weight_pointers<float>(weights), segments, grad_scale, work.queue()), "step_");
+    run(float());
   } else {
-    check_cuda(step<double>(rule, weight_pointers<double>(weights), segments, grad_scale, work.queue()), "step_");
+    run(double());
   }
 }
 
@@ -189,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> window_gradients(Tensor state, Tensor grads, 
 STABLE_TORCH_LIBRARY_IMPL(fastl2l, CUDA, m) {
   m.impl("step_", TORCH_BOX(&step_));
   m.impl("window_backward", TORCH_BOX(&window_gradients));
-  m.impl("all_finite", TORCH_BOX(&all_finite));
+  m.impl("find_nonfinite_", TORCH_BOX(&find_nonfinite_));
 }
 
 }  // namespace fastl2l::cuda

@@ -27,16 +27,19 @@ sum_parts_kernel(KERNEL_ARGUMENT Parts parts, T* dweights) {
   dweights[weight] = (T)sum;
 }
 
-// Sets the flag if a number is not finite: x - x is 0 for finite x alone. All who write, write the same.
+// Clears the segments' flag if a gradient is not finite: x - x is 0 for finite x alone. All who write, write the same.
 KERNEL(kReduceThreads, 1)
-find_nonfinite_kernel(const void* data, Dtype dtype, int64_t count, int* flag) {
-  const int64_t stride = (int64_t)block_count() * kReduceThreads;
+find_nonfinite_kernel(KERNEL_ARGUMENT Segments segments) {
+  const int64_t stride = (int64_t)block_count() * kReduceThreads, end = segments.tiles * kTile;
   bool found = false;
-  for (int64_t i = (int64_t)block_index() * kReduceThreads + thread_index(); i < count; i += stride) {
-    const double x = element<double>(data, dtype, i);
+  for (int64_t i = (int64_t)block_index() * kReduceThreads + thread_index(); i < end; i += stride) {
+    const Segment& segment = segments.of(i / kTile);
+    const int64_t coordinate = i - segment.first_tile * kTile;
+    if (coordinate >= segment.numel) continue;
+    const double x = element<double>(segment.grad, segment.dtype, coordinate);
     found |= !(x - x == 0);
   }
-  if (found) *flag = 1;
+  if (found) *segments.finite = false;
 }
 
 }  // namespace fastl2l::cuda

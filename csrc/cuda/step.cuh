@@ -49,6 +49,7 @@ DEVICE void step_tile(const StepArguments<S>& arguments, const ForwardWeights<S>
 template <class S>
 KERNEL(kThreads, kStepBlocks)
 step_kernel(KERNEL_ARGUMENT StepArguments<S> arguments) {
+  if (!arguments.segments.wanted()) return;
   auto& weights = *reinterpret_cast<ForwardWeights<S>*>(shared_memory());
   load_forward_weights<S>(arguments.weights, arguments.features, weights);
   sync_block();

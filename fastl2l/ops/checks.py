@@ -58,9 +58,10 @@ def check_segments(
     params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Tensor], like: Tensor, rows: int
 ) -> None:
     """What step_ is given beside the rule; `like` is one of the rule's weights."""
-    for name, tensors in (("grads", grads), ("states", states)):
-        _require(len(tensors) == len(params), f"{name}: expected {len(params)} tensors, got {len(tensors)}")
-    for i, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
+    _require(len(grads) == len(params), f"grads: expected {len(params)} tensors, got {len(grads)}")
+    together = len(states) == 1  # one state for all parameters
+    _require(together or len(states) == len(params), f"states: expected {len(params)} tensors, got {len(states)}")
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         _require(
             param.dtype in _NAMES,
             f"params[{i}]: expected float32, float64, float16 or bfloat16, got {_name(param.dtype)}",
@@ -76,7 +77,9 @@ def check_segments(
         _require(
             grad.device == like.device, f"grads[{i}]: expected a tensor on {like.device}, got one on {grad.device}"
         )  # fmt: skip
-        check_tensor(f"states[{i}]", state, like, (-(-param.numel() // TILE), rows, TILE))
+    tiles = [-(-param.numel() // TILE) for param in params]
+    for i, (state, expected) in enumerate(zip(states, [sum(tiles)] if together else tiles, strict=True)):
+        check_tensor(f"states[{i}]", state, like, (expected, rows, TILE))
 
 
 def check_window(

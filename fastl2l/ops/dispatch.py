@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +23,19 @@ class Backend:
     name: str
     step_: Callable[..., None]
     window_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    all_finite: Callable[..., bool]
+    find_nonfinite_: Callable[[Tensor, Sequence[Tensor]], None]
 
 
-_REFERENCE = Backend("reference", reference.step_, reference.window_backward, reference.all_finite)
-_NATIVE = Backend(
-    "native",
-    torch.ops.fastl2l.step_.default,
-    torch.ops.fastl2l.window_backward.default,
-    torch.ops.fastl2l.all_finite.default,
-)
+def _of_operators(name: str, operators: Any) -> Backend:
+    found = (operators.step_, operators.window_backward, operators.find_nonfinite_)
+    return Backend(name, *(operator.default for operator in found))
+
+
+_BACKENDS = {
+    "reference": Backend("reference", reference.step_, reference.window_backward, reference.find_nonfinite_),
+    "native": _of_operators("native", torch.ops.fastl2l),
+}
+"""By name; "triton" from the first time that it is chosen."""
 NAMES = ("reference", "native", "triton")
 CHOICES = ("auto", *NAMES)
 OLDEST_TRITON = (3, 6)
@@ -51,17 +55,29 @@ def select(name: str, device: torch.device | str) -> Backend:
         ValueError: there is no backend of this name.
         RuntimeError: this backend cannot be used here; the message says why.
     """
+    return _BACKENDS[_choose(name, torch.device(device))]
+
+
+def _choose(name: str, device: torch.device) -> str:
+    """The name of the backend, which is in _BACKENDS then."""
     if name not in CHOICES:
         raise ValueError(f"backend: expected one of {', '.join(CHOICES)}, got {name!r}")
-    device = torch.device(device)
-    if name == "reference":
-        return _REFERENCE
     if name == "auto":
-        return _best(device)
-    missing = native_missing(device) if name == "native" else triton_missing(device)
-    if missing is not None:
-        raise RuntimeError(f"backend {name!r} cannot be used: {missing}")
-    return _NATIVE if name == "native" else _triton()
+        name = _best(device)
+    elif name != "reference":
+        missing = native_missing(device) if name == "native" else triton_missing(device)
+        if missing is not None:
+            raise RuntimeError(f"backend {name!r} cannot be used: {missing}")
+    if name not in _BACKENDS:
+        from fastl2l.ops import triton  # noqa: F401  (slow to import, and only wanted where it is used)
+
+        _BACKENDS[name] = _of_operators(name, torch.ops.fastl2l_triton)
+    return name
+
+
+# torch.compile need not look at files and environment variables. This is what torch.compiler.assume_constant_result
+# does, which would import all of torch._dynamo.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def native_missing(device: torch.device) -> str | None:
@@ -87,19 +103,12 @@ def triton_missing(device: torch.device) -> str | None:
     return _gpu_too_old(device)
 
 
-def _best(device: torch.device) -> Backend:
+def _best(device: torch.device) -> str:
     if device.type in ("cpu", "cuda") and native_missing(device) is None:
-        return _NATIVE
+        return "native"
     if device.type == "cuda" and triton_missing(device) is None:
-        return _triton()
-    return _REFERENCE
-
-
-@functools.cache
-def _triton() -> Backend:
-    from fastl2l.ops import triton  # slow to import, and only wanted where it is used
-
-    return Backend("triton", triton.step_, triton.window_backward, triton.all_finite)
+        return "triton"
+    return "reference"
 
 
 @functools.cache

@@ -6,6 +6,8 @@ length N it would touch as many far-apart places as there are rows. Lanes past N
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,13 @@ def state_shape(rule: LSTMRule, numel: int) -> tuple[int, int, int]:
 def new_state(rule: LSTMRule, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """State at the start of a trajectory: zeros, in the rule's dtype."""
     return torch.zeros(state_shape(rule, numel), dtype=rule.dtype, device=device)
+
+
+def split_state(state: Sequence[Tensor], numels: Sequence[int]) -> Sequence[Tensor]:
+    """The states of parameters with so many coordinates, from what `step_` takes: those, or one that holds them all."""
+    if len(state) == len(numels):
+        return state
+    return state[0].split([-(-numel // TILE) for numel in numels])
 
 
 def to_rows(state: Tensor, numel: int) -> Tensor:

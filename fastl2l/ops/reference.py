@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastl2l import reference
-from fastl2l.ops.layout import from_rows, to_rows
+from fastl2l.ops.layout import from_rows, split_state, to_rows
 
 
 @torch.no_grad()
@@ -27,8 +27,9 @@ def step_(
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad.layout != param.layout or grad.dtype != param.dtype:
             raise RuntimeError(f"grads[{index}]: expected {param.dtype}, dense, got {grad.dtype}, {grad.layout}")
-    if finite is not None and not finite.fill_(all_finite(grads)):
-        return
+    if finite is not None:
+        find_nonfinite_(finite, grads)
+    states = split_state(states, [param.numel() for param in params])
     for param, grad, state in zip(params, grads, states, strict=True):
         update, rows = reference.step(
             grad.reshape(-1).to(state.dtype) * grad_scale,
@@ -38,9 +39,9 @@ def step_(
             preprocess_constant,
             update_scale,
         )
-        state.copy_(from_rows(rows))
         wide = torch.promote_types(param.dtype, state.dtype)
-        param.copy_((param.to(wide) + update.to(wide).view_as(param)).to(param.dtype))
+        _write(param, (param.to(wide) + update.to(wide).view_as(param)).to(param.dtype), finite)
+        _write(state, from_rows(rows), finite)
 
 
 def window_backward(
@@ -75,6 +76,12 @@ def window_backward(
     )
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
+def find_nonfinite_(finite: Tensor, tensors: Sequence[Tensor]) -> None:
     """See schema.py."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    for tensor in tensors:
+        finite &= tensor.isfinite().all()
+
+
+def _write(target: Tensor, value: Tensor, finite: Tensor | None) -> None:
+    """Without asking the host whether it is to be done."""
+    target.copy_(value if finite is None else torch.where(finite.view(()), value, target))

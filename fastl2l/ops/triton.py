@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastl2l.kernels import launch
-from fastl2l.ops import reference
+from fastl2l.ops import reference, schema
 from fastl2l.ops.checks import check_rule, check_segments, check_tensor, check_window
+from fastl2l.ops.layout import split_state
 
 PRECISION = "FASTL2L_TRITON_PRECISION"
 
@@ -32,16 +33,16 @@ def step_(
     grad_scale: float,
     finite: Tensor | None = None,
 ) -> None:
-    """See schema.py. With `finite` the host waits once."""
+    """See schema.py."""
     rule = _rule(weights, preprocess, preprocess_constant, update_scale)
     check_segments(params, grads, states, weights[-2], 2 * rule.layers * rule.hidden)
     if finite is not None:
         check_tensor("finite", finite, weights[-2].new_empty(1, dtype=torch.bool), (1,))
-        if not finite.fill_(all_finite(grads)):
-            return
+        find_nonfinite_(finite, grads)
+    states = split_state(states, [param.numel() for param in params])
     if params:
         with _on(weights[-2].device):
-            launch.step_(rule, params, grads, states, weights, grad_scale)
+            launch.step_(rule, params, grads, states, weights, grad_scale, finite)
 
 
 @torch.no_grad()
@@ -64,11 +65,7 @@ def window_backward(
         return launch.window_backward(rule, state, grads, adjoints, weights, dstate, need_dstate, need_dgrads)
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """See schema.py. The host waits once, however many tensors there are."""
-    if not tensors or tensors[0].device.type == "cpu":
-        return reference.all_finite(tensors)
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+find_nonfinite_ = reference.find_nonfinite_
 
 
 def _rule(weights: Sequence[Tensor], preprocess: str, constant: float, update_scale: float) -> launch.Rule:
@@ -89,3 +86,7 @@ def _rule(weights: Sequence[Tensor], preprocess: str, constant: float, update_sc
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Launches go to the current stream of the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+for _operator in (step_, window_backward, find_nonfinite_):
+    schema.triton_library.impl(_operator.__name__, _operator, "CompositeExplicitAutograd")

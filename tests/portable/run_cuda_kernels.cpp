@@ -40,13 +40,16 @@ extern "C" {
 
 int emulated_step(int layers, int hidden, int log_sign, double constant, double update_scale, double grad_scale,
                   int is_double, void** weights, int count, void** params, void** grads, void** states,
-                  const int64_t* numels, const int* dtypes) {
+                  const int64_t* numels, const int* dtypes, bool* finite) {
   const Rule rule = make_rule(layers, hidden, log_sign, constant, update_scale);
   std::vector<Segment> segments;
   for (int i = 0; i < count; ++i) segments.push_back({params[i], grads[i], states[i], numels[i], 0, (Dtype)dtypes[i]});
   Workspaces workspaces;
-  if (is_double) return step<double>(rule, weights_of<double>(rule, weights), segments, grad_scale, workspaces.queue());
-  return step<float>(rule, weights_of<float>(rule, weights), segments, grad_scale, workspaces.queue());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    return step<T>(rule, weights_of<T>(rule, weights), segments, grad_scale, finite, workspaces.queue());
+  };
+  return is_double ? run(double()) : run(float());
 }
 
 int emulated_window_backward(int layers, int hidden, int log_sign, double constant, double update_scale, int is_double,
