@@ -14,6 +14,7 @@ from harness import Findings, arguments
 from marks import LARGE, Results, share_of_copy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # isort: split
 from competitors import BYTES
@@ -55,20 +56,26 @@ def style(axes: Axes, **settings: Any) -> None:
     axes.set(xlabel="coordinates", **settings)
     axes.grid(axis="y", color="#E6E6E6")
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+    if settings.get("yscale") == "log":
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:g}")
+        axes.tick_params(axis="y", which="both", labelsize=8)
 
 
 def draw_times(axes: Axes, what: str, rows: list[Row], copy: float | None) -> None:
     """A line for everyone, and the floor."""
-    for who, (label, colour) in STYLES.items():
+    for who, (_, colour) in STYLES.items():
         mine = fastest(rows, what, who)
         if mine:
             times = [row["ns_per_coordinate_step"] for row in mine.values()]
-            axes.plot(list(mine), times, "o-", color=colour, markersize=4, label=label)
+            axes.plot(list(mine), times, "o-", color=colour, markersize=4)
     if copy:
         floor = BYTES[what] / copy
-        axes.axhline(floor, color="black", linewidth=1, linestyle=":", label=f"copying as many bytes: {floor:.3g} ns")
+        axes.axhline(floor, color="black", linewidth=1, linestyle=":")
+        place = axes.get_yaxis_transform()
+        axes.text(
+            0.02, floor * 1.03, f"copying as many bytes: {floor:.3g} ns", transform=place, fontsize=8, va="bottom"
+        )
     style(axes, xscale="log", yscale="log", ylabel="ns a coordinate and step", title=what)
 
 
@@ -76,30 +83,31 @@ def draw_shares(axes: Axes, rows: list[Row], copy: float | None) -> None:
     """How much of the copy bandwidth the steps' states take."""
     for state, (line, mark) in SHARES.items():
         for who in ("native", "triton"):
-            label, colour = STYLES[who]
             mine = fastest(rows, "step", who, state)
             if mine and copy:
                 shares = [100 * share_of_copy(row, copy) for row in mine.values()]
-                axes.plot(list(mine), shares, "o" + line, color=colour, markersize=4, label=f"{label}, {state}")
+                axes.plot(list(mine), shares, "o" + line, color=STYLES[who][1], markersize=4)
         axes.hlines(100 * mark, LARGE, 1e8, color="black", linewidth=1, linestyle=line)
-        axes.annotate(f"to reach, {state}", (1e8, 100 * mark - 1), va="top", ha="right", fontsize=7)
-    style(axes, xscale="log", ylabel="% of the copy bandwidth", ylim=(0, 110), title="step: state read and written")
+        axes.text(LARGE, 100 * mark, "to reach ", va="center", ha="right", fontsize=8)
+    title = "step: state moved (solid float32, broken bfloat16)"
+    style(axes, xscale="log", ylabel="% of the copy bandwidth", ylim=(0, 110), title=title)
 
 
 def draw_ratios(axes: Axes, rows: list[Row], ours: str) -> None:
-    """Times of the others in units of ours: solid lines for steps, broken ones for meta-gradients."""
+    """Times of the others in units of ours."""
     for what, line in (("step", "-"), ("meta-gradient", "--")):
         mine = fastest(rows, what, ours)
-        for who, (label, colour) in STYLES.items():
+        for who, (_, colour) in STYLES.items():
             if who in ("native", "triton"):
                 continue
             theirs = fastest(rows, what, who)
             both = [numel for numel in theirs if numel in mine]
             if both:
                 ratios = [theirs[numel]["median_s"] / mine[numel]["median_s"] for numel in both]
-                axes.plot(both, ratios, "o" + line, color=colour, markersize=4, label=f"{label}, {what}")
+                axes.plot(both, ratios, "o" + line, color=colour, markersize=4)
     axes.axhline(1, color="black", linewidth=1)
-    style(axes, xscale="log", yscale="log", ylabel=f"times the time of {STYLES[ours][0]}", title="beside the others")
+    title = "beside the others (solid step, broken meta-gradient)"
+    style(axes, xscale="log", yscale="log", ylabel=f"times the time of {STYLES[ours][0]}", title=title)
 
 
 def draw(results: dict[str, Any]) -> bytes:
@@ -112,6 +120,8 @@ def draw(results: dict[str, Any]) -> bytes:
     draw_times(window, "meta-gradient", rows, copy)
     draw_shares(shares, rows, copy)
     draw_ratios(ratios, rows, Results(stages).backend)
+    lines = [Line2D([], [], color=colour, marker="o", markersize=4, label=label) for label, colour in STYLES.values()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     about = results["about"]
     bandwidth = f"copies {copy / 1e3:.2f} TB/s" if copy else "copy bandwidth not measured"
     dry = "; a dry run, whose numbers mean nothing" if about["quick"] else ""

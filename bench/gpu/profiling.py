@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from harness import Findings, arguments, synchronize
 from torch.profiler import ProfilerActivity, profile, record_function
-from training import Denoising
+from training import denoising
 
 from fastl2l import FusedLSTMOptimizer, LSTMRule, Trajectory
 from fastl2l.files import write_bytes
@@ -25,7 +25,7 @@ def profiled(device: str, side: int) -> profile:
     param = torch.nn.Parameter(torch.zeros(3 * side * side, device=device))
     param.grad = torch.full_like(param, 1e-3)
     optimizer = FusedLSTMOptimizer([param], rule)
-    trajectory = Trajectory(Denoising(side=side, device=device).sample(0), rule)
+    trajectory = Trajectory(denoising(side, device).sample(0), rule)
 
     def work() -> None:
         with record_function("steps"):
