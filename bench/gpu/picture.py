@@ -72,10 +72,8 @@ def draw_times(axes: Axes, what: str, rows: list[Row], copy: float | None) -> No
     if copy:
         floor = BYTES[what] / copy
         axes.axhline(floor, color="black", linewidth=1, linestyle=":")
-        place = axes.get_yaxis_transform()
-        axes.text(
-            0.02, floor * 1.03, f"copying as many bytes: {floor:.3g} ns", transform=place, fontsize=8, va="bottom"
-        )
+        text, place = f"copying as many bytes: {floor:.3g} ns", axes.get_yaxis_transform()
+        axes.text(0.02, floor * 1.03, text, transform=place, fontsize=8, va="bottom")
     style(axes, xscale="log", yscale="log", ylabel="ns a coordinate and step", title=what)
 
 

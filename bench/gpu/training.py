@@ -69,7 +69,8 @@ def mnist(device: str, quick: bool) -> tuple[Task, str]:
 
 def problems(device: str, quick: bool) -> list[dict[str, Any]]:
     """What is trained on, for how many steps, and in which ways."""
-    ways: list[dict[str, Any]] = [{}, {"capture": True}, {"batch": BATCH}, {"batch": BATCH, "capture": True}]
+    batch = 2 if quick else BATCH
+    ways: list[dict[str, Any]] = [{}, {"capture": True}, {"batch": batch}, {"batch": batch, "capture": True}]
     task, data = mnist(device, quick)
     horizon, trajectories = (4, 2) if quick else (100, 2 * BATCH)
     found = [
