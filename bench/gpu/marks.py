@@ -99,6 +99,8 @@ class Results:
         failed = counts.get("failed", 0) + counts.get("error", 0)
         if failed + counts.get("passed", 0) == 0:
             raise NotMeasured(f"{function} did not run with backend {self.backend}")
+        if not failed and self.backend not in self._found["tests"].get("exit_statuses", {}):
+            raise NotMeasured(f"the tests of backend {self.backend} did not end")
         return float(failed)
 
 

@@ -26,6 +26,7 @@ class Counts:
         self._findings, self._lock = findings, threading.Lock()
         self.tests: dict[str, dict[str, dict[str, int]]] = {}
         self.failures: list[str] = []
+        self.statuses: dict[str, int] = {}
 
     def add(self, run: str, line: str) -> None:
         match = OUTCOME.match(line)
@@ -39,11 +40,16 @@ class Counts:
                 self.failures.append(f"{file}::{function}{case or ''}")
             self._findings.update(tests=self.tests, failures=self.failures)
 
+    def end(self, run: str, status: int) -> None:
+        with self._lock:
+            self.statuses[run] = status
+            self._findings.update(exit_statuses=self.statuses)
+
     def total(self, outcome: str) -> int:
         return sum(counts.get(outcome, 0) for run in self.tests.values() for counts in run.values())
 
 
-def follow(run: str, selection: list[str], counts: Counts, statuses: dict[str, int]) -> None:
+def follow(run: str, selection: list[str], counts: Counts) -> None:
     """Run pytest and count its tests as they end."""
     command = [sys.executable, "-m", "pytest", "-v", "-rs", "--color=no", "-p", "no:cacheprovider", *selection]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -51,24 +57,24 @@ def follow(run: str, selection: list[str], counts: Counts, statuses: dict[str, i
     for line in process.stdout:
         print(f"{run}: {line}", end="")
         counts.add(run, line)
-    statuses[run] = process.wait()
+    counts.end(run, process.wait())
 
 
 def main() -> int:
     args = arguments()
     findings = Findings(args.out)
-    counts, statuses = Counts(findings), dict[str, int]()
+    counts = Counts(findings)
     runs = {"native": RUNS["native"]} if args.quick and args.device == "cpu" else RUNS
-    threads = [threading.Thread(target=follow, args=(*run, counts, statuses)) for run in runs.items()]
+    threads = [threading.Thread(target=follow, args=(*run, counts)) for run in runs.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     totals: dict[str, Any] = {outcome: counts.total(outcome) for outcome in ("passed", "failed", "error", "skipped")}
-    findings.update(totals=totals, exit_statuses=statuses)
+    findings.update(totals=totals)
     if args.device == "cpu":
         findings.leave_out(CUDA_ONLY)
-    return max(statuses.values())
+    return max(counts.statuses.values())
 
 
 if __name__ == "__main__":

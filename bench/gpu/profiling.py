@@ -52,7 +52,7 @@ def table(trace: profile, device: str) -> list[dict[str, Any]]:
             "microseconds": event.self_device_time_total if device == "cuda" else event.self_cpu_time_total,
         }
         for event in trace.key_averages()
-        if event.device_type == kind
+        if event.device_type == kind and not event.is_user_annotation
     ]
     return sorted(rows, key=lambda row: -row["microseconds"])
 
