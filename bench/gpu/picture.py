@@ -15,6 +15,7 @@ from marks import LARGE, Results, share_of_copy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 # isort: split
 from competitors import BYTES
@@ -54,12 +55,13 @@ def fastest(rows: list[Row], what: str, who: str, state: str = "float32") -> dic
 
 def style(axes: Axes, **settings: Any) -> None:
     axes.set(xlabel="coordinates", **settings)
+    axes.title.set_fontsize(10)
     axes.grid(axis="y", color="#E6E6E6")
     axes.spines[["top", "right"]].set_visible(False)
     if settings.get("yscale") == "log":
-        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter("{x:g}")
-        axes.tick_params(axis="y", which="both", labelsize=8)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def draw_times(axes: Axes, what: str, rows: list[Row], copy: float | None) -> None:
