@@ -72,7 +72,8 @@ def _shown(value: Any) -> str:
 
 def reason(error: BaseException) -> str:
     """Why something failed, in one line."""
-    if isinstance(error, torch.OutOfMemoryError):
+    # torch's own, or CUDA's words where an extension has passed them on.
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]

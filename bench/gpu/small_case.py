@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 
 import torch
+from harness import accepts
 
-from fastl2l import LSTMRule
+from fastl2l import FusedLSTMOptimizer, LSTMRule
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.ops.layout import new_state
 
@@ -29,12 +30,19 @@ def run(backend: Backend, device: str, hidden: int) -> None:
     )
     random = torch.Generator(device).manual_seed(0)
     grads, adjoints = (torch.randn(STEPS, COORDINATES, device=device, generator=random) for _ in range(2))
-    theta, state = torch.zeros(COORDINATES, device=device), new_state(rule, COORDINATES, device)
-    for grad in grads:
-        backend.step_([theta], [grad], [state], *arguments, 1.0)
-    first, dstate = new_state(rule, COORDINATES, device), torch.ones_like(state)
+    theta = torch.zeros(COORDINATES, device=device)
+    for dtype in state_dtypes():
+        state = new_state(rule, COORDINATES, device).to(dtype)
+        for grad in grads:
+            backend.step_([theta], [grad], [state], *arguments, 1.0)
+    first = new_state(rule, COORDINATES, device)
+    dstate = torch.ones_like(first)
     found = (theta, *backend.window_backward(first, grads, adjoints, *arguments, dstate, True, True))
     assert all(tensor.isfinite().all() for tensor in found)
+
+
+def state_dtypes() -> list[torch.dtype]:
+    return [torch.float32, *([torch.bfloat16] if accepts(FusedLSTMOptimizer, "state_dtype") else [])]
 
 
 def main(device: str) -> None:

@@ -74,12 +74,10 @@ def cases(who: str, quick: bool) -> list[Case]:
 def implementation(who: str, state: str, quick: bool) -> Callable[[Workload], Runner]:
     if who in OURS:
         return functools.partial(competitors.fastl2l, backend=who, state_dtype=getattr(torch, state))
-    if who == "compile" and quick:
-        # Dynamo alone: the compiler takes longer than the rest of a dry run.
-        return functools.partial(competitors.compiled, backend="eager")
     if who == "compile":
-        torch._dynamo.reset()  # each size gets code of its own, not the first size's made general
-        return functools.partial(competitors.compiled, dynamic=False)
+        torch.compiler.reset()  # each size gets code of its own, not the first size's made general
+        # In a dry run Dynamo alone: the compiler takes longer than all the rest.
+        return functools.partial(competitors.compiled, dynamic=False, **({"backend": "eager"} if quick else {}))
     return {"eager": competitors.eager, "lstm": competitors.whole_lstm}[who]
 
 
