@@ -288,6 +288,19 @@ def test_what_was_not_measured_is_neither_reached_nor_missed():
     assert marks.judge(stages)[0]["why"] == "the copy bandwidth was not measured"
 
 
+def test_what_must_fit_and_does_not_is_missed():
+    import suite
+
+    stages = made_up()
+    stages["speed"]["found"]["rows"][-1]["failed"] = "out of memory"
+    assert reached(stages) == [True] * 8 + [False] + [True] * 2
+    text = suite.describe_mark(reached_marks(stages)[8])
+    assert text.startswith("MISSED ")
+    assert text.endswith("N = 20,000,000, launches, float32: out of memory")
+    stages["speed"]["found"]["rows"][-1]["failed"] = "left out: no time left"
+    assert reached(stages)[8] is None
+
+
 def test_marks_are_about_the_backend_that_auto_takes():
     import marks
 
@@ -390,6 +403,28 @@ def test_everyone_computes_the_same():
 
     for who in ("native", "lstm"):
         speed.check(who, "cpu", True)
+
+
+def test_training_is_timed_without_what_is_done_once():
+    import training
+
+    task = training.denoising(4, "cpu")
+    sample, calls = task.sample, []
+
+    def slow_at_first(seed):
+        calls.append(seed)
+        if len(calls) == 3:
+            time.sleep(1)
+        return sample(seed)
+
+    task.sample = slow_at_first
+    problem = {"task": task, "horizon": 4, "unroll": 2, "trajectories": 3}
+    begin = time.perf_counter()
+    row = training.train(problem, {}, "cpu")
+    assert 0 < row["seconds"] < time.perf_counter() - begin - 1
+    assert row["coordinates"] == 48
+    assert row["trajectories_per_s"] == pytest.approx(3 / row["seconds"])
+    assert row["coordinate_steps_per_s"] == pytest.approx(3 * 4 * 48 / row["seconds"])
 
 
 def test_sizes_of_the_marks_come_first():

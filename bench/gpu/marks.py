@@ -17,7 +17,15 @@ OURS = ("native", "triton")
 
 
 class NotMeasured(Exception):
-    """Why a mark cannot be judged."""
+    """Why there is no number."""
+
+    reached: bool | None = None
+
+
+class OutOfMemory(NotMeasured):
+    """There is none since it does not fit, which is the worst that a mark of what must fit can have."""
+
+    reached = False
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Mark:
         try:
             measured = self.measure(results)
         except NotMeasured as why:
-            return mark | {"measured": None, "reached": None, "why": str(why)}
+            return mark | {"measured": None, "reached": why.reached, "why": str(why)}
         reached = measured >= self.limit if self.at_least else measured <= self.limit
         return mark | {"measured": measured, "reached": reached}
 
@@ -88,7 +96,10 @@ class Results:
 
     def share_of_memory(self, numel: int) -> float:
         """Most memory in use in a meta-gradient, as a share of the card's."""
-        row = self.row("meta-gradient", self.backend, numel)
+        try:
+            row = self.row("meta-gradient", self.backend, numel)
+        except NotMeasured as why:
+            raise OutOfMemory(str(why)) if str(why).endswith(": out of memory") else why from None
         gpu = self._found.get("machine", {}).get("gpu")
         if not gpu:
             raise NotMeasured("there is no GPU")
