@@ -1,8 +1,10 @@
 # make demo   trains a small optimizer and compares it with tuned baselines, in a few minutes
 # make test   runs the tests
+# make gpu    builds, tests and measures on this machine's GPU, in less than ten minutes: see docs/gpu.md
 #
-# Each first makes the virtual environment VENV and installs everything into it, where that has not been done. pip takes
+# The first two make the virtual environment VENV and install everything into it, where that has not been done. pip takes
 # its settings from the usual PIP_* variables; TORCH_INDEX=URL names a further package index, one of CPU builds, say.
+# The third installs nothing and needs no network: its PYTHON is one that has torch for CUDA.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +13,7 @@ READY := $(VENV)/.fastl2l-installed
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test gpu lint format bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -23,6 +25,11 @@ demo: $(READY)
 
 test: $(READY)
 	FASTL2L_REQUIRE_EXT=1 $(BIN)/python -m pytest $(ARGS)
+
+gpu:
+	@$(PYTHON) -c 'import torch' || \
+	  { echo "make gpu installs nothing: name an interpreter that has torch: make gpu PYTHON=..." >&2; exit 1; }
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) bench/gpu $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -2,12 +2,13 @@
 
 Each competitor is a pair of functions of one rule and N coordinates: `step` (one update of all coordinates, without
 gradient) and `meta_gradient` (T steps on given gradients, and the gradient of sum(adjoints * updates) with respect to
-the rule's weights). Every competitor is checked against fastl2l before it is timed.
+the rule's weights). Every competitor is checked against fastl2l before it is timed. All but JAX run on any device.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,25 +20,50 @@ from fastl2l.ops.dispatch import select
 from fastl2l.ops.layout import new_state
 from fastl2l.rules import LSTMRule
 
+MULTIPLY_ADDS = {"step": 4980, "meta-gradient": 4 * 4980}
+"""A coordinate and step: the step; and for the meta-gradient the step, its recomputation, and the backward to the
+inputs and to the weights."""
+STATE_BYTES = 2 * 80 * 4
+"""A coordinate and step: the state, read and written in float32."""
+BYTES = {"step": STATE_BYTES + 12, "meta-gradient": STATE_BYTES + 12 + 8 + 320 / 20}
+"""A coordinate and step: state in and out, gradient and parameter; gradients and adjoints again, first state once."""
+
 
 @dataclass
 class Workload:
-    """What is timed: T gradients and adjoints of N coordinates, and a rule."""
+    """What is timed: T gradients and adjoints of N coordinates, and a rule.
+
+    Steps take `turns` states in turn, each with its parameter and gradient: together more than a cache holds, they are
+    in memory as they are between two steps of training.
+    """
 
     rule: LSTMRule
     gradients: Tensor
     adjoints: Tensor
+    turns: int = 1
 
     @classmethod
-    def of(cls, numel: int, steps: int) -> Workload:
-        random = torch.Generator().manual_seed(numel)
-        gradients, adjoints = (torch.randn(steps, numel, generator=random) for _ in range(2))
-        return cls(LSTMRule(seed=0), gradients * 1e-2, adjoints)
+    def of(cls, numel: int, steps: int, device: torch.device | str = "cpu", turns: int = 1) -> Workload:
+        random = torch.Generator(device).manual_seed(numel)
+        gradients, adjoints = (torch.randn(steps, numel, generator=random, device=device) for _ in range(2))
+        return cls(LSTMRule(seed=0).to(device), gradients.mul_(1e-2), adjoints, turns)
+
+    @property
+    def numel(self) -> int:
+        return self.gradients.shape[1]
+
+    def parameters(self) -> list[Tensor]:
+        return [torch.zeros_like(self.gradients[0]) for _ in range(self.turns)]
+
+    def in_turn(self) -> Callable[[], tuple[int, Tensor]]:
+        """A function that gives the number of the next state and its gradient."""
+        cycle = itertools.cycle([(turn, self.gradients[turn % len(self.gradients)]) for turn in range(self.turns)])
+        return lambda: next(cycle)
 
 
 @dataclass
 class Runner:
-    """A competitor ready to run: `step()` -> update [N], `meta_gradient()` -> flat gradient of the weights."""
+    """A competitor ready to run: `step()` -> parameter [N], `meta_gradient()` -> flat gradient of the weights."""
 
     step: Callable[[], Tensor]
     meta_gradient: Callable[[], Tensor]
@@ -65,20 +91,24 @@ class PyTorchRule(nn.Module):
             self.output.bias.copy_(rule.bias_out)
 
     def state(self, numel: int) -> list[tuple[Tensor, Tensor]]:
-        return [(torch.zeros(numel, cell.hidden_size), torch.zeros(numel, cell.hidden_size)) for cell in self.cells]
+        zeros = self.output.weight.new_zeros
+        return [(zeros(numel, cell.hidden_size), zeros(numel, cell.hidden_size)) for cell in self.cells]
 
-    def forward(
-        self, gradient: Tensor, state: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def features(self, gradient: Tensor) -> Tensor:
+        """[...] -> [..., 2]."""
         large = gradient.abs() >= torch.e**-self.p
-        x = torch.stack(
+        return torch.stack(
             [
                 torch.where(large, gradient.abs().clamp_min(1e-38).log() / self.p, -1.0),
                 torch.where(large, gradient.sign(), gradient * torch.e**self.p),
             ],
-            1,
+            -1,
         )
-        new_state = []
+
+    def forward(
+        self, gradient: Tensor, state: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        x, new_state = self.features(gradient), []
         for cell, before in zip(self.cells, state, strict=True):
             x, c = cell(x, before)
             new_state.append((x, c))
@@ -90,26 +120,31 @@ class PyTorchRule(nn.Module):
         return torch.cat([part.flatten() for part in (*parts, self.output.weight.grad, self.output.bias.grad)])
 
 
-def fastl2l(work: Workload) -> Runner:
-    backend, config = select("native", "cpu"), work.rule.config
+def fastl2l(work: Workload, backend: str = "native", state_dtype: torch.dtype = torch.float32) -> Runner:
+    chosen, config = select(backend, work.gradients.device), work.rule.config
     arguments = (
         [weight.detach() for weight in work.rule.weights()],
         config.preprocess,
         config.preprocess_constant,
         config.output_scale,
     )
-    numel = work.gradients.shape[1]
-    theta, state = torch.zeros(numel), new_state(work.rule, numel)
+    thetas, next_turn = work.parameters(), work.in_turn()
+
+    def fresh() -> Tensor:
+        return new_state(work.rule, work.numel, work.gradients.device).to(state_dtype)
+
+    states = [fresh() for _ in thetas]
 
     def step() -> Tensor:
-        backend.step_([theta], [work.gradients[0]], [state], *arguments, 1.0)
-        return theta
+        turn, gradient = next_turn()
+        chosen.step_([thetas[turn]], [gradient], [states[turn]], *arguments, 1.0)
+        return thetas[turn]
 
     def meta_gradient() -> Tensor:
-        now, first = new_state(work.rule, numel), new_state(work.rule, numel)
+        now, first = fresh(), fresh()
         for gradient in work.gradients:
-            backend.step_([theta], [gradient], [now], *arguments, 1.0)
-        return backend.window_backward(first, work.gradients, work.adjoints, *arguments, None, False, False)[0]
+            chosen.step_([thetas[0]], [gradient], [now], *arguments, 1.0)
+        return chosen.window_backward(first, work.gradients, work.adjoints, *arguments, None, False, False)[0]
 
     return Runner(step, meta_gradient)
 
@@ -118,31 +153,71 @@ def eager(work: Workload) -> Runner:
     return _pytorch(work, lambda function: function)
 
 
-def compiled(work: Workload) -> Runner:
-    return _pytorch(work, torch.compile)
+def compiled(work: Workload, **options: Any) -> Runner:
+    return _pytorch(work, lambda function: torch.compile(function, **options))
 
 
 def _pytorch(work: Workload, prepare: Callable[[Any], Any]) -> Runner:
-    module, numel = PyTorchRule(work.rule), work.gradients.shape[1]
+    module = PyTorchRule(work.rule).to(work.gradients.device)
     forward = prepare(module)
-    theta, state = torch.zeros(numel), module.state(numel)
+    thetas, next_turn = work.parameters(), work.in_turn()
+    states = [module.state(work.numel) for _ in thetas]
 
     def step() -> Tensor:
+        turn, gradient = next_turn()
         with torch.no_grad():
-            update, new = forward(work.gradients[0], state)
-            for old, fresh in zip(state, new, strict=True):
-                old[0].copy_(fresh[0])
-                old[1].copy_(fresh[1])
-            return theta.add_(update)
+            update, states[turn] = forward(gradient, states[turn])
+            return thetas[turn].add_(update)
 
     def meta_gradient() -> Tensor:
         module.zero_grad()
-        now, loss = module.state(numel), torch.zeros(())
+        now, loss = module.state(work.numel), work.adjoints.new_zeros(())
         for gradient, adjoint in zip(work.gradients, work.adjoints, strict=True):
             update, now = forward(gradient, now)
             loss = loss + adjoint @ update
         loss.backward()
         return module.flat_gradient()
+
+    return Runner(step, meta_gradient)
+
+
+def whole_lstm(work: Workload) -> Runner:
+    """nn.LSTM, which is cuDNN's on a GPU.
+
+    It gets more than the others: the features have been computed already, and the meta-gradient sees all gradients at
+    once, as no optimizer does.
+    """
+    module, device = PyTorchRule(work.rule).to(work.gradients.device), work.gradients.device
+    config = work.rule.config
+    lstm = nn.LSTM(config.features, config.hidden_size, config.num_layers, device=device)
+    with torch.no_grad():
+        for layer, cell in enumerate(module.cells):
+            for name, weight in cell.named_parameters():
+                getattr(lstm, f"{name}_l{layer}").copy_(weight)
+        features = module.features(work.gradients)
+    thetas, next_turn = work.parameters(), work.in_turn()
+
+    def fresh() -> tuple[Tensor, Tensor]:
+        zeros = work.gradients.new_zeros
+        shape = config.num_layers, work.numel, config.hidden_size
+        return zeros(shape), zeros(shape)
+
+    states = [fresh() for _ in thetas]
+
+    def step() -> Tensor:
+        turn, _ = next_turn()
+        with torch.no_grad():
+            h, states[turn] = lstm(features[turn % len(features)].unsqueeze(0), states[turn])
+            return thetas[turn].add_(module.output(h[0]).squeeze(1), alpha=config.output_scale)
+
+    def meta_gradient() -> Tensor:
+        module.zero_grad()
+        lstm.zero_grad()
+        h, _ = lstm(features, fresh())
+        (config.output_scale * module.output(h).squeeze(-1) * work.adjoints).sum().backward()
+        names = ("weight_ih", "weight_hh", "bias_ih")
+        parts = [getattr(lstm, f"{name}_l{layer}").grad for layer in range(config.num_layers) for name in names]
+        return torch.cat([part.flatten() for part in (*parts, module.output.weight.grad, module.output.bias.grad)])
 
     return Runner(step, meta_gradient)
 

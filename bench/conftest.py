@@ -18,10 +18,6 @@ import torch
 import fastl2l
 from fastl2l.files import write_json
 
-MULTIPLY_ADDS = {"step": 4980, "meta-gradient": 4 * 4980}
-"""A coordinate and step: the step; and for the meta-gradient the step, its recomputation, and the backward to the
-inputs and to the weights."""
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", metavar="FILE", help="write medians, ratios and rates to this JSON file")

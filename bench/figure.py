@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import MULTIPLY_ADDS
+from competitors import BYTES, MULTIPLY_ADDS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,8 +19,6 @@ from fastl2l.files import write_bytes
 
 COLOURS = {"fastl2l": "#D55E00", "compile": "#0072B2", "eager": "#7F7F7F", "jax": "#009E73"}
 LABELS = {"compile": "torch.compile", "eager": "PyTorch", "jax": "JAX"}
-BYTES = {"step": 640 + 12, "meta-gradient": 640 + 12 + 8 + 320 / 20}
-"""A coordinate and step: state in and out, gradient and parameter; gradients and adjoints again, first state once."""
 
 
 def draw(axes: Axes, what: str, rows: list[dict[str, Any]]) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from competitors import COMPETITORS, Workload, fastl2l
-from conftest import MULTIPLY_ADDS
+from competitors import COMPETITORS, MULTIPLY_ADDS, Workload, fastl2l
 
 SIZES = [10, 1_000, 15_910, 49_152, 1_000_000, 10_000_000]
 UNROLL = 20
