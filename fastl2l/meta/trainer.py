@@ -16,7 +16,8 @@ from torch import Tensor
 from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.progress import Progress
 from fastl2l.rules import LSTMRule
-from fastl2l.tasks.base import Task, check_start, integer, problem_seed
+from fastl2l.tasks.base import Problem, Task, check_start, integer, problem_seed
+from fastl2l.tasks.batch import batch as side_by_side
 from fastl2l.trajectory import Trajectory
 from fastl2l.trajectory import step_weights as _step_weights
 
@@ -37,16 +38,19 @@ class Epoch(NamedTuple):
     """Mean final loss on the validation problems, infinite if any of them diverged."""
     meta_lr: float
     skipped: int
-    """Windows whose loss or gradient was not finite, and that were left out with the rest of their trajectory."""
+    """Windows whose loss or gradient was not finite, and that were left out with the rest of their trajectory.
+
+    A batch's window is one, and is left out for all its problems if one of them is not finite.
+    """
 
 
 class MetaTrainer:
     """Trains a rule by gradient descent on what it does to the problems of a task.
 
-    An epoch is `trajectories` fresh problems of `horizon` steps each. After every window of `unroll` steps the rule
-    takes a step of Adam along the window's meta-gradient. After every epoch the rule is frozen and run on the same
-    `validation_problems` problems; the weights with the best mean final loss are kept, and are what the rule has when
-    :meth:`fit` returns.
+    An epoch is `trajectories` fresh problems of `horizon` steps each, `batch` of them at a time. After every window of
+    `unroll` steps the rule takes a step of Adam along the window's meta-gradient, the mean over the batch. After every
+    epoch the rule is frozen and run on the same `validation_problems` problems; the weights with the best mean final
+    loss are kept, and are what the rule has when :meth:`fit` returns.
 
     Everything random comes from `seed`: two runs with the same arguments give the same bits, on the same machine and
     with the same number of threads for torch's own operations. With a `checkpoint` a run that was killed at any moment
@@ -60,6 +64,9 @@ class MetaTrainer:
         meta_lr: learning rate of Adam.
         seed: seed of all problems.
         trajectories: trajectories an epoch.
+        batch: trajectories side by side, which share each kernel call and each step of Adam; divides `trajectories`.
+            Worth it where problems are small: their evaluation and the kernels' calls cost little more than one's (see
+            :func:`fastl2l.tasks.batch`).
         validation_problems: problems that the rule is validated on.
         step_weights: weights of the losses in a window's objective: None for 1 everywhere, ``"last"``, or `unroll`
             numbers.
@@ -95,6 +102,7 @@ class MetaTrainer:
         meta_lr: float = 1e-3,
         seed: int = 0,
         trajectories: int = 20,
+        batch: int = 1,
         validation_problems: int = 20,
         step_weights: Sequence[float] | str | None = None,
         second_derivatives: bool = False,
@@ -106,14 +114,14 @@ class MetaTrainer:
     ) -> None:
         self.rule, self.task, self.seed = rule, task, integer("seed", seed, least=0)
         self.horizon, self.unroll = integer("horizon", horizon), integer("unroll", unroll)
-        self.trajectories = integer("trajectories", trajectories)
+        self.trajectories, self.batch = integer("trajectories", trajectories), integer("batch", batch)
         self.validation_problems = integer("validation_problems", validation_problems)
         self.meta_lr, self.clip_norm, self.schedule = meta_lr, clip_norm, schedule
         self.second_derivatives, self.backend = second_derivatives, backend
         self._check()
         self.step_weights = _step_weights(step_weights, self.unroll)
-        check_start(self._problem("validation", 0))
-        Trajectory(self._problem("validation", 0), rule, backend=backend)
+        check_start(self._problems("validation", 0, 1))
+        Trajectory(self._problems("validation", 0, 1), rule, backend=backend)
 
         self.history: list[Epoch] = []
         self.best_loss = math.inf
@@ -132,6 +140,8 @@ class MetaTrainer:
             raise TypeError(f"task: expected a fastl2l.tasks.Task, got {type(self.task).__name__}")
         if self.horizon % self.unroll:
             raise ValueError(f"unroll: expected a divisor of the horizon {self.horizon}, got {self.unroll}")
+        if self.trajectories % self.batch:
+            raise ValueError(f"batch: expected a divisor of the trajectories {self.trajectories}, got {self.batch}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         for name, value in (("meta_lr", self.meta_lr), ("clip_norm", self.clip_norm)):
@@ -142,7 +152,7 @@ class MetaTrainer:
 
     def settings(self) -> dict[str, Any]:
         """All that decides what this run computes, as JSON would hold it: a checkpoint is good for these alone."""
-        names = ["horizon", "unroll", "meta_lr", "seed", "trajectories", "validation_problems", "step_weights"]
+        names = ["horizon", "unroll", "meta_lr", "seed", "trajectories", "batch", "validation_problems", "step_weights"]
         names += ["second_derivatives", "clip_norm", "schedule"]
         return {
             "task": self.task.spec(),
@@ -182,15 +192,15 @@ class MetaTrainer:
         self._adam.param_groups[0]["lr"] = meta_lr
         losses: list[Tensor] = []
         skipped = 0
-        for index in range(number * self.trajectories, (number + 1) * self.trajectories):
-            finite = self._train_on(self._problem("train", index), losses)
+        for first in range(number * self.trajectories, (number + 1) * self.trajectories, self.batch):
+            finite = self._train_on(self._problems("train", first, self.batch), losses)
             skipped += not finite
         train_loss = torch.stack(losses).mean().item() if losses else math.nan
         epoch = Epoch(number + 1, train_loss, self.validate(), meta_lr, skipped)
         self._log(epoch)
         return epoch
 
-    def _train_on(self, problem: Any, losses: list[Tensor]) -> bool:
+    def _train_on(self, problem: Problem, losses: list[Tensor]) -> bool:
         """Train along one trajectory; False if it was left because something was not finite."""
         trajectory = Trajectory(problem, self.rule, backend=self.backend)
         for _ in range(self.horizon // self.unroll):
@@ -216,15 +226,17 @@ class MetaTrainer:
     def validate(self) -> float:
         """Mean final loss of the rule, as it is now, on the validation problems; infinite if any diverged."""
         total = 0.0
-        for index in range(self.validation_problems):
-            trajectory = Trajectory(self._problem("validation", index), self.rule, backend=self.backend)
+        for first in range(0, self.validation_problems, self.batch):
+            count = min(self.batch, self.validation_problems - first)
+            trajectory = Trajectory(self._problems("validation", first, count), self.rule, backend=self.backend)
             for _ in range(self.horizon):
                 trajectory.advance()
-            total += trajectory.loss.item()
+            total += trajectory.loss.item() * count
         return total / self.validation_problems if math.isfinite(total) else math.inf
 
-    def _problem(self, purpose: str, index: int) -> Any:
-        return self.task.sample(problem_seed(self.seed, purpose, index))
+    def _problems(self, purpose: str, first: int, count: int) -> Problem:
+        seeds = [problem_seed(self.seed, purpose, index) for index in range(first, first + count)]
+        return side_by_side([self.task.sample(seed) for seed in seeds])
 
     def _copy_weights(self) -> dict[str, Tensor]:
         return {name: weight.detach().clone() for name, weight in self.rule.named_parameters()}
