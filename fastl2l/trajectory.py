@@ -61,7 +61,7 @@ class Trajectory:
     Attributes:
         theta: [N], where the optimizee is.
         state: the rule's state, [tiles, rows, 16].
-        steps: steps done.
+        steps: steps done, counted from the problem's first.
         loss: 0-d Tensor, f(theta) of the minibatch of step ``steps``, the mean over the problem's functions.
 
     Raises:
@@ -77,15 +77,21 @@ class Trajectory:
             )
         self.problem, self.rule = problem, rule
         self._backend_name, self._backend = backend, select(backend, theta0.device)
-        self.theta = theta0.clone()
+        self.theta, self._gradient = torch.empty_like(theta0), torch.empty_like(theta0)
         self.state = new_state(rule, theta0.numel(), theta0.device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Start anew at the problem's theta_0, as it is now, in the same memory."""
+        self.theta.copy_(self.problem.theta0)
+        self.state.zero_()
         self.steps = 0
-        self.loss, self._gradient = self._evaluate()
+        self.loss = self._evaluate(self._gradient)
 
     def advance(self) -> Tensor:
         """One step; returns the loss after it (0-d)."""
         self._step(self._gradient)
-        self.loss, self._gradient = self._evaluate()
+        self.loss = self._evaluate(self._gradient)
         return self.loss
 
     def window(self, weights: Sequence[float], *, second_derivatives: bool = False) -> Window:
@@ -110,13 +116,13 @@ class Trajectory:
         losses = []
         for t in range(unroll):
             self._step(grads[t])
-            self.loss, grads[t + 1] = self._evaluate()
+            self.loss = self._evaluate(grads[t + 1])
             losses.append(self.loss)
         adjoints = torch.empty_like(grads[1:])
         torch.mul(grads[unroll], weights[-1], out=adjoints[-1])
         for t in range(unroll - 2, -1, -1):
             torch.add(adjoints[t + 1], grads[t + 1], alpha=weights[t], out=adjoints[t])
-        self._gradient = grads[unroll].clone()
+        self._gradient.copy_(grads[unroll])
         dweights, _, _ = self._backend.window_backward(
             first_state, grads[:unroll], adjoints, *self._rule_arguments(), None, False, False
         )
@@ -136,8 +142,8 @@ class Trajectory:
                 objective = objective + weight * loss
                 losses.append(loss.detach() / functions)
             dweights = torch.autograd.grad(objective, self.rule.weights())
-        self.theta, self.state, self._gradient = theta.detach(), state.detach(), gradient.detach()
-        self.loss = losses[-1]
+        self.theta, self.state, self.loss = theta.detach(), state.detach(), losses[-1]
+        self._gradient.copy_(gradient.detach())
         return losses, torch.cat([part.reshape(-1) for part in dweights])
 
     def _step(self, gradient: Tensor) -> None:
@@ -149,6 +155,8 @@ class Trajectory:
         weights = [weight.detach() for weight in self.rule.weights()]
         return weights, config.preprocess, config.preprocess_constant, config.output_scale
 
-    def _evaluate(self) -> tuple[Tensor, Tensor]:
-        loss, gradient = value_and_grad(self.problem, self.theta, self.steps)
-        return loss / self.problem.functions, gradient.contiguous()
+    def _evaluate(self, gradient: Tensor) -> Tensor:
+        """The loss at theta, whose gradient is written to `gradient`."""
+        loss, found = value_and_grad(self.problem, self.theta, self.steps)
+        gradient.copy_(found)
+        return loss / self.problem.functions

@@ -1,6 +1,7 @@
 """The kernels on a GPU, by every backend that has some: as accurate as PyTorch, the same bits again and again.
 
-On any stream and device, in CUDA graphs, for any number of coordinates. Skipped where there is no GPU.
+On any stream and device, in CUDA graphs, for any number of coordinates. And meta-training with captured windows.
+Skipped where there is no GPU.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from helpers import (
     steps_by,
     tiles,
 )
+from test_capture import LR, PureCliff
+from training import seeds, small_rule, trainer
 
-from fastl2l import FusedLSTMOptimizer, build
+from fastl2l import FusedLSTMOptimizer, build, tasks
 from fastl2l.ops import dispatch
 from fastl2l.ops.layout import TILE, new_state, to_rows
 
@@ -319,3 +322,71 @@ def test_tensors_on_different_devices_are_named():
     with pytest.raises(RuntimeError, match=r"weights\[7\]: expected a tensor on cuda:0, got one on another device"):
         native.step_([param], [grads[0]], [state], [*rule[0][:-1], rule[0][-1].cpu()], *rule[1:], 1.0)
     assert not param.any()
+
+
+# Meta-training
+
+
+def runs(backend, task, **changes):
+    """A captured run and an eager one, in float64."""
+    made = []
+    for capture in (True, False):
+        rule = small_rule(dtype=torch.float64).cuda()
+        made.append(trainer(task, rule, meta_lr=LR, backend=backend.name, capture=capture, **changes))
+    return made
+
+
+def assert_same_training(captured, eager):
+    for mine, theirs in zip(captured.history, eager.history, strict=True):
+        assert tuple(mine) == pytest.approx(tuple(theirs), rel=1e-9, nan_ok=True)
+    for mine, theirs in zip(captured.rule.weights(), eager.rule.weights(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+
+
+ON_GPU = {"dtype": torch.float64, "device": "cuda"}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("task", ["quadratic", "digits"])
+def test_captured_windows_train_as_eager_ones(backend, task, size, schedule):
+    options = {"quadratic": {"dim": 3, "batch": 4}, "digits": {"hidden": (3,), "batch_size": 8}}[task]
+    pair = runs(backend, tasks.by_name(task, **options, **ON_GPU), batch=size, schedule=schedule)
+    for run in pair:
+        run.fit(2, progress=False)
+    if schedule == "cosine":  # its rates are rounded to float32 in a graph
+        assert pair[0].history[1].train_loss == pytest.approx(pair[1].history[1].train_loss, rel=1e-5)
+    else:
+        assert_same_training(*pair)
+
+
+@pytest.mark.parametrize("edge", [1, 6])
+def test_captured_windows_that_are_not_finite_change_nothing(backend, edge):
+    pair = runs(backend, PureCliff(3, 4, **ON_GPU, edge=edge, seeds=seeds("train", 1, 3)))
+    for run in pair:
+        run.fit(3, progress=False)
+    assert_same_training(*pair)
+    assert [epoch.skipped for epoch in pair[0].history] == [1, 1, 0]
+
+
+def test_captured_runs_can_be_taken_up_again(backend, tmp_path):
+    task = tasks.Quadratic(3, 4, **ON_GPU)
+    whole, _ = runs(backend, task)
+    whole.fit(3, progress=False)
+    for epochs, capture in ((1, True), (2, False), (3, True)):
+        rule = small_rule(dtype=torch.float64).cuda()
+        options = {"meta_lr": LR, "backend": backend.name, "capture": capture}
+        parts = trainer(task, rule, checkpoint=tmp_path / "checkpoint", **options)
+        parts.fit(epochs, progress=False)
+    assert_same_training(whole, parts)
+
+
+def test_the_host_waits_for_nothing_along_a_captured_trajectory(backend):
+    trained, _ = runs(backend, tasks.Digits(hidden=(3,), batch_size=8, **ON_GPU), batch=3)
+    window, problem = trained._captured(), trained._problems("train", 0, 3)
+    window.train([problem])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        window._train_on(problem)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

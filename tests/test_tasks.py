@@ -21,6 +21,8 @@ from fastl2l.tasks.base import (
     value_and_grad,
 )
 
+CPU = torch.device("cpu")
+
 
 def blobs(n=300, dtype=torch.float32):
     random = torch.Generator().manual_seed(0)
@@ -160,7 +162,7 @@ def test_classification_is_torch_s_own_network(hidden, activation):
         ]
     network = nn.Sequential(*layers[:-1]).double()
     nn.utils.vector_to_parameters(problem.theta0, network.parameters())
-    rows = Minibatches(3, 1437, 128, "cpu")[5]
+    rows = Minibatches(3, 1437, 128).at(5, CPU)
     images, labels, _ = task.data("train")
     expected = F.cross_entropy(network(images.flatten(1)[rows]), labels[rows])
     expected.backward()
@@ -236,8 +238,8 @@ def test_streams_of_numbers_are_independent():
 
 
 def test_minibatches_are_uniform_with_replacement():
-    batches = Minibatches(7, rows=50, batch_size=128, device="cpu")
-    drawn = torch.stack([batches[step] for step in range(1000)])
+    batches = Minibatches(7, rows=50, batch_size=128)
+    drawn = torch.stack([batches.at(step, CPU) for step in range(1000)])
     assert drawn.dtype == torch.int64
     counts = torch.bincount(drawn.flatten(), minlength=50)
     assert len(counts) == 50
@@ -248,10 +250,10 @@ def test_minibatches_are_uniform_with_replacement():
 
 
 def test_minibatches_do_not_depend_on_the_order_of_asking():
-    forward, backward = (Minibatches(1, rows=1000, batch_size=8, device="cpu") for _ in range(2))
-    ahead = [forward[step] for step in range(200)]
+    forward, backward = (Minibatches(1, rows=1000, batch_size=8) for _ in range(2))
+    ahead = [forward.at(step, CPU) for step in range(200)]
     for step in reversed(range(200)):
-        assert torch.equal(backward[step], ahead[step])
+        assert torch.equal(backward.at(step, CPU), ahead[step])
 
 
 # Custom tasks
@@ -262,7 +264,7 @@ def test_from_module_is_the_module_s_own_gradient():
     problem = task.sample(3)
     module = problem.module
     torch.testing.assert_close(nn.utils.parameters_to_vector(module.parameters()), problem.theta0)
-    rows = Minibatches(3, 300, 16, "cpu")[4]
+    rows = Minibatches(3, 300, 16).at(4, CPU)
     F.cross_entropy(module(inputs[rows]), targets[rows]).backward()
     _, grad = value_and_grad(problem, problem.theta0, 4)
     torch.testing.assert_close(grad, torch.cat([p.grad.flatten() for p in module.parameters()]))
@@ -307,7 +309,7 @@ def test_tied_weights_are_one_parameter():
     theta = problem.theta0 + 1
     assert theta.numel() == 36
     inputs, targets = blobs()
-    rows = Minibatches(0, 300, 16, "cpu")[0]
+    rows = Minibatches(0, 300, 16).at(0, CPU)
     w = theta.view(6, 6)
     expected = F.cross_entropy((inputs[rows] @ w.T @ w.T)[:, :3], targets[rows])
     torch.testing.assert_close(evaluate_loss(problem, theta, 0), expected)

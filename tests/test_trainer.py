@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import TASK, Cliff, finished, outcome, seeds, small_rule, trainer
 
 from fastl2l import LSTMRule, MetaTrainer, Trajectory
 from fastl2l.meta import checkpoint as checkpoint_module
@@ -23,33 +24,8 @@ from fastl2l.meta.checkpoint import CheckpointError
 from fastl2l.tasks import Quadratic
 from fastl2l.tasks.base import problem_seed
 
-SMALL = {"horizon": 8, "unroll": 4, "trajectories": 3, "validation_problems": 2, "meta_lr": 0.01}
-TASK = Quadratic(dim=3, batch=4)
 LOSSES = [3.0, 1.0, 2.0, 4.0, 1.0, 5.0]
 """Validation losses. The best weights soon lie behind, so that it shows whether they are kept."""
-
-
-def small_rule(**arguments):
-    return LSTMRule("raw", **{"output_scale": 1.0, "hidden_size": 4, "num_layers": 1} | arguments)
-
-
-def trainer(task=TASK, rule=None, validation=None, **changes):
-    """A trainer, which finds these validation losses after its epochs if some are given."""
-    made = MetaTrainer(rule or small_rule(), task, **SMALL | changes)
-    if validation is not None:
-        made.validate = lambda: validation[len(made.history)]
-    return made
-
-
-def outcome(trained):
-    """All that a run leaves, for comparison to the bit; repr, since NaN is not equal to itself."""
-    history = repr([tuple(epoch) for epoch in trained.history])
-    return history, trained.best_loss, [weight.tolist() for weight in trained.rule.weights()]
-
-
-def finished(trained, epochs):
-    trained.fit(epochs, progress=False)
-    return outcome(trained)
 
 
 # Learning
@@ -325,26 +301,6 @@ def test_other_files_are_refused(saved, monkeypatch):
 
 
 # What is not finite
-
-
-@dataclass(frozen=True)
-class Cliff(Quadratic):
-    """From step `edge` on, the losses of the problems with these seeds are `value`."""
-
-    edge: int = 0
-    seeds: tuple = ()
-    value: float = math.nan
-
-    def sample(self, seed):
-        problem = super().sample(seed)
-        if seed in self.seeds:
-            loss = problem.loss
-            problem.loss = lambda theta, step: loss(theta, step) * (self.value if step >= self.edge else 1)
-        return problem
-
-
-def seeds(purpose, *indices):
-    return tuple(problem_seed(0, purpose, index) for index in indices)
 
 
 @pytest.mark.parametrize("second_derivatives", [False, True])

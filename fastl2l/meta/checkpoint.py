@@ -13,6 +13,8 @@ from fastl2l import files
 
 VERSION = 1
 _MAGIC = b"fastl2l checkpoint\n"
+BEFORE = {"batch": 1}
+"""Settings that older files do not name, and what they were."""
 
 
 class CheckpointError(ValueError):
@@ -38,7 +40,7 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not content.startswith(_MAGIC) or hashlib.sha256(data).digest() != digest:
         raise CheckpointError(f"{path}: expected a checkpoint, and it is damaged or something else")
     loaded = torch.load(io.BytesIO(data), weights_only=True)
-    version, saved, state = loaded["version"], loaded["settings"], loaded["state"]
+    version, saved, state = loaded["version"], BEFORE | loaded["settings"], loaded["state"]
     if version != VERSION:
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION}, got {version}")
     different = [name for name in sorted(settings.keys() | saved.keys()) if settings.get(name) != saved.get(name)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastl2l.meta.checkpoint import BEFORE
 from fastl2l.meta.trainer import MetaTrainer
 from fastl2l.progress import Progress
 from fastl2l.tasks.base import integer
@@ -59,7 +60,7 @@ def search_meta_lr(
         study_name="meta_lr", storage=optuna.storages.JournalStorage(backend), load_if_exists=True
     )
     settings = make_trainer(low, folder / "none.pt").settings() | {"meta_lr": [low, high], "epochs": epochs}
-    if study.user_attrs.get("settings", settings) != settings:
+    if BEFORE | study.user_attrs.get("settings", settings) != settings:
         raise ValueError(f"folder: {folder} holds a search with other settings: {study.user_attrs['settings']}")
     study.set_user_attr("settings", settings)
     _enqueue_unfinished(study)

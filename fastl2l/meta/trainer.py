@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastl2l.meta import capture as capture_module
 from fastl2l.meta import checkpoint as checkpoint_module
+from fastl2l.meta.step import meta_step
 from fastl2l.progress import Progress
 from fastl2l.rules import LSTMRule
-from fastl2l.tasks.base import Task, check_start, integer, problem_seed
+from fastl2l.tasks.base import Problem, Task, check_start, integer, problem_seed
+from fastl2l.tasks.batch import batch as side_by_side
 from fastl2l.trajectory import Trajectory
 from fastl2l.trajectory import step_weights as _step_weights
 
@@ -37,16 +40,19 @@ class Epoch(NamedTuple):
     """Mean final loss on the validation problems, infinite if any of them diverged."""
     meta_lr: float
     skipped: int
-    """Windows whose loss or gradient was not finite, and that were left out with the rest of their trajectory."""
+    """Windows whose loss or gradient was not finite, and that were left out with the rest of their trajectory.
+
+    A batch's window is one, and is left out for all its problems if one of them is not finite.
+    """
 
 
 class MetaTrainer:
     """Trains a rule by gradient descent on what it does to the problems of a task.
 
-    An epoch is `trajectories` fresh problems of `horizon` steps each. After every window of `unroll` steps the rule
-    takes a step of Adam along the window's meta-gradient. After every epoch the rule is frozen and run on the same
-    `validation_problems` problems; the weights with the best mean final loss are kept, and are what the rule has when
-    :meth:`fit` returns.
+    An epoch is `trajectories` fresh problems of `horizon` steps each, `batch` of them at a time. After every window of
+    `unroll` steps the rule takes a step of Adam along the window's meta-gradient, the mean over the batch. After every
+    epoch the rule is frozen and run on the same `validation_problems` problems; the weights with the best mean final
+    loss are kept, and are what the rule has when :meth:`fit` returns.
 
     Everything random comes from `seed`: two runs with the same arguments give the same bits, on the same machine and
     with the same number of threads for torch's own operations. With a `checkpoint` a run that was killed at any moment
@@ -60,6 +66,9 @@ class MetaTrainer:
         meta_lr: learning rate of Adam.
         seed: seed of all problems.
         trajectories: trajectories an epoch.
+        batch: trajectories side by side, which share each kernel call and each step of Adam; divides `trajectories`.
+            Worth it where problems are small: their evaluation and the kernels' calls cost little more than one's (see
+            :func:`fastl2l.tasks.batch`).
         validation_problems: problems that the rule is validated on.
         step_weights: weights of the losses in a window's objective: None for 1 everywhere, ``"last"``, or `unroll`
             numbers.
@@ -67,6 +76,9 @@ class MetaTrainer:
         clip_norm: the meta-gradient's largest norm, or None.
         schedule: ``"constant"``, or ``"cosine"`` to bring the meta learning rate to 0 by the last epoch.
         backend: see :class:`fastl2l.FusedLSTMOptimizer`.
+        capture: run each window, the meta-step included, as one CUDA graph, recorded once a :meth:`fit`. For a rule on
+            a CUDA device, first-order windows and tasks of pure problems (see :class:`fastl2l.tasks.PureProblem`); what
+            is computed is the same up to rounding. Validation is not captured. It has not run on a GPU yet.
         checkpoint: file to keep the run's state in after every epoch; if it is there already, the run goes on from it.
         tensorboard: folder for TensorBoard curves (needs the package tensorboard).
 
@@ -95,31 +107,39 @@ class MetaTrainer:
         meta_lr: float = 1e-3,
         seed: int = 0,
         trajectories: int = 20,
+        batch: int = 1,
         validation_problems: int = 20,
         step_weights: Sequence[float] | str | None = None,
         second_derivatives: bool = False,
         clip_norm: float | None = 1.0,
         schedule: str = "constant",
         backend: str = "auto",
+        capture: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
         tensorboard: str | os.PathLike[str] | None = None,
     ) -> None:
         self.rule, self.task, self.seed = rule, task, integer("seed", seed, least=0)
         self.horizon, self.unroll = integer("horizon", horizon), integer("unroll", unroll)
-        self.trajectories = integer("trajectories", trajectories)
+        self.trajectories, self.batch = integer("trajectories", trajectories), integer("batch", batch)
         self.validation_problems = integer("validation_problems", validation_problems)
         self.meta_lr, self.clip_norm, self.schedule = meta_lr, clip_norm, schedule
-        self.second_derivatives, self.backend = second_derivatives, backend
+        self.second_derivatives, self.backend, self.capture = second_derivatives, backend, capture
         self._check()
         self.step_weights = _step_weights(step_weights, self.unroll)
-        check_start(self._problem("validation", 0))
-        Trajectory(self._problem("validation", 0), rule, backend=backend)
+        check_start(self._problems("validation", 0, 1))
+        Trajectory(self._problems("validation", 0, 1), rule, backend=backend)
+        if capture:
+            capture_module.check(rule, self._problems("train", 0, self.batch), second_derivatives=second_derivatives)
 
         self.history: list[Epoch] = []
         self.best_loss = math.inf
-        self._adam = torch.optim.Adam(rule.weights(), lr=meta_lr, fused=rule.weight_out.device.type in ("cpu", "cuda"))
+        device = rule.weight_out.device
+        # A graph reads the learning rate from memory, as float32.
+        self._lr = torch.tensor(meta_lr, dtype=torch.float32, device=device) if capture else meta_lr
+        fused = device.type in ("cpu", "cuda")
+        self._adam = torch.optim.Adam(rule.weights(), lr=self._lr, fused=fused, capturable=capture)
         self._current = self._best = self._copy_weights()
-        self._adam_state = copy.deepcopy(self._adam.state_dict())
+        self._adam_state = self._copy_adam()
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         if self._checkpoint is not None and self._checkpoint.exists():
             self._restore(checkpoint_module.load(self._checkpoint, self.settings()))
@@ -132,6 +152,8 @@ class MetaTrainer:
             raise TypeError(f"task: expected a fastl2l.tasks.Task, got {type(self.task).__name__}")
         if self.horizon % self.unroll:
             raise ValueError(f"unroll: expected a divisor of the horizon {self.horizon}, got {self.unroll}")
+        if self.trajectories % self.batch:
+            raise ValueError(f"batch: expected a divisor of the trajectories {self.trajectories}, got {self.batch}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         for name, value in (("meta_lr", self.meta_lr), ("clip_norm", self.clip_norm)):
@@ -142,7 +164,7 @@ class MetaTrainer:
 
     def settings(self) -> dict[str, Any]:
         """All that decides what this run computes, as JSON would hold it: a checkpoint is good for these alone."""
-        names = ["horizon", "unroll", "meta_lr", "seed", "trajectories", "validation_problems", "step_weights"]
+        names = ["horizon", "unroll", "meta_lr", "seed", "trajectories", "batch", "validation_problems", "step_weights"]
         names += ["second_derivatives", "clip_norm", "schedule"]
         return {
             "task": self.task.spec(),
@@ -165,11 +187,12 @@ class MetaTrainer:
         epochs = integer("epochs", epochs, least=0)
         # As they were after the last finished epoch: one that was interrupted has left both somewhere else.
         self._load_weights(self._current)
-        self._adam.load_state_dict(copy.deepcopy(self._adam_state))
+        self._load_adam(self._adam_state)
+        train = self._captured().train if self.capture and len(self.history) < epochs else self._train
         with Progress("meta-training", epochs, done=len(self.history), shown=progress) as shown:
             for number in range(len(self.history), epochs):
-                self.history.append(self._epoch(number, epochs))
-                self._current, self._adam_state = self._copy_weights(), copy.deepcopy(self._adam.state_dict())
+                self.history.append(self._epoch(number, epochs, train))
+                self._current, self._adam_state = self._copy_weights(), self._copy_adam()
                 if self.history[-1].validation_loss < self.best_loss:
                     self.best_loss, self._best = self.history[-1].validation_loss, self._current
                 self._save()
@@ -177,20 +200,23 @@ class MetaTrainer:
         self._load_weights(self._best)
         return self.history
 
-    def _epoch(self, number: int, epochs: int) -> Epoch:
+    def _epoch(self, number: int, epochs: int, train: Callable[[Iterable[Problem]], tuple[Tensor, int]]) -> Epoch:
         meta_lr = self.meta_lr * SCHEDULES[self.schedule](number / epochs)
-        self._adam.param_groups[0]["lr"] = meta_lr
-        losses: list[Tensor] = []
-        skipped = 0
-        for index in range(number * self.trajectories, (number + 1) * self.trajectories):
-            finite = self._train_on(self._problem("train", index), losses)
-            skipped += not finite
-        train_loss = torch.stack(losses).mean().item() if losses else math.nan
+        self._set_lr(meta_lr)
+        first_of_batches = range(number * self.trajectories, (number + 1) * self.trajectories, self.batch)
+        losses, skipped = train(self._problems("train", first, self.batch) for first in first_of_batches)
+        train_loss = losses.mean().item() if len(losses) else math.nan
         epoch = Epoch(number + 1, train_loss, self.validate(), meta_lr, skipped)
         self._log(epoch)
         return epoch
 
-    def _train_on(self, problem: Any, losses: list[Tensor]) -> bool:
+    def _train(self, problems: Iterable[Problem]) -> tuple[Tensor, int]:
+        """Train along the trajectories of `problems`; see :meth:`capture.CapturedWindow.train`."""
+        losses: list[Tensor] = []
+        skipped = sum(not self._train_on(problem, losses) for problem in problems)
+        return torch.stack(losses) if losses else torch.empty(0), skipped
+
+    def _train_on(self, problem: Problem, losses: list[Tensor]) -> bool:
         """Train along one trajectory; False if it was left because something was not finite."""
         trajectory = Trajectory(problem, self.rule, backend=self.backend)
         for _ in range(self.horizon // self.unroll):
@@ -200,37 +226,56 @@ class MetaTrainer:
             if not (math.isfinite(norm) and math.isfinite(mean)):
                 return False
             losses.append(mean)
-            self._meta_step(window.gradients, float(norm))
+            meta_step(self.rule, self._adam, window.gradients, norm, self.clip_norm)
         return True
 
-    def _meta_step(self, gradients: Tensor, norm: float) -> None:
-        if self.clip_norm is not None and norm > self.clip_norm:
-            gradients = gradients * (self.clip_norm / norm)
-        weights = self.rule.weights()
-        parts = gradients.split([weight.numel() for weight in weights])
-        for weight, part in zip(weights, parts, strict=True):
-            weight.grad = part.view_as(weight)
-        self._adam.step()
-        self._adam.zero_grad()
+    def _captured(self) -> capture_module.CapturedWindow:
+        return capture_module.CapturedWindow(
+            self.rule,
+            self._adam,
+            self._problems("train", 0, self.batch),
+            windows=self.horizon // self.unroll,
+            weights=self.step_weights,
+            clip_norm=self.clip_norm,
+            backend=self.backend,
+        )
 
     def validate(self) -> float:
         """Mean final loss of the rule, as it is now, on the validation problems; infinite if any diverged."""
         total = 0.0
-        for index in range(self.validation_problems):
-            trajectory = Trajectory(self._problem("validation", index), self.rule, backend=self.backend)
+        for first in range(0, self.validation_problems, self.batch):
+            count = min(self.batch, self.validation_problems - first)
+            trajectory = Trajectory(self._problems("validation", first, count), self.rule, backend=self.backend)
             for _ in range(self.horizon):
                 trajectory.advance()
-            total += trajectory.loss.item()
+            total += trajectory.loss.item() * count
         return total / self.validation_problems if math.isfinite(total) else math.inf
 
-    def _problem(self, purpose: str, index: int) -> Any:
-        return self.task.sample(problem_seed(self.seed, purpose, index))
+    def _problems(self, purpose: str, first: int, count: int) -> Problem:
+        seeds = [problem_seed(self.seed, purpose, index) for index in range(first, first + count)]
+        return side_by_side([self.task.sample(seed) for seed in seeds])
 
     def _copy_weights(self) -> dict[str, Tensor]:
         return {name: weight.detach().clone() for name, weight in self.rule.named_parameters()}
 
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
         self.rule.load_state_dict(weights)
+
+    def _copy_adam(self) -> dict[str, Any]:
+        """Adam's state, without how it is run: captured and eager runs take each other's."""
+        state = copy.deepcopy(self._adam.state_dict())
+        state["param_groups"][0] |= {"lr": self.meta_lr, "capturable": False}
+        return state
+
+    def _load_adam(self, state: dict[str, Any]) -> None:
+        self._adam.load_state_dict(copy.deepcopy(state))
+        self._adam.param_groups[0] |= {"lr": self._lr, "capturable": self.capture}
+
+    def _set_lr(self, meta_lr: float) -> None:
+        if isinstance(self._lr, Tensor):
+            self._lr.fill_(meta_lr)
+        else:
+            self._adam.param_groups[0]["lr"] = meta_lr
 
     def _save(self) -> None:
         if self._checkpoint is None:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from fastl2l.tasks.base import Problem, Task
+from fastl2l.tasks.base import Problem, PureProblem, Task
+from fastl2l.tasks.batch import batch
 from fastl2l.tasks.classification import MNIST, Digits, FashionMNIST
 from fastl2l.tasks.custom import from_module
 from fastl2l.tasks.quadratic import Quadratic
 
-__all__ = ["MNIST", "Digits", "FashionMNIST", "Problem", "Quadratic", "Task", "by_name", "from_module", "names"]
+__all__ = [
+    "MNIST",
+    "Digits",
+    "FashionMNIST",
+    "Problem",
+    "PureProblem",
+    "Quadratic",
+    "Task",
+    "batch",
+    "by_name",
+    "from_module",
+    "names",
+]
 
 _TASKS: dict[str, type[Task]] = {task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits)}
 

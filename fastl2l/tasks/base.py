@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -43,6 +43,35 @@ class Problem(ABC):
         that every optimizer sees the same ones and a resumed run repeats them to the bit. The gradient of the sum holds
         each function's own gradient. The loss one reports is the mean, `loss / functions`.
         """
+
+
+class PureProblem(Problem):
+    """A problem whose loss is `function(theta, *constants, *inputs(step, device))`.
+
+    This says what differs between the problems of a task, so that many of them are evaluated at once (`batch.py`), and
+    a new problem or step is a matter of copying numbers into place (CUDA graphs).
+
+    Attributes:
+        function: a scalar, from Tensors alone, by operations that `torch.func.vmap` takes. Problems whose `function`
+            compares equal and whose Tensors have the same shapes differ in nothing but the numbers in these; what is
+            large and the same for all, such as data, belongs to the function.
+        constants: Tensors of this problem alone, on theta's device. Not to be written to.
+    """
+
+    function: Callable[..., Tensor]
+    constants: tuple[Tensor, ...] = ()
+
+    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
+        """What is drawn for a step, on `device`: small Tensors such as the rows of a minibatch. Nothing by default."""
+        return ()
+
+    def loss(self, theta: Tensor, step: int) -> Tensor:
+        return self.function(theta, *self.constants, *self.inputs(step, theta.device))
+
+
+def is_pure(problem: Problem) -> bool:
+    """Whether `problem` is a `PureProblem` that says all of itself, not one with a loss of its own."""
+    return getattr(problem.loss, "__func__", None) is PureProblem.loss
 
 
 class Task(ABC):
@@ -110,23 +139,29 @@ def normal(
 class Minibatches:
     """Which rows of a data set each step of a problem sees: iid uniform, with replacement.
 
-    `minibatches[step]` is an int64 Tensor [batch_size] of row numbers below `rows`. Steps are drawn in blocks, which
-    makes one step cost well below a microsecond, and one copy to the device enough for many steps.
+    `minibatches.at(step, device)` is an int64 Tensor [batch_size] of row numbers below `rows`. Steps are drawn in
+    blocks, which makes one step cost about a microsecond, and one copy to the device enough for many steps.
     """
 
-    def __init__(self, seed: int, rows: int, batch_size: int, device: torch.device | str) -> None:
-        self._seed, self._rows, self._batch_size, self._device = seed, rows, batch_size, device
+    def __init__(self, seed: int, rows: int, batch_size: int) -> None:
+        self._seed, self._rows, self._batch_size = seed, rows, batch_size
         self._steps = max(1, min(64, 65536 // batch_size))
-        self._block: int | None = None
+        self._held: tuple[int, torch.device] | None = None
         self._drawn: Sequence[Tensor] = ()
 
-    def __getitem__(self, step: int) -> Tensor:
+    def at(self, step: int, device: torch.device) -> Tensor:
+        """The rows of a step, on `device`."""
         block, place = divmod(step, self._steps)
-        if block != self._block:
+        if (block, device) != self._held:
             random = generator(self._seed, "minibatches", block)
             numbers = random.integers(self._rows, size=(self._steps, self._batch_size))
-            self._drawn, self._block = torch.from_numpy(numbers).to(self._device).unbind(), block
+            self._drawn, self._held = torch.from_numpy(numbers).to(device).unbind(), (block, device)
         return self._drawn[place]
+
+
+def take(data: Tensor, rows: Tensor) -> Tensor:
+    """`data[rows]` of contiguous data [n, ...]; an embedding, since vmap makes other ways several times slower."""
+    return torch.embedding(data.view(len(data), -1), rows).view(len(rows), *data.shape[1:])
 
 
 # Evaluating a problem

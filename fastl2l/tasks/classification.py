@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastl2l.tasks.base import Minibatches, Problem, Task, floating, generator, integer, normal
+from fastl2l.tasks.base import Minibatches, PureProblem, Task, floating, generator, integer, normal, take
 from fastl2l.tasks.datasets import Images, load
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -87,20 +87,23 @@ class Digits(Classification):
     name = "digits"
 
 
-class ClassificationProblem(Problem):
-    """One initialisation of the network and one sequence of minibatches."""
+class _Network:
+    """The network of a task: from theta and the rows of a minibatch to its cross-entropy."""
 
-    def __init__(self, task: Classification, seed: int) -> None:
-        self.task = task.name
-        self._data = task.data
-        self._images, self._labels, classes = task.data(task.split)
-        self._images = self._images.flatten(1)
-        self._activation = ACTIVATIONS[task.activation]
-        units = (self._images.shape[1], *task.hidden, classes)
+    def __init__(self, data: Images, hidden: Sequence[int], activation: str) -> None:
+        self._data, self._images, self._labels = data, data.images.flatten(1), data.labels
+        self._kind = (*hidden, activation)
+        self._activation = ACTIVATIONS[activation]
+        units = (self._images.shape[1], *hidden, data.classes)
         self._shapes = [shape for n_in, n_out in pairwise(units) for shape in ((n_out, n_in), (n_out,))]
         self._sizes = [math.prod(shape) for shape in self._shapes]
-        self.theta0 = normal(generator(seed, "theta0"), (sum(self._sizes),), task.init_std, task.dtype, task.device)
-        self._minibatches = Minibatches(seed, len(self._labels), task.batch_size, task.device)
+        self.parameters = sum(self._sizes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Network) and self._data is other._data and self._kind == other._kind
+
+    def __call__(self, theta: Tensor, rows: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(theta, take(self._images, rows)), take(self._labels, rows))
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """Outputs [batch, classes] of the network with parameters theta [N] for images [batch, pixels]."""
@@ -112,10 +115,21 @@ class ClassificationProblem(Problem):
             output = F.linear(self._activation(output), weight, bias)
         return output
 
-    def loss(self, theta: Tensor, step: int) -> Tensor:
-        rows = self._minibatches[step]
-        images, labels = self._images.index_select(0, rows), self._labels.index_select(0, rows)
-        return F.cross_entropy(self.logits(theta, images), labels)
+
+class ClassificationProblem(PureProblem):
+    """One initialisation of the network and one sequence of minibatches."""
+
+    def __init__(self, task: Classification, seed: int) -> None:
+        self.task = task.name
+        self._data = task.data
+        data = task.data(task.split)
+        self.function = network = _Network(data, task.hidden, task.activation)
+        self.theta0 = normal(generator(seed, "theta0"), (network.parameters,), task.init_std, task.dtype, task.device)
+        self._minibatches = Minibatches(seed, len(data.labels), task.batch_size)
+        self.logits = network.logits
+
+    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
+        return (self._minibatches.at(step, device),)
 
     @torch.no_grad()
     def accuracy(self, theta: Tensor, split: str = "test") -> float:

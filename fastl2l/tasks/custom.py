@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +13,16 @@ from torch.func import functional_call
 
 from fastl2l.tasks.base import (
     Minibatches,
-    Problem,
+    PureProblem,
     Task,
     check_start,
     fingerprint,
     integer,
     problem_seed,
+    take,
     value_and_grad,
 )
+from fastl2l.tasks.batch import batch
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -44,6 +47,10 @@ def from_module(
     stays a pure function of theta and the step: buffers (such as batch norm's running statistics) are given to every
     call as they were at the start, and what a call writes to them is forgotten; a network that draws random numbers
     (dropout) draws them seeded by problem and step. Your own random numbers are left as they were.
+
+    In a batch, networks that differ in numbers alone (parameters and buffers) are evaluated at once. Those that draw
+    random numbers, that `torch.func.vmap` cannot take (such as `nn.LSTM`, or control flow that depends on data), or
+    whose other attributes differ are evaluated one after the other.
 
     Args:
         make_module: makes a network on the CPU, freshly initialised from torch's random numbers.
@@ -84,12 +91,13 @@ class ModuleTask(Task):
         self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
         self.inputs, self.targets = inputs, targets
         self._make_module, self._loss = make_module, loss
-        self._draws = False
+        self._draws = self._alone = False
         first = self.sample(0)
         with _seeded(0, self.device):
             before = _random_state(self.device)
             check_start(first)
             self._draws = not torch.equal(before, _random_state(self.device))
+        self._alone = self._draws or not _taken_by_vmap(first)
         self._spec = self._describe(self.sample(0))
 
     def sample(self, seed: int) -> ModuleProblem:
@@ -97,9 +105,11 @@ class ModuleTask(Task):
             module = self._make_module()
         if not isinstance(module, nn.Module):
             raise TypeError(f"make_module: expected it to return a torch.nn.Module, got {_type(module)}")
-        minibatches = Minibatches(seed, len(self.targets), self.batch_size, self.device)
-        draws_from = seed if self._draws else None
-        return ModuleProblem(self.name, module, self._loss, self.inputs, self.targets, minibatches, draws_from)
+        minibatches = Minibatches(seed, len(self.targets), self.batch_size)
+        network = _Network(module, self._loss, self.inputs, self.targets)
+        if self._alone:
+            return LoneModuleProblem(self.name, network, minibatches, seed if self._draws else None)
+        return ModuleProblem(self.name, network, minibatches)
 
     def spec(self) -> dict[str, Any]:
         return dict(self._spec)
@@ -118,44 +128,96 @@ class ModuleTask(Task):
         }
 
 
-class ModuleProblem(Problem):
+class _Network:
+    """From theta, what else a network holds and the rows of a minibatch to the loss."""
+
+    def __init__(self, module: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> None:
+        trainable = _trainable(module)
+        self.module = module.to(inputs.device)
+        self._loss, self._data = loss, (inputs, targets)
+        self._names, self._shapes = list(trainable), [p.shape for p in trainable.values()]
+        self._sizes = [p.numel() for p in trainable.values()]
+        self._frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+        self._buffers = [name for name, _ in module.named_buffers()]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the two differ in numbers alone, as far as `==` can tell of their modules' attributes."""
+        if not isinstance(other, _Network) or self._loss is not other._loss:
+            return False
+        if any(mine is not theirs for mine, theirs in zip(self._data, other._data, strict=True)):
+            return False
+        names, other_names = ((n._names, n._shapes, n._frozen, n._buffers) for n in (self, other))
+        return names == other_names and _equal(_attributes(self.module), _attributes(other.module))
+
+    def theta0(self) -> Tensor:
+        """The trainable parameters, flat."""
+        return torch.cat([p.detach().flatten() for p in self.module.parameters() if p.requires_grad])
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """The rest of what the network holds: frozen parameters and buffers."""
+        frozen = [p.detach() for p in self.module.parameters() if not p.requires_grad]
+        return (*frozen, *self.module.buffers())
+
+    def __call__(self, theta: Tensor, *constants_and_rows: Tensor) -> Tensor:
+        *constants, rows = constants_and_rows
+        parts = (part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True))
+        tensors = dict(zip([*self._names, *self._frozen, *self._buffers], [*parts, *constants], strict=True))
+        tensors |= {name: tensors[name].clone() for name in self._buffers}  # which the network may write to
+        inputs, targets = (take(part, rows) for part in self._data)
+        return self._loss(functional_call(self.module, tensors, (inputs,)), targets)
+
+
+class ModuleProblem(PureProblem):
     """One network, whose trainable parameters are theta; everything else about it stays as it was made."""
 
-    def __init__(
-        self,
-        task: str,
-        module: nn.Module,
-        loss: Loss,
-        inputs: Tensor,
-        targets: Tensor,
-        minibatches: Minibatches,
-        draws_from: int | None,
-    ) -> None:
-        self.task, self.module = task, module
-        self._loss, self._inputs, self._targets = loss, inputs, targets
-        self._minibatches, self._draws_from = minibatches, draws_from
-        trainable = _trainable(module)
-        self.theta0 = torch.cat([p.detach().flatten() for p in trainable.values()]).to(inputs.device)
-        module.to(inputs.device)
-        self._names = tuple(trainable)
-        self._shapes = [p.shape for p in trainable.values()]
-        self._sizes = [p.numel() for p in trainable.values()]
-        self._buffers = dict(module.named_buffers())
+    def __init__(self, task: str, network: _Network, minibatches: Minibatches) -> None:
+        self.task, self.module, self.function = task, network.module, network
+        self.theta0, self.constants = network.theta0(), network.constants()
+        self._minibatches = minibatches
+
+    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
+        return (self._minibatches.at(step, device),)
+
+
+class LoneModuleProblem(ModuleProblem):
+    """One that cannot be evaluated with others, since its network draws random numbers or vmap does not take it."""
+
+    def __init__(self, task: str, network: _Network, minibatches: Minibatches, draws_from: int | None) -> None:
+        super().__init__(task, network, minibatches)
+        self._draws_from = draws_from
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
         if self._draws_from is None:
-            return self._evaluate(theta, step)
+            return super().loss(theta, step)
         with _seeded(problem_seed(self._draws_from, "forward", step), theta.device):
-            return self._evaluate(theta, step)
+            return super().loss(theta, step)
 
-    def _evaluate(self, theta: Tensor, step: int) -> Tensor:
-        rows = self._minibatches[step]
-        parts = (part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True))
-        tensors = dict(zip(self._names, parts, strict=True)) | {
-            name: buffer.clone() for name, buffer in self._buffers.items()
-        }
-        output = functional_call(self.module, tensors, (self._inputs.index_select(0, rows),))
-        return self._loss(output, self._targets.index_select(0, rows))
+
+def _taken_by_vmap(problem: ModuleProblem) -> bool:
+    two = batch([problem, problem])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is slow: nothing has been batched yet
+            value_and_grad(two, two.theta0, 0)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    """All that a network is besides parameters and buffers."""
+    numbers = ("_parameters", "_buffers", "_modules")
+    return [
+        (name, type(part), {key: value for key, value in vars(part).items() if key not in numbers})
+        for name, part in module.named_modules()
+    ]
+
+
+def _equal(one: object, other: object) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError):  # there are tensors or arrays in them
+        return False
 
 
 def _trainable(module: nn.Module) -> dict[str, Tensor]:
@@ -184,7 +246,7 @@ def _tensors(data: object) -> tuple[Tensor, Tensor]:
     if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets) or len(inputs) == 0:
         shapes = f"{list(inputs.shape)} and {list(targets.shape)}"
         raise ValueError(f"data: expected as many targets as inputs, and at least one, got shapes {shapes}")
-    return inputs.detach(), targets.detach()
+    return inputs.detach().contiguous(), targets.detach().contiguous()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastl2l.tasks.base import Problem, Task, floating, generator, integer, normal
+from fastl2l.tasks.base import PureProblem, Task, floating, generator, integer, normal
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,16 @@ class Quadratic(Task):
         return QuadraticProblem(w, y, theta0.flatten())
 
 
-class QuadraticProblem(Problem):
+class QuadraticProblem(PureProblem):
     """The functions ||W_i theta_i - y_i||^2 of w [functions, dim, dim] and y [functions, dim, 1]."""
 
     task = Quadratic.name
 
     def __init__(self, w: Tensor, y: Tensor, theta0: Tensor) -> None:
         self.w, self.y, self.theta0, self.functions = w, y, theta0, len(w)
+        self.constants = w, y
 
-    def loss(self, theta: Tensor, step: int) -> Tensor:
-        residual = torch.baddbmm(self.y, self.w, theta.view_as(self.y), beta=-1).flatten()
+    @staticmethod
+    def function(theta: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        residual = torch.baddbmm(y, w, theta.view_as(y), beta=-1).flatten()
         return torch.dot(residual, residual)

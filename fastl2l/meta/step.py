@@ -1,0 +1,21 @@
+"""A step of the meta-optimizer, without a word from the device to the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastl2l.rules import LSTMRule
+
+
+def meta_step(rule: LSTMRule, adam: torch.optim.Adam, gradients: Tensor, norm: Tensor, clip_norm: float | None) -> None:
+    """One step of `adam` on `rule` along `gradients` [weights], whose norm is `norm` and is clipped to `clip_norm`."""
+    if clip_norm is not None:
+        share = torch.full_like(norm, clip_norm, dtype=torch.float64) / norm
+        gradients = gradients * share.clamp(max=1).to(gradients.dtype)
+    weights = rule.weights()
+    parts = gradients.split([weight.numel() for weight in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.grad = part.view_as(weight)
+    adam.step()
+    adam.zero_grad()
