@@ -131,7 +131,7 @@ def fastl2l(work: Workload, backend: str = "native", state_dtype: torch.dtype = 
     thetas, next_turn = work.parameters(), work.in_turn()
 
     def fresh() -> Tensor:
-        return new_state(work.rule, work.numel, work.gradients.device).to(state_dtype)
+        return new_state(work.rule, work.numel, work.gradients.device, state_dtype)
 
     states = [fresh() for _ in thetas]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import statistics
 import sys
@@ -21,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "bench"))
 
 CUDA_ONLY = "no CUDA device"
-NOT_YET = "not supported by this version"
 
 
 def arguments(*names: str) -> argparse.Namespace:
@@ -77,11 +75,6 @@ def reason(error: BaseException) -> str:
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
-
-
-def accepts(function: Callable[..., Any], *names: str) -> bool:
-    """Whether `function` has arguments of these names."""
-    return set(names) <= inspect.signature(function).parameters.keys()
 
 
 def synchronize(device: str) -> None:

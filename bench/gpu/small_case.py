@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 
 import torch
-from harness import accepts
 
-from fastl2l import FusedLSTMOptimizer, LSTMRule
+from fastl2l import LSTMRule
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.ops.layout import new_state
 
@@ -31,18 +30,14 @@ def run(backend: Backend, device: str, hidden: int) -> None:
     random = torch.Generator(device).manual_seed(0)
     grads, adjoints = (torch.randn(STEPS, COORDINATES, device=device, generator=random) for _ in range(2))
     theta = torch.zeros(COORDINATES, device=device)
-    for dtype in state_dtypes():
-        state = new_state(rule, COORDINATES, device).to(dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        state = new_state(rule, COORDINATES, device, dtype)
         for grad in grads:
             backend.step_([theta], [grad], [state], *arguments, 1.0)
     first = new_state(rule, COORDINATES, device)
     dstate = torch.ones_like(first)
     found = (theta, *backend.window_backward(first, grads, adjoints, *arguments, dstate, True, True))
     assert all(tensor.isfinite().all() for tensor in found)
-
-
-def state_dtypes() -> list[torch.dtype]:
-    return [torch.float32, *([torch.bfloat16] if accepts(FusedLSTMOptimizer, "state_dtype") else [])]
 
 
 def main(device: str) -> None:
