@@ -64,6 +64,7 @@ def train(
     output_scale: Annotated[float | None, typer.Option(help="Factor on updates; by default the task's.")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="LSTM units a layer; 20 by default.")] = None,
     layers: Annotated[int | None, typer.Option(help="LSTM layers; 2 by default.")] = None,
+    keep: Annotated[str, typer.Option(help="Which epoch's weights: best, by validation, or last.")] = "best",
     second_derivatives: SecondDerivatives = False,
     init: Annotated[str | None, typer.Option(help="A rule to start from, in place of fresh weights.")] = None,
     backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
@@ -91,6 +92,7 @@ def train(
         trajectories=trajectories,
         batch=batch,
         schedule=schedule,
+        keep=keep,
         second_derivatives=second_derivatives,
         backend=backend,
         checkpoint=out / "checkpoint.pt",
@@ -99,10 +101,15 @@ def train(
     if trainer.history:
         console.print(f"going on after epoch {len(trainer.history)} of {out / 'checkpoint.pt'}")
     history = trainer.fit(epochs)
-    recipe_made = {"command": shlex.join(["fastl2l", *sys.argv[1:]]), "epochs": len(history), **trainer.settings()}
-    rule_files.save_rule(rule, out / "rule.safetensors", recipe={**recipe_made, "validation_loss": trainer.best_loss})
+    recipe_made = {
+        "command": shlex.join(["fastl2l", *sys.argv[1:]]),
+        "epochs": len(history),
+        **trainer.settings(),
+        "keep": keep,
+    }
+    rule_files.save_rule(rule, out / "rule.safetensors", recipe={**recipe_made, "validation_loss": trainer.kept_loss})
     plots.plot_history(history, out / "training.png", title=f"Meta-training on {task}")
-    console.print(f"best validation loss {trainer.best_loss:.4g}")
+    console.print(f"validation loss {trainer.kept_loss:.4g} ({keep} epoch)")
     console.print(f"rule:   {out / 'rule.safetensors'}\nfigure: {out / 'training.png'}", highlight=False)
 
 

@@ -602,7 +602,7 @@ def tensors_of(arguments):
         ({"grads": second(torch.Tensor.double)}, r"grads\[1\]: expected float32, got float64"),
         ({"grads": second(lambda x: x[:3])}, r"grads\[1\]: expected 20 elements, got 15"),
         ({"states": lambda x: x[:1]}, r"states\[0\]: expected shape \[3, 80, 16\], got \[1, 80, 16\]"),
-        ({"states": lambda x: [torch.cat(x).double()]}, r"states\[0\]: expected float32, got float64"),
+        ({"states": lambda x: [torch.cat(x).double()]}, r"states\[0\]: expected float32 or bfloat16, got float64"),
         ({"states": second(torch.Tensor.double)}, r"states\[1\]: expected float32, got float64"),
         ({"states": second(torch.Tensor.bfloat16)}, r"states\[1\]: expected float32, got bfloat16"),
         ({"states": lambda x: [x[0].bfloat16(), x[1]]}, r"states\[1\]: expected bfloat16, got float32"),

@@ -89,6 +89,20 @@ def test_an_epoch_is_what_the_documentation_says(change):
     assert trained.history[0].validation_loss == pytest.approx(mean, rel=1e-6)
 
 
+def test_the_rule_ends_with_the_last_weights_if_told_so():
+    validation = [3.0, 1.0, 2.0]
+    best, last = (trainer(validation=validation, keep=keep) for keep in ("best", "last"))
+    assert best.kept_loss == last.kept_loss == math.inf
+    for trained in (best, last):
+        trained.fit(2, progress=False)
+        trained.fit(3, progress=False)
+    assert (best.kept_loss, last.kept_loss, last.best_loss) == (1.0, 2.0, 1.0)
+    assert outcome(best)[0] == outcome(last)[0]
+    shorter = trainer(validation=validation, keep="last")
+    shorter.fit(2, progress=False)
+    assert outcome(shorter)[2] == outcome(best)[2] != outcome(last)[2]
+
+
 def test_the_rule_ends_with_the_best_weights():
     trained = trainer(validation=LOSSES)
     history = trained.fit(6, progress=False)
@@ -400,6 +414,7 @@ def test_a_loss_that_is_no_scalar_is_refused():
         ({"meta_lr": "1"}, ValueError, "meta_lr: expected a finite positive number, got '1'"),
         ({"meta_lr": None}, ValueError, "meta_lr: expected a finite positive number, got None"),
         ({"clip_norm": -1.0}, ValueError, "clip_norm: expected a finite positive number, got -1.0"),
+        ({"keep": "first"}, ValueError, "keep: expected best or last, got 'first'"),
         ({"schedule": "linear"}, ValueError, "schedule: expected one of constant, cosine, got 'linear'"),
         ({"step_weights": [1, 1]}, ValueError, "step_weights: expected 4 finite numbers"),
         ({"step_weights": 1.0}, ValueError, "step_weights: expected None, 'last' or 4 numbers, got 1.0"),

@@ -79,8 +79,10 @@ RECIPES = {
             "lstm-mnist",
             "Small sigmoid networks on images: trained on an MLP 784-20-10 on MNIST for 100 steps.",
             task="mnist",
-            epochs=20,
-            training=MappingProxyType({"meta_lr": 1e-3, "schedule": "cosine", "second_derivatives": True}),
+            epochs=100,
+            training=MappingProxyType(
+                {"meta_lr": 1e-3, "schedule": "cosine", "keep": "last", "second_derivatives": True}
+            ),
             seed=1,
             init=Recipe(
                 "lstm-mnist-first",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +54,7 @@ class MetaTrainer:
     An epoch is `trajectories` fresh problems of `horizon` steps each, `batch` of them at a time. After every window of
     `unroll` steps the rule takes a step of Adam along the window's meta-gradient, the mean over the batch. After every
     epoch the rule is frozen and run on the same `validation_problems` problems; the weights with the best mean final
-    loss are kept, and are what the rule has when :meth:`fit` returns.
+    loss are kept, and are what the rule has when :meth:`fit` returns, unless `keep` is ``"last"``.
 
     Everything random comes from `seed`: two runs with the same arguments give the same bits, on the same machine and
     with the same number of threads for torch's own operations. With a `checkpoint` a run that was killed at any moment
@@ -75,6 +77,9 @@ class MetaTrainer:
         second_derivatives: see :meth:`fastl2l.trajectory.Trajectory.window`.
         clip_norm: the meta-gradient's largest norm, or None.
         schedule: ``"constant"``, or ``"cosine"`` to bring the meta learning rate to 0 by the last epoch.
+        keep: what :meth:`fit` ends with: ``"best"``, the epoch with the best validation loss, or ``"last"``. With the
+            cosine schedule the last weights are an average of sorts, while the best of many epochs is the one that was
+            luckiest on these few problems.
         backend: see :class:`fastl2l.FusedLSTMOptimizer`.
         capture: run each window, the meta-step included, as one CUDA graph, recorded once a :meth:`fit`. For a rule on
             a CUDA device, first-order windows and tasks of pure problems (see :class:`fastl2l.tasks.PureProblem`); what
@@ -113,6 +118,7 @@ class MetaTrainer:
         second_derivatives: bool = False,
         clip_norm: float | None = 1.0,
         schedule: str = "constant",
+        keep: str = "best",
         backend: str = "auto",
         capture: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -122,7 +128,7 @@ class MetaTrainer:
         self.horizon, self.unroll = integer("horizon", horizon), integer("unroll", unroll)
         self.trajectories, self.batch = integer("trajectories", trajectories), integer("batch", batch)
         self.validation_problems = integer("validation_problems", validation_problems)
-        self.meta_lr, self.clip_norm, self.schedule = meta_lr, clip_norm, schedule
+        self.meta_lr, self.clip_norm, self.schedule, self.keep = meta_lr, clip_norm, schedule, keep
         self.second_derivatives, self.backend, self.capture = second_derivatives, backend, capture
         self._check()
         self.step_weights = _step_weights(step_weights, self.unroll)
@@ -156,6 +162,8 @@ class MetaTrainer:
             raise ValueError(f"batch: expected a divisor of the trajectories {self.trajectories}, got {self.batch}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.keep not in ("best", "last"):
+            raise ValueError(f"keep: expected best or last, got {self.keep!r}")
         for name, value in (("meta_lr", self.meta_lr), ("clip_norm", self.clip_norm)):
             if value is None and name == "clip_norm":
                 continue
@@ -197,8 +205,14 @@ class MetaTrainer:
                     self.best_loss, self._best = self.history[-1].validation_loss, self._current
                 self._save()
                 shown.advance(f"validation {self.history[-1].validation_loss:.4g}, best {self.best_loss:.4g}")
-        self._load_weights(self._best)
+                _return_freed_memory()
+        self._load_weights(self._best if self.keep == "best" else self._current)
         return self.history
+
+    @property
+    def kept_loss(self) -> float:
+        """Validation loss of the weights that :meth:`fit` has ended with; infinite before the first epoch."""
+        return self.best_loss if self.keep == "best" or not self.history else self.history[-1].validation_loss
 
     def _epoch(self, number: int, epochs: int, train: Callable[[Iterable[Problem]], tuple[Tensor, int]]) -> Epoch:
         meta_lr = self.meta_lr * SCHEDULES[self.schedule](number / epochs)
@@ -300,6 +314,12 @@ class MetaTrainer:
         for name, value in epoch._asdict().items():
             self._writer.add_scalar(f"meta/{name}", value, epoch.epoch)
         self._writer.flush()
+
+
+def _return_freed_memory() -> None:
+    """Give glibc's free pages back: it keeps those between what is in use, some MB more after every exact window."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _summary_writer(folder: str | os.PathLike[str]) -> Any:
