@@ -42,6 +42,8 @@ def compiled(kernel, capability, rule, state=None, **constants):
             return "constexpr"
         if name == "state" and state:
             return f"*{state}"
+        if name == "finite":
+            return "*i1"
         if name in POINTERS:
             return f"*{number}"
         return INTEGERS.get(name) or ("*fp64" if name == "sums" else "fp64")

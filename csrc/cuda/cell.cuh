@@ -16,28 +16,24 @@ struct Lane {
         warp(thread_index() / kWarp) {}
 };
 
-// A warp reads or writes 4 rows at a time, which are one run of 256 bytes, or of 128 in bfloat16.
-struct alignas(8) TwoFloats {
-  float first, second;
-};
-
 // The lane's two coordinates of the first unit; whatever else it has of the tile lies at fixed distances from there.
 template <class T>
 DEVICE T* lanes_part(T* tile, const Lane& lane) {
   return tile + lane.q * kTile + 2 * lane.g;
 }
 
-// A lane's unit of one group. In bfloat16 both numbers are one word.
+// A lane's unit of one group. A warp reads or writes 4 rows at a time, which are one run of 256 bytes; in bfloat16,
+// where both numbers are one word, of 128.
 DEVICE Pair<float> load_unit(const float* part, int row) {
-  const auto* two = reinterpret_cast<const TwoFloats*>(part + row * kTile);
-  return {{two->first, two->second}};
+  const TwoFloats two = *reinterpret_cast<const TwoFloats*>(part + row * kTile);
+  return {{two.x, two.y}};
 }
 DEVICE Pair<float> load_unit(const BFloat16* part, int row) {
   const uint32_t word = *reinterpret_cast<const uint32_t*>(part + row * kTile);
   return {{from_bits(word << 16), from_bits(word & 0xffff0000u)}};
 }
 DEVICE void store_unit(float* part, int row, const Pair<float>& unit) {
-  *reinterpret_cast<TwoFloats*>(part + row * kTile) = {unit[0], unit[1]};
+  *reinterpret_cast<TwoFloats*>(part + row * kTile) = TwoFloats{unit[0], unit[1]};
 }
 DEVICE void store_unit(BFloat16* part, int row, const Pair<float>& unit) {
   *reinterpret_cast<uint32_t*>(part + row * kTile) = to_two_bfloat16(unit[0], unit[1]);

@@ -21,6 +21,7 @@ namespace fastl2l::cuda {
 
 using Half = __half;
 using BFloat16 = __nv_bfloat16;
+using TwoFloats = float2;  // read by one instruction
 using Error = cudaError_t;
 using Stream = cudaStream_t;
 

@@ -159,7 +159,7 @@ struct WindowTile {
   }
 
   DEVICE void stage_unit(float (*rows)[Stage<S>::kStride], int row, const Pair<float>& unit) const {
-    *reinterpret_cast<TwoFloats*>(&rows[row][2 * lane.g]) = {unit[0], unit[1]};
+    *reinterpret_cast<TwoFloats*>(&rows[row][2 * lane.g]) = TwoFloats{unit[0], unit[1]};
   }
 
   template <int Layer>

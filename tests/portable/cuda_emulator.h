@@ -29,6 +29,10 @@ namespace fastl2l::cuda {
 using Error = int;
 using Stream = int;
 using Half = _Float16;
+struct alignas(8) TwoFloats {
+  float x, y;
+};
+
 struct BFloat16 {
   uint16_t bits;
 };
