@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from helpers import random_rule
+from small_training import TASK, Cliff, finished, outcome, seeds, small_rule, trainer
 from test_tasks import ALL, blobs
 from torch import nn
 from torch.nn import functional as F
-from training import TASK, Cliff, finished, outcome, seeds, small_rule, trainer
 
 from fastl2l import Trajectory, tasks
 from fastl2l.meta import checkpoint as checkpoint_module

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from small_training import TASK, outcome, seeds, small_rule, trainer
 from test_tasks import blobs
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import TASK, outcome, seeds, small_rule, trainer
 
 from fastl2l import tasks
 from fastl2l.meta import capture

@@ -32,8 +32,8 @@ from helpers import (
     steps_by,
     tiles,
 )
+from small_training import seeds, small_rule, trainer
 from test_capture import LR, PureCliff
-from training import seeds, small_rule, trainer
 
 from fastl2l import FusedLSTMOptimizer, build, tasks
 from fastl2l.ops import dispatch

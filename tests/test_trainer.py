@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import TASK, Cliff, finished, outcome, seeds, small_rule, trainer
+from small_training import TASK, Cliff, finished, outcome, seeds, small_rule, trainer
 
 from fastl2l import LSTMRule, MetaTrainer, Trajectory
 from fastl2l.meta import checkpoint as checkpoint_module
