@@ -23,8 +23,9 @@ demo: $(READY)
 	$(BIN)/fastl2l train --task digits --epochs 75 --out runs/demo
 	$(BIN)/fastl2l evaluate --task digits --rule runs/demo/rule.safetensors --out runs/demo/evaluation
 
+# A process a core, each with one thread: by default all would use all cores, and wait for each other.
 test: $(READY)
-	FASTL2L_REQUIRE_EXT=1 $(BIN)/python -m pytest $(ARGS)
+	FASTL2L_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 gpu:
 	@$(PYTHON) -c 'import torch' || \

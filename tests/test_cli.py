@@ -42,6 +42,14 @@ def test_train_writes_rule_recipe_checkpoint_and_figure(trained):
     assert (trained / "checkpoint.pt").exists()
 
 
+def test_train_takes_batches_and_keeps_the_last_weights(tmp_path):
+    told = run("train", *SMALL, "--batch", "2", "--keep", "last", "--out", tmp_path)
+    assert told.exit_code == 0
+    assert "(last epoch)" in told.output
+    recipe = read_recipe(tmp_path / "rule.safetensors")
+    assert (recipe["batch"], recipe["keep"]) == (2, "last")
+
+
 def test_train_goes_on_from_its_checkpoint(trained):
     before = (trained / "rule.safetensors").read_bytes()
     again = run("train", *SMALL, "--out", trained)
@@ -107,6 +115,8 @@ def test_help_shows_an_example(command):
     [
         (["train", "--task", "nothing"], "expected one of quadratic"),
         (["train", "--task", "quadratic", "--unroll", "7"], "unroll: expected a divisor of the horizon 100, got 7"),
+        (["train", "--task", "quadratic", "--batch", "3"], "batch: expected a divisor of the trajectories 20, got 3"),
+        (["train", "--task", "quadratic", "--keep", "first"], "keep: expected best or last, got 'first'"),
         (["train", "--task", "quadratic", "--hidden", "20"], "options of task 'quadratic'"),
         (["train", "--init", "missing"], "missing: expected a rule file or one of lstm-mnist"),
         (["train", "--init", "lstm-mnist", "--layers", "3"], "num_layers: expected none beside init"),
