@@ -106,12 +106,27 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::BFloat16;
 }
 
-inline void check_floating(const std::vector<Tensor>& tensors) {
+// One parameter's coordinates: where its numbers lie, and its state. Tensors are asked once for each of these, as every
+// question is a call into torch and there may be hundreds of tensors.
+struct Parameter {
+  void* data;  // null where only the gradient is wanted
+  const void* grad;
+  char* state;
+  int64_t numel;
+  ScalarType dtype;  // of the parameter and its gradient
+};
+
+inline std::vector<Parameter> check_gradients(const std::vector<Tensor>& tensors) {
+  std::vector<Parameter> found(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& tensor = tensors[i];
     const Name name{"tensors", (int64_t)i};
-    STD_TORCH_CHECK(tensors[i].is_contiguous(), name.string(), ": expected a contiguous tensor");
-    STD_TORCH_CHECK(is_floating(tensors[i].scalar_type()), name.string(), ": expected a floating dtype");
+    const ScalarType dtype = tensor.scalar_type();
+    STD_TORCH_CHECK(tensor.is_contiguous(), name.string(), ": expected a contiguous tensor");
+    STD_TORCH_CHECK(is_floating(dtype), name.string(), ": expected a floating dtype");
+    found[i] = {nullptr, tensor.data_ptr(), nullptr, tensor.numel(), dtype};
   }
+  return found;
 }
 
 // The dtype that the states of one call are stored in: the rule's, or bfloat16 where that is float32.
@@ -125,45 +140,41 @@ inline ScalarType check_state_dtype(const std::vector<Tensor>& states, ScalarTyp
 }
 
 // `dtype` is that of the states.
-inline void check_segments(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                           const std::vector<Tensor>& states, ScalarType dtype, int64_t state_rows) {
+inline std::vector<Parameter> check_parameters(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                                               const std::vector<Tensor>& states, ScalarType dtype,
+                                               int64_t state_rows) {
   check_length("grads", grads.size(), params.size());
   const bool together = states.size() == 1;  // one state for all parameters
   if (!together) check_length("states", states.size(), params.size());
+  std::vector<Parameter> found(params.size());
   int64_t tiles = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const Name param{"params", (int64_t)i}, grad{"grads", (int64_t)i};
-    const ScalarType stored = params[i].scalar_type();
+    const ScalarType stored = params[i].scalar_type(), grad_dtype = grads[i].scalar_type();
+    const int64_t numel = params[i].numel(), grad_numel = grads[i].numel();
     STD_TORCH_CHECK(is_floating(stored), param.string(), ": expected float32, float64, float16 or bfloat16, got ",
                     dtype_name(stored));
     STD_TORCH_CHECK(params[i].is_contiguous(), param.string(), ": expected a contiguous tensor");
     STD_TORCH_CHECK(grads[i].is_contiguous(), grad.string(), ": expected a contiguous tensor");
-    STD_TORCH_CHECK(grads[i].scalar_type() == stored, grad.string(), ": expected ", dtype_name(stored), ", got ",
-                    dtype_name(grads[i].scalar_type()));
-    const int64_t numel = params[i].numel();
-    STD_TORCH_CHECK(grads[i].numel() == numel, grad.string(), ": expected ", numel, " elements, got ",
-                    grads[i].numel());
-    if (!together) check_tensor({"states", (int64_t)i}, states[i], dtype, {tiles_of(numel), state_rows, kTile});
+    STD_TORCH_CHECK(grad_dtype == stored, grad.string(), ": expected ", dtype_name(stored), ", got ",
+                    dtype_name(grad_dtype));
+    STD_TORCH_CHECK(grad_numel == numel, grad.string(), ": expected ", numel, " elements, got ", grad_numel);
+    found[i] = {params[i].data_ptr(), grads[i].data_ptr(), nullptr, numel, stored};
+    if (!together) {
+      check_tensor({"states", (int64_t)i}, states[i], dtype, {tiles_of(numel), state_rows, kTile});
+      found[i].state = static_cast<char*>(states[i].data_ptr());
+    }
     tiles += tiles_of(numel);
   }
-  if (together) check_tensor({"states", 0}, states[0], dtype, {tiles, state_rows, kTile});
-}
-
-// Where each parameter's state begins.
-inline std::vector<char*> state_pointers(const std::vector<Tensor>& params, const std::vector<Tensor>& states,
-                                         int64_t state_rows) {
-  std::vector<char*> result;
-  if (states.size() == params.size()) {
-    for (const Tensor& state : states) result.push_back(static_cast<char*>(state.data_ptr()));
-    return result;
-  }
+  if (!together) return found;
+  check_tensor({"states", 0}, states[0], dtype, {tiles, state_rows, kTile});
   char* at = static_cast<char*>(states[0].data_ptr());
   const int64_t tile_bytes = state_rows * kTile * (int64_t)states[0].element_size();
-  for (const Tensor& param : params) {
-    result.push_back(at);
-    at += tiles_of(param.numel()) * tile_bytes;
+  for (Parameter& parameter : found) {
+    parameter.state = at;
+    at += tiles_of(parameter.numel) * tile_bytes;
   }
-  return result;
+  return found;
 }
 
 inline void check_window(const Tensor& state, const Tensor& grads, const Tensor& adjoints,

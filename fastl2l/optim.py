@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import operator
 import warnings
@@ -34,8 +35,11 @@ class _Batch(NamedTuple):
     @classmethod
     def of(cls, group: dict[str, Any]) -> _Batch:
         """The parameters that have a gradient, as they are: nothing has been looked at yet."""
-        owners = [param for param in group["params"] if param.grad is not None]
-        return cls(group, owners, owners, [param.grad for param in owners], [])
+        owners, grads = group["params"], [param.grad for param in group["params"]]
+        if any(map(operator.is_, grads, itertools.repeat(None))):
+            owners = [param for param, grad in zip(owners, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        return cls(group, owners, owners, grads, [])
 
     def checked(self) -> _Batch:
         """With contiguous copies of what is not contiguous.

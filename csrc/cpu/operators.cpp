@@ -93,25 +93,23 @@ void set_dtype(Segment<T>& segment, ScalarType dtype) {
 }
 
 template <typename T>
-void step_all(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
-              const std::vector<Tensor>& weights, const Rule& rule, double grad_scale) {
+void step_all(const std::vector<Parameter>& parameters, const std::vector<Tensor>& weights, const Rule& rule,
+              double grad_scale, bool state_is_bfloat16) {
   const Kernels<T>& kernel = kernels<T>();
-  const std::vector<char*> state = state_pointers(params, states, rule.state_rows());
-  std::vector<Segment<T>> segments(params.size());
+  std::vector<Segment<T>> segments(parameters.size());
   std::vector<int64_t> first_tile{0};
-  for (size_t i = 0; i < params.size(); ++i) {
-    Segment<T>& segment = segments[i];
-    segment.param = static_cast<char*>(params[i].data_ptr());
-    segment.grad = static_cast<const char*>(grads[i].data_ptr());
-    segment.state = state[i];
-    segment.numel = params[i].numel();
-    set_dtype(segment, params[i].scalar_type());
-    first_tile.push_back(first_tile.back() + tiles_of(segment.numel));
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const Parameter& parameter = parameters[i];
+    segments[i].param = static_cast<char*>(parameter.data);
+    segments[i].grad = static_cast<const char*>(parameter.grad);
+    segments[i].state = parameter.state;
+    segments[i].numel = parameter.numel;
+    set_dtype(segments[i], parameter.dtype);
+    first_tile.push_back(first_tile.back() + tiles_of(parameter.numel));
   }
   static thread_local Packer<T> packer;
   const PackedWeights<T> packed = packer.pack(rule, pointers<T>(weights), kernel.blocking, false);
-  const bool is_bfloat16 = states[0].scalar_type() == ScalarType::BFloat16;
-  const StepArgs<T> args{rule, packed, (T)grad_scale, segments.data(), first_tile.data(), is_bfloat16};
+  const StepArgs<T> args{rule, packed, (T)grad_scale, segments.data(), first_tile.data(), state_is_bfloat16};
   const int64_t tiles = first_tile.back(), block = kernel.block_tiles;
   torch::stable::parallel_for(0, (tiles + block - 1) / block, kTilesPerThread / block, [&](int64_t begin, int64_t end) {
     kernel.step(args, begin * block, std::min(end * block, tiles), scratch<T>(kernel.step_scratch(rule)));
@@ -140,28 +138,25 @@ bool finite(const void* data, int64_t n) {
   return true;
 }
 
-bool all_finite(const std::vector<Tensor>& tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-      case ScalarType::Float: return finite<float>(tensor.data_ptr(), tensor.numel());
-      case ScalarType::Double: return finite<double>(tensor.data_ptr(), tensor.numel());
-      case ScalarType::Half: return finite<torch::headeronly::Half>(tensor.data_ptr(), tensor.numel());
-      default: return finite<torch::headeronly::BFloat16>(tensor.data_ptr(), tensor.numel());
+bool all_finite(const std::vector<Parameter>& parameters) {
+  return std::all_of(parameters.begin(), parameters.end(), [](const Parameter& parameter) {
+    switch (parameter.dtype) {
+      case ScalarType::Float: return finite<float>(parameter.grad, parameter.numel);
+      case ScalarType::Double: return finite<double>(parameter.grad, parameter.numel);
+      case ScalarType::Half: return finite<torch::headeronly::Half>(parameter.grad, parameter.numel);
+      default: return finite<torch::headeronly::BFloat16>(parameter.grad, parameter.numel);
     }
   });
 }
 
-// Clears a flag that says that all numbers are finite, if one is not; returns the flag.
-bool find_nonfinite(Tensor& finite, const std::vector<Tensor>& tensors) {
+// Clears a flag that says that all gradients are finite, if one is not; returns the flag.
+bool find_nonfinite(Tensor& finite, const std::vector<Parameter>& parameters) {
   check_tensor({"finite"}, finite, ScalarType::Bool, {1});
   bool& flag = *static_cast<bool*>(finite.data_ptr());
-  return flag = flag && all_finite(tensors);
+  return flag = flag && all_finite(parameters);
 }
 
-void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors) {
-  check_floating(tensors);
-  find_nonfinite(finite, tensors);
-}
+void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors) { find_nonfinite(finite, check_gradients(tensors)); }
 
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
            std::vector<Tensor> weights, std::string preprocess, double constant, double update_scale, double grad_scale,
@@ -169,13 +164,14 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   const RuleSizes sizes = check_weights(weights, preprocess);
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  check_segments(params, grads, states, check_state_dtype(states, dtype), rule.state_rows());
-  if (finite && !find_nonfinite(*finite, grads)) return;
-  if (params.empty()) return;
+  const ScalarType stored = check_state_dtype(states, dtype);
+  const std::vector<Parameter> parameters = check_parameters(params, grads, states, stored, rule.state_rows());
+  if (finite && !find_nonfinite(*finite, parameters)) return;
+  if (parameters.empty()) return;
   if (dtype == ScalarType::Float) {
-    step_all<float>(params, grads, states, weights, rule, grad_scale);
+    step_all<float>(parameters, weights, rule, grad_scale, stored == ScalarType::BFloat16);
   } else {
-    step_all<double>(params, grads, states, weights, rule, grad_scale);
+    step_all<double>(parameters, weights, rule, grad_scale, false);
   }
 }
 

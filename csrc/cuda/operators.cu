@@ -63,13 +63,21 @@ class Work {
   Queue queue_;
 };
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: return Dtype::kBFloat16;
+std::vector<Segment> segments_of(const std::vector<Parameter>& parameters) {
+  const auto dtype_of = [](ScalarType dtype) {
+    switch (dtype) {
+      case ScalarType::Float: return Dtype::kFloat32;
+      case ScalarType::Double: return Dtype::kFloat64;
+      case ScalarType::Half: return Dtype::kFloat16;
+      default: return Dtype::kBFloat16;
+    }
+  };
+  std::vector<Segment> segments;
+  for (const Parameter& parameter : parameters) {
+    segments.push_back(
+        {parameter.data, parameter.grad, parameter.state, parameter.numel, 0, dtype_of(parameter.dtype)});
   }
+  return segments;
 }
 
 template <typename T>
@@ -85,14 +93,10 @@ void check_flag(const Tensor& finite, int device) {
 }
 
 void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors) {
-  check_floating(tensors);
+  const std::vector<Segment> segments = segments_of(check_gradients(tensors));
   const int device = finite.get_device();
   check_flag(finite, device);
   check_devices("tensors", tensors, device);
-  std::vector<Segment> segments;
-  for (const Tensor& tensor : tensors) {
-    segments.push_back({nullptr, tensor.data_ptr(), nullptr, tensor.numel(), 0, dtype_of(tensor)});
-  }
   const Work work(finite);
   check_cuda(find_nonfinite(segments, static_cast<bool*>(finite.data_ptr()), work.queue()), "find_nonfinite_");
 }
@@ -104,7 +108,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   const ScalarType dtype = weights.back().scalar_type();
   const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
   const ScalarType stored = check_state_dtype(states, dtype);
-  check_segments(params, grads, states, stored, rule.state_rows());
+  const std::vector<Segment> segments = segments_of(check_parameters(params, grads, states, stored, rule.state_rows()));
   if (params.empty()) return;
   const int device = params[0].get_device();
   check_devices("params", params, device);
@@ -114,12 +118,6 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   if (finite) check_flag(*finite, device);
   bool* flag = finite ? static_cast<bool*>(finite->data_ptr()) : nullptr;
   const Work work(params[0]);
-  std::vector<Segment> segments;
-  const std::vector<char*> state = state_pointers(params, states, rule.state_rows());
-  for (size_t i = 0; i < params.size(); ++i) {
-    segments.push_back(
-        {params[i].data_ptr(), grads[i].data_ptr(), state[i], params[i].numel(), 0, dtype_of(params[i])});
-  }
   const auto run = [&](auto zero, auto stored_zero) {
     using T = decltype(zero);
     using Stored = decltype(stored_zero);

@@ -65,7 +65,7 @@ def check_state_dtype(states: Sequence[Tensor], dtype: torch.dtype) -> torch.dty
     return stored
 
 
-def check_segments(
+def check_parameters(
     params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Tensor], like: Tensor, rows: int
 ) -> None:
     """What step_ is given beside the rule; `like` is one of the rule's weights."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastl2l.kernels import launch
 from fastl2l.ops import reference, schema
-from fastl2l.ops.checks import check_rule, check_segments, check_tensor, check_window
+from fastl2l.ops.checks import check_parameters, check_rule, check_tensor, check_window
 from fastl2l.ops.layout import split_state
 
 PRECISION = "FASTL2L_TRITON_PRECISION"
@@ -35,7 +35,7 @@ def step_(
 ) -> None:
     """See schema.py."""
     rule = _rule(weights, preprocess, preprocess_constant, update_scale)
-    check_segments(params, grads, states, weights[-2], 2 * rule.layers * rule.hidden)
+    check_parameters(params, grads, states, weights[-2], 2 * rule.layers * rule.hidden)
     if finite is not None:
         check_tensor("finite", finite, weights[-2].new_empty(1, dtype=torch.bool), (1,))
         find_nonfinite_(finite, grads)
