@@ -57,13 +57,14 @@ class Parameters(NamedTuple):
 
 def parameters() -> Parameters:
     """Sources and flags of the native kernels, for ahead-of-time and just-in-time builds alike."""
-    patterns = ["*.cpp", "cpu/*.cpp"] + (["cuda/*.cu"] if _compiles_cuda() else [])
+    cuda = _compiles_cuda()
+    patterns = ["*.cpp", "cpu/*.cpp"] + (["cuda/*.cu"] if cuda else [])
     csrc = source_folder()
     return Parameters(
         sources=[path for pattern in patterns for path in sorted(csrc.glob(pattern))],
         include_dirs=[str(csrc)],
         compile_args={"cxx": CXX_FLAGS + DEFINES, "nvcc": NVCC_FLAGS + DEFINES},
-        link_args=[],
+        link_args=_cuda_link_args() if cuda else [],
     )
 
 
@@ -212,6 +213,26 @@ def _compiles_cuda() -> bool:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
     return os.environ.get("FASTL2L_FORCE_CUDA") == "1" or (nvcc is not None and torch.version.cuda is not None)
+
+
+def _cuda_link_args() -> list[str]:
+    """Where the linker finds the CUDA runtime that torch has loaded.
+
+    torch's extensions are linked with it, but where torch looks there may be none, or none under the short name:
+    toolkits come in pieces, and nvcc may be a script far from the rest.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    runtime = next((line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/libcudart.so" in line), None)
+    if runtime is None:
+        return []
+    folder = cache_folder().absolute() / "native" / f"cudart-{hashlib.sha256(runtime.encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (folder / "libcudart.so").symlink_to(runtime)
+    return [f"-L{folder}"]
 
 
 def _compiler() -> str:

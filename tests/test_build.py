@@ -180,6 +180,25 @@ def test_cuda_sources_are_taken_where_torch_has_cuda_and_nvcc_is_there(package, 
     assert kernel in copy.parameters().sources
 
 
+def test_the_linker_finds_the_cuda_runtime_that_is_loaded(tmp_path):
+    """Even if it goes by its full name alone, as in pip's packages, wherever it is."""
+    runtime = tmp_path / "a folder" / "libcudart.so.13"
+    runtime.parent.mkdir()
+    (tmp_path / "runtime.c").write_text("int answer(void) { return 42; }")
+    (tmp_path / "user.c").write_text("int answer(void); int main(void) { return answer() != 42; }")
+    assert (
+        run("cc", "-shared", "-Wl,-soname,libcudart.so.13", "-o", runtime, "runtime.c", folder=tmp_path).returncode == 0
+    )
+    code = f"import ctypes; ctypes.CDLL({str(runtime)!r}); from fastl2l import build; print(*build._cuda_link_args())"
+    shutil.copytree(REPO / "fastl2l", tmp_path / "fastl2l")
+    for _ in range(2):  # the second time it has its folder
+        found = run_python(code, tmp_path)
+        assert found.returncode == 0, found.stderr
+    linked = run("cc", "user.c", *found.stdout.split(), "-lcudart", "-o", "user", folder=tmp_path)
+    assert linked.returncode == 0, linked.stderr
+    assert run(tmp_path / "user", folder=tmp_path, LD_LIBRARY_PATH=runtime.parent).returncode == 0
+
+
 @pytest.mark.parametrize("name", ["registration.cpp", "cpu/answer.h"])
 def test_fingerprint_follows_sources_and_headers(package, name):
     copy = load_copy(package)
