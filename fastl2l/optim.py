@@ -26,6 +26,7 @@ _STATE = "lstm_state"
 class _Batch(NamedTuple):
     """What one kernel call takes of a parameter group, and the parameters that it works on copies of."""
 
+    number: int  # of the group
     group: dict[str, Any]
     owners: list[Tensor]
     params: list[Tensor]
@@ -33,13 +34,13 @@ class _Batch(NamedTuple):
     copies: list[tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, group: dict[str, Any]) -> _Batch:
+    def of(cls, number: int, group: dict[str, Any]) -> _Batch:
         """The parameters that have a gradient, as they are: nothing has been looked at yet."""
         owners, grads = group["params"], [param.grad for param in group["params"]]
         if any(map(operator.is_, grads, itertools.repeat(None))):
             owners = [param for param, grad in zip(owners, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
-        return cls(group, owners, owners, grads, [])
+        return cls(number, group, owners, owners, grads, [])
 
     def checked(self) -> _Batch:
         """With contiguous copies of what is not contiguous.
@@ -51,7 +52,7 @@ class _Batch(NamedTuple):
             _check_gradient(param, grad)
         params = [param.contiguous() for param in self.owners]
         copies = [(param, work) for param, work in zip(self.owners, params, strict=True) if work is not param]
-        return _Batch(self.group, self.owners, params, [grad.contiguous() for grad in self.grads], copies)
+        return self._replace(params=params, grads=[grad.contiguous() for grad in self.grads], copies=copies)
 
 
 class _Together(NamedTuple):
@@ -130,7 +131,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.capturable = capturable
         self.state_dtype = state_dtype
-        self._together: dict[int, _Together] = {}
+        self._together: dict[int, _Together] = {}  # by the group's number
         super().__init__(params, {"rule": rule, "lr": lr, "maximize": maximize})
         self._skipped = torch.zeros(1, dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
 
@@ -166,7 +167,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = [batch for batch in map(_Batch.of, self.param_groups) if batch.params]
+        batches = [_Batch.of(number, group) for number, group in enumerate(self.param_groups)]
+        batches = [batch for batch in batches if batch.params]
         if len(batches) > 1:  # what is wrong with one group must be found before another is changed
             batches = [batch.checked() for batch in batches]
         flags = self._flags(batches)
@@ -176,7 +178,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 self._refuse(batches)
                 break
         if self.capturable and flags and flags[0] is not None:
-            self._skipped += (~flags[0]).to(self._skipped.device)
+            self._skipped.add_((~flags[0]).to(self._skipped.device))
         return loss
 
     @property
@@ -220,7 +222,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def _call(self, batch: _Batch, states: list[Tensor], finite: Tensor | None) -> None:
         rule: LSTMRule = batch.group["rule"]
         config = rule.config
-        together = self._together.get(id(batch.group))
+        together = self._together.get(batch.number)
         self._backend(batch).step_(
             batch.params,
             batch.grads,
@@ -250,7 +252,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 f"{len(missing)} without; the graph would set their state to zero at every replay"
             )
         together = _Together.of(batch.group["rule"], missing, self.state_dtype)
-        self._together[id(batch.group)] = together
+        self._together[batch.number] = together
         new = dict(zip(missing, together.states, strict=True))
         states = [new[param] if param in new else kept[param][_STATE] for param in batch.owners]
         return states, list(new.items())
@@ -261,7 +263,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def _refuse(self, batches: list[_Batch]) -> None:
         """Raise, or count, for gradients that are not finite."""
         if self.nonfinite == "skip":
-            self._skipped += 1
+            self._skipped.add_(1)
             return
         grads = [grad for batch in batches for grad in batch.grads]
         shapes = [list(grad.shape) for grad in grads if not grad.isfinite().all()]
@@ -312,8 +314,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         for group, rule in zip(self.param_groups, rules, strict=True):
             group["rule"] = rule
         # torch casts states to the parameter's dtype, but ours is the rule's: put back what was saved.
-        for group, together, states in zip(self.param_groups, copies, found, strict=True):
-            self._together[id(group)] = together
+        self._together = dict(enumerate(copies))
+        for together, states in zip(copies, found, strict=True):
             for copy, (param, saved) in zip(together.states, states.items(), strict=True):
                 self.state[param] = {_STATE: copy.copy_(saved)}
 

@@ -189,8 +189,8 @@ def test_the_linker_finds_the_cuda_runtime_that_is_loaded(tmp_path):
     assert (
         run("cc", "-shared", "-Wl,-soname,libcudart.so.13", "-o", runtime, "runtime.c", folder=tmp_path).returncode == 0
     )
-    code = f"import ctypes; ctypes.CDLL({str(runtime)!r}); from fastl2l import build; print(*build._cuda_link_args())"
-    shutil.copytree(REPO / "fastl2l", tmp_path / "fastl2l")
+    shutil.copy(REPO / "fastl2l" / "build.py", tmp_path)
+    code = f"import ctypes; ctypes.CDLL({str(runtime)!r}); import build; print(*build._cuda_link_args())"
     for _ in range(2):  # the second time it has its folder
         found = run_python(code, tmp_path)
         assert found.returncode == 0, found.stderr

@@ -433,6 +433,13 @@ def test_the_interpreter_takes_cpu_tensors_only_when_asked(monkeypatch):
         dispatch.select("triton", "cpu")
 
 
+@pytest.fixture
+def _no_native_cuda(monkeypatch):
+    """Native kernels for the CPU alone, though a build on this machine may have others."""
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+
+
+@pytest.mark.usefixtures("_no_native_cuda")
 def test_without_a_device_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in dispatch.available_backends()["triton"]
@@ -453,7 +460,7 @@ def _fresh_answers(monkeypatch):
         function.cache_clear()
 
 
-@pytest.mark.usefixtures("_fresh_answers")
+@pytest.mark.usefixtures("_fresh_answers", "_no_native_cuda")
 @pytest.mark.parametrize(
     ("spec", "version", "message"),
     [
@@ -469,7 +476,7 @@ def test_triton_that_is_missing_or_too_old_is_an_error_with_the_cure(monkeypatch
     assert dispatch.select("auto", "cuda:0").name == "reference"
 
 
-@pytest.mark.usefixtures("_fresh_answers")
+@pytest.mark.usefixtures("_fresh_answers", "_no_native_cuda")
 def test_a_gpu_that_is_too_old_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
