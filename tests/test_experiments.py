@@ -25,8 +25,8 @@ RULES = {"lstm-quadratic": random_rule("raw")}
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(experiment, "FULL", Budget(runs=20, tuning_runs=1))
-    monkeypatch.setattr(experiment, "QUICK", Budget(runs=10, tuning_runs=1))
+    monkeypatch.setattr(experiment, "FULL", Budget(runs=20, tuning_runs=1, tuning_steps=3))
+    monkeypatch.setattr(experiment, "QUICK", Budget(runs=10, tuning_runs=1, tuning_steps=3))
 
 
 @pytest.fixture
@@ -84,6 +84,18 @@ def test_a_quick_run_says_so_and_has_its_own_folder(tmp_path):
     assert [results[name].runs for name in results] == [10]
     assert "quick: 10 problems" in (tmp_path / "out" / "small-quick" / "table.md").read_text()
     assert not (tmp_path / "out" / "small").exists()
+
+
+def test_a_quick_run_tunes_for_fewer_steps_than_it_takes(tmp_path, monkeypatch):
+    tuned, tune = [], baselines.tune
+    monkeypatch.setattr(
+        baselines, "tune", lambda task, one, steps, **options: tuned.append(steps) or tune(task, one, steps, **options)
+    )
+    monkeypatch.setattr(experiment, "QUICK", Budget(runs=10, tuning_runs=1, tuning_steps=2))
+    results = run("one", tmp_path=tmp_path, quick=True)
+    assert tuned == [2] * len(baselines.ALL)
+    assert results["one"].losses["sgd"].shape == (10, 3 + 1)
+    assert "rates tuned on 1 for 2 steps" in (tmp_path / "out" / "small-quick" / "table.md").read_text()
 
 
 def test_what_was_computed_is_not_computed_again(tmp_path, followed):

@@ -36,6 +36,7 @@ def curves(
     steps: int,
     runs: int,
     tuning_runs: int,
+    tuning_steps: int | None = None,
     seed: int = 1,
     note: Callable[[str], None] = lambda message: None,
     advance: Callable[[str], None] = lambda message: None,
@@ -46,6 +47,7 @@ def curves(
         task, optimizers, steps, seed: as for `evaluate`.
         runs: number of problems, a multiple of 10.
         tuning_runs: problems that learning rates are tuned on.
+        tuning_steps: steps that they are tuned for, by default as many.
         note: called with what is being done.
         advance: called after every ten problems of an optimizer.
     """
@@ -59,7 +61,8 @@ def curves(
             def report(lr: float, loss: float, name: str = name) -> None:
                 note(f"{task.name}: tuning {name}: {lr:.3g} ends at {loss:.3g}")
 
-            optimizer = optimizer.with_lr(baselines.tune(task, optimizer, steps, runs=tuning_runs, report=report))
+            lr = baselines.tune(task, optimizer, tuning_steps or steps, runs=tuning_runs, report=report)
+            optimizer = optimizer.with_lr(lr)
         tuned[name] = optimizer
         parts = []
         for first in range(0, runs, PROBLEMS):
