@@ -25,8 +25,8 @@ EXPERIMENTS = (
     ),
     Experiment(
         "fig4-mnist-200",
-        "Figure 4, right: MNIST, 200 steps with a rule trained for 100",
-        "the LSTM goes on descending beyond the steps that it was trained for, to .22.",
+        "Figure 4, right: MNIST, 200 steps",
+        "the LSTM, trained for 100 steps, goes on descending beyond them, to .22.",
         [Panel("mnist-200", "MLP 784-20-10, sigmoid", MNIST, "lstm-mnist", steps=200)],
     ),
     Experiment(
@@ -67,7 +67,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "beyond-1000",
-        "Beyond the paper: ten times as many steps as the rule was trained for",
+        "Beyond the paper: 1,000 steps, five times as many as the rule was trained for",
         "not tried there; Lv et al. 2017 find that such rules stop descending.",
         [Panel("mnist-1000", "MLP 784-20-10, sigmoid", MNIST, "lstm-mnist", steps=1000)],
     ),
