@@ -67,7 +67,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "beyond-1000",
-        "Beyond the paper: 1,000 steps, five times as many as the rule was trained for",
+        "Beyond the paper: MNIST, 1,000 steps",
         "not tried there; Lv et al. 2017 find that such rules stop descending.",
         [Panel("mnist-1000", "MLP 784-20-10, sigmoid", MNIST, "lstm-mnist", steps=1000)],
     ),
