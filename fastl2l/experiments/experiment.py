@@ -70,7 +70,7 @@ class Budget(NamedTuple):
     """For how many steps at most."""
 
 
-FULL, QUICK = Budget(runs=100, tuning_runs=20, tuning_steps=1000), Budget(runs=10, tuning_runs=2, tuning_steps=100)
+FULL, QUICK = Budget(runs=100, tuning_runs=20, tuning_steps=1000), Budget(runs=10, tuning_runs=1, tuning_steps=100)
 
 
 def reproduce(
