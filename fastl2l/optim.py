@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import operator
 import warnings
@@ -37,7 +36,7 @@ class _Batch(NamedTuple):
     def of(cls, number: int, group: dict[str, Any]) -> _Batch:
         """The parameters that have a gradient, as they are: nothing has been looked at yet."""
         owners, grads = group["params"], [param.grad for param in group["params"]]
-        if any(map(operator.is_, grads, itertools.repeat(None))):
+        if any(grad is None for grad in grads):
             owners = [param for param, grad in zip(owners, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
         return cls(number, group, owners, owners, grads, [])

@@ -27,6 +27,12 @@ def _pointers(tensors):
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
+def _sizes(tensors):
+    numels = (ctypes.c_int64 * len(tensors))(*(tensor.numel() for tensor in tensors))
+    dtypes = (ctypes.c_int * len(tensors))(*(_DTYPES.index(tensor.dtype) for tensor in tensors))
+    return numels, dtypes
+
+
 def _rule(weights, preprocess, constant, update_scale):
     sizes = len(weights) // 3, weights[-2].numel(), int(preprocess == "log_sign")
     return *sizes, ctypes.c_double(constant), ctypes.c_double(update_scale)
@@ -37,13 +43,10 @@ def backend(library: Path) -> dispatch.Backend:
     kernels = ctypes.CDLL(str(library))
 
     def step_(params, grads, states, weights, preprocess, constant, update_scale, grad_scale, finite=None):
-        count = len(params)
-        numels = (ctypes.c_int64 * count)(*(param.numel() for param in params))
-        dtypes = (ctypes.c_int * count)(*(_DTYPES.index(param.dtype) for param in params))
         error = kernels.emulated_step(
             *_rule(weights, preprocess, constant, update_scale), ctypes.c_double(grad_scale),
-            int(weights[-1].dtype == torch.float64), int(states[0].dtype == torch.bfloat16), _pointers(weights), count,
-            _pointers(params), _pointers(grads), _pointers(states), numels, dtypes,
+            int(weights[-1].dtype == torch.float64), int(states[0].dtype == torch.bfloat16), _pointers(weights),
+            len(params), _pointers(params), _pointers(grads), _pointers(states), *_sizes(params),
             ctypes.c_void_p(None if finite is None else finite.data_ptr()),
         )  # fmt: skip
         assert error == 0
@@ -66,7 +69,10 @@ def backend(library: Path) -> dispatch.Backend:
         return dweights, dstate_first, dgrads
 
     def find_nonfinite_(finite, tensors):
-        raise NotImplementedError("find_nonfinite_ alone is not emulated: step_ does the same first")
+        error = kernels.emulated_find_nonfinite(
+            len(tensors), _pointers(tensors), *_sizes(tensors), ctypes.c_void_p(finite.data_ptr())
+        )
+        assert error == 0
 
     return dispatch.Backend("emulated", step_, window_backward, find_nonfinite_)
 

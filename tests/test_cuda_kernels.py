@@ -155,6 +155,19 @@ def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite
     assert all(bool(state.any()) == done for state in states)
 
 
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [(0, 0), (69, 19), (40, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_nonfinite_numbers_are_found_wherever_they_are(emulated, dtype, place, value):
+    tensors = [torch.full((20,), 0.5, dtype=dtype) for _ in range(70)]  # more than one launch
+    tensors[place[0]][place[1]] = value
+    finite = torch.tensor([True])
+    emulated.find_nonfinite_(finite, [*tensors, torch.zeros(0, dtype=dtype)])
+    assert finite.item() == math.isfinite(value)
+    emulated.find_nonfinite_(finite, tensors[:1] if place[0] else tensors[1:])  # and stay found
+    assert finite.item() == math.isfinite(value)
+
+
 @pytest.mark.parametrize("shape", [(20, 2), (12, 3), (7, 3)])
 def test_what_is_not_asked_for_changes_nothing_else(emulated, shape):
     rule = random_rule(hidden=shape[0], layers=shape[1])

@@ -25,8 +25,8 @@ RULES = {"lstm-quadratic": random_rule("raw")}
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(experiment, "FULL", Budget(runs=20, tuning_runs=1, tuning_steps=3))
-    monkeypatch.setattr(experiment, "QUICK", Budget(runs=10, tuning_runs=1, tuning_steps=3))
+    monkeypatch.setattr(experiment, "FULL", Budget(runs=20, tuning_runs=1))
+    monkeypatch.setattr(experiment, "QUICK", Budget(runs=10, tuning_runs=1))
 
 
 @pytest.fixture

@@ -66,11 +66,11 @@ class Budget(NamedTuple):
     """Test problems."""
     tuning_runs: int
     """Problems that the baselines' learning rates are tuned on."""
-    tuning_steps: int
-    """For how many steps at most."""
+    tuning_steps: int | None = None
+    """For how many steps at most; None for all."""
 
 
-FULL, QUICK = Budget(runs=100, tuning_runs=20, tuning_steps=1000), Budget(runs=10, tuning_runs=1, tuning_steps=100)
+FULL, QUICK = Budget(runs=100, tuning_runs=20), Budget(runs=10, tuning_runs=1, tuning_steps=100)
 
 
 def reproduce(
@@ -87,7 +87,7 @@ def reproduce(
         experiment: one of `fastl2l.experiments.ALL`.
         out: the folder; everything goes to a folder in it that is named for the experiment.
         rules: rules to take in place of the shipped ones of the same names.
-        quick: 10 problems in place of 100, and less tuning; the figure says so. Under two minutes on a core.
+        quick: 10 problems in place of 100, and less tuning; the figure says so. About two minutes for the longest.
         progress: show how far it is.
 
     Returns:
@@ -111,7 +111,7 @@ def reproduce(
                 steps=panel.steps,
                 runs=budget.runs,
                 tuning_runs=budget.tuning_runs,
-                tuning_steps=min(panel.steps, budget.tuning_steps),
+                tuning_steps=budget.tuning_steps,
                 note=shown.note,
                 advance=shown.advance,
             )
@@ -119,7 +119,7 @@ def reproduce(
     note = ""
     if quick:
         note = f"quick: {budget.runs} problems, rates tuned on {budget.tuning_runs}"
-        if any(panel.steps > budget.tuning_steps for panel in panels):
+        if budget.tuning_steps is not None and any(panel.steps > budget.tuning_steps for panel in panels):
             note += f" for {budget.tuning_steps} steps"
     _draw(panels, results, folder / "figure.png", f"{experiment.title}\n{note}" if quick else experiment.title)
     files.write_text(folder / "table.md", _table(experiment, panels, results, note))

@@ -47,7 +47,7 @@ def curves(
         task, optimizers, steps, seed: as for `evaluate`.
         runs: number of problems, a multiple of 10.
         tuning_runs: problems that learning rates are tuned on.
-        tuning_steps: steps that they are tuned for, by default as many.
+        tuning_steps: how many steps they are tuned for at most; by default all.
         note: called with what is being done.
         advance: called after every ten problems of an optimizer.
     """
@@ -61,7 +61,7 @@ def curves(
             def report(lr: float, loss: float, name: str = name) -> None:
                 note(f"{task.name}: tuning {name}: {lr:.3g} ends at {loss:.3g}")
 
-            lr = baselines.tune(task, optimizer, tuning_steps or steps, runs=tuning_runs, report=report)
+            lr = baselines.tune(task, optimizer, min(steps, tuning_steps or steps), runs=tuning_runs, report=report)
             optimizer = optimizer.with_lr(lr)
         tuned[name] = optimizer
         parts = []

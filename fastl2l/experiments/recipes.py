@@ -84,33 +84,18 @@ def _lstm_mnist() -> Recipe:
         epochs=100,
         training=MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine"}),
     )
-    exact = {"schedule": "cosine", "keep": "last", "second_derivatives": True}
-    second = replace(
-        first,
-        name="lstm-mnist-2",
-        about="The second stage of lstm-mnist.",
-        training=MappingProxyType({"meta_lr": 1e-3} | exact),
-        seed=1,
-        init=first,
+
+    def then(before: Recipe, name: str, about: str, epochs: int, seed: int, **training: float) -> Recipe:
+        exact = {"schedule": "cosine", "keep": "last", "second_derivatives": True}
+        options = MappingProxyType({**training, **exact})
+        return replace(before, name=name, about=about, epochs=epochs, training=options, seed=seed, init=before)
+
+    second = then(first, "lstm-mnist-2", "The second stage of lstm-mnist.", 100, seed=1, meta_lr=1e-3)
+    third = then(
+        second, "lstm-mnist-3", "The third stage of lstm-mnist.", 24, seed=5, horizon=200, unroll=100, meta_lr=2e-4
     )
-    third = replace(
-        second,
-        name="lstm-mnist-3",
-        about="The third stage of lstm-mnist.",
-        epochs=24,
-        training=MappingProxyType({"horizon": 200, "unroll": 100, "meta_lr": 2e-4} | exact),
-        seed=5,
-        init=second,
-    )
-    return replace(
-        third,
-        name="lstm-mnist",
-        about="Small sigmoid networks on images: trained on an MLP 784-20-10 on MNIST for 100, then 200 steps.",
-        epochs=20,
-        training=MappingProxyType({"horizon": 200, "unroll": 200, "meta_lr": 3e-4} | exact),
-        seed=6,
-        init=third,
-    )
+    about = "Small sigmoid networks on images: trained on an MLP 784-20-10 on MNIST for 100, then 200 steps."
+    return then(third, "lstm-mnist", about, 20, seed=6, horizon=200, unroll=200, meta_lr=3e-4)
 
 
 RECIPES = {

@@ -54,6 +54,13 @@ int emulated_step(int layers, int hidden, int log_sign, double constant, double 
   return is_double ? run(double(), double()) : run(float(), float());
 }
 
+int emulated_find_nonfinite(int count, void** tensors, const int64_t* numels, const int* dtypes, bool* finite) {
+  std::vector<Segment> segments;
+  for (int i = 0; i < count; ++i) segments.push_back({nullptr, tensors[i], nullptr, numels[i], 0, (Dtype)dtypes[i]});
+  Workspaces workspaces;
+  return find_nonfinite(segments, finite, workspaces.queue());
+}
+
 int emulated_window_backward(int layers, int hidden, int log_sign, double constant, double update_scale, int is_double,
                              void** weights, int64_t numel, int64_t steps, const void* state, const void* grads,
                              const void* adjoints, const void* dstate, void* dstate_first, void* dgrads,
