@@ -40,7 +40,8 @@ struct StepArgs {
   PackedWeights<T> weights;
   T grad_scale;
   const Segment<T>* segments;
-  const int64_t* first_tile;  // [segments + 1]: running number of each segment's first tile
+  int64_t segment_count;
+  const int64_t* first_tile;  // [segment_count + 1]: running number of each segment's first tile
   bool state_is_bfloat16;     // for T = float
 };
 

@@ -18,12 +18,15 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
+#include "cpu/parallel.h"
 
 namespace fastl2l::cpu {
 namespace {
 
 // Tiles that are worth waking another thread for.
 constexpr int64_t kTilesPerThread = 16;
+// Tiles of a step that a thread takes at a time: some microseconds.
+constexpr int64_t kTilesAtOnce = 8;
 // Weight gradients are summed in at most so many parts, whose bounds depend on N alone: the same bits for any number
 // of threads.
 constexpr int64_t kMostParts = 64;
@@ -109,9 +112,10 @@ void step_all(const std::vector<Parameter>& parameters, const std::vector<Tensor
   }
   static thread_local Packer<T> packer;
   const PackedWeights<T> packed = packer.pack(rule, pointers<T>(weights), kernel.blocking, false);
-  const StepArgs<T> args{rule, packed, (T)grad_scale, segments.data(), first_tile.data(), state_is_bfloat16};
-  const int64_t tiles = first_tile.back(), block = kernel.block_tiles;
-  torch::stable::parallel_for(0, (tiles + block - 1) / block, kTilesPerThread / block, [&](int64_t begin, int64_t end) {
+  const StepArgs<T> args{
+      rule, packed, (T)grad_scale, segments.data(), (int64_t)segments.size(), first_tile.data(), state_is_bfloat16};
+  const int64_t tiles = first_tile.back(), block = kernel.block_tiles, blocks = (tiles + block - 1) / block;
+  share_out(blocks, kTilesPerThread / block, kTilesAtOnce / block, [&](int64_t begin, int64_t end) {
     kernel.step(args, begin * block, std::min(end * block, tiles), scratch<T>(kernel.step_scratch(rule)));
   });
 }
@@ -191,7 +195,7 @@ void window_all(WindowArgs<T> args, const std::vector<Tensor>& weights, T* dweig
   static thread_local std::vector<double> sums_memory;
   std::vector<double>& sums = sums_memory;  // the lambda below runs on other threads, which have their own
   sums.assign(std::max<int64_t>(parts, 1) * count, 0.0);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  share_out(parts, 1, 1, [&](int64_t begin, int64_t end) {
     T* memory = scratch<T>(kernel.window_scratch(args.rule, args.steps));
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = part * blocks / parts * block, last = std::min((part + 1) * blocks / parts * block, tiles);

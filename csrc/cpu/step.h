@@ -87,12 +87,23 @@ INLINE void step_tiles(const StepArgs<typename P::T>& args, const TileOf<P>* til
   }
 }
 
+// The segment that a tile is in: the last one, of those that are not empty, that does not begin behind it.
+template <typename T>
+INLINE int64_t segment_of(const StepArgs<T>& args, int64_t tile) {
+  int64_t low = 0, high = args.segment_count;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (args.first_tile[middle] <= tile ? low : high) = middle;
+  }
+  return low;
+}
+
 template <class P>
 void step(const StepArgs<typename P::T>& args, int64_t begin, int64_t end, typename P::T* scratch) {
   constexpr int NT = P::block_tiles;
   const int64_t tile_elements = (int64_t)kTile * args.rule.state_rows();
   typename P::T* widened = scratch + block_scratch(args.rule);
-  int64_t s = 0;
+  int64_t s = segment_of(args, begin);
   const auto locate = [&](int64_t tile, int place) {
     while (args.first_tile[s + 1] <= tile) ++s;
     const auto& segment = args.segments[s];

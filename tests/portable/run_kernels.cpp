@@ -55,7 +55,7 @@ int main(int argc, char** argv) {
         [](void* to, const float* update, int count) {
           for (int i = 0; i < count; ++i) static_cast<float*>(to)[i] += update[i];
         }};
-    kernel.step({rule, packed, 1.0f, &segment, first_tile, false}, 0, tiles, scratch.data());
+    kernel.step({rule, packed, 1.0f, &segment, 1, first_tile, false}, 0, tiles, scratch.data());
   }
   std::vector<double> sums(weight_count(rule));
   kernel.window_backward(
