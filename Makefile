@@ -11,6 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.fastl2l-installed
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PORTABLE := $(shell find tests/portable -name '*.cpp' -o -name '*.h')
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help demo test gpu lint format bench clean
@@ -35,13 +36,13 @@ gpu:
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/portable/*.cpp tests/portable/*.h
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(PORTABLE)
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CSRC) tests/portable/*.cpp tests/portable/*.h
+	$(BIN)/clang-format -i $(CSRC) $(PORTABLE)
 
 bench: $(READY)
 	FASTL2L_REQUIRE_EXT=1 $(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)

@@ -1,4 +1,4 @@
-"""The plain kernels on this machine and on aarch64: cross-compiled, and run by an emulator."""
+"""What needs no torch: the plain kernels on this machine and, cross-compiled, in an emulator; and how threads share."""
 
 from __future__ import annotations
 
@@ -71,3 +71,11 @@ def by_reference(rule, first, gradients, adjoints):
         first, gradients, adjoints, weights, *constants(rule), None, False, False
     )
     return {"update": update, "state": to_rows(state, update.numel()), "dweights": dweights}
+
+
+def test_threads_do_everything_once_and_help_the_late_one(tmp_path):
+    source, target = HERE / "run_share_out.cpp", tmp_path / "run_share_out"
+    includes = [f"-I{HERE / 'threads'}", f"-I{build.source_folder()}"]
+    subprocess.run(["c++", *build.CXX_FLAGS, "-pthread", *includes, source, "-o", target], check=True)
+    result = subprocess.run([target], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout
