@@ -8,11 +8,12 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "rule.h"
+#include "rule_text.h"
 
 namespace fastl2l {
 
@@ -67,38 +68,30 @@ inline void check_length(const char* name, size_t length, size_t expected) {
   STD_TORCH_CHECK(length == expected, name, ": expected ", expected, " tensors, got ", length);
 }
 
-// Sizes of an LSTM rule, read off its weights.
-struct RuleSizes {
-  int layers, hidden, features;
-};
-
-inline RuleSizes check_weights(const std::vector<Tensor>& weights, const std::string& preprocess) {
-  STD_TORCH_CHECK(weights.size() >= 5 && weights.size() % 3 == 2,
-                  "weights: expected W_ih, W_hh and bias of each layer, then w_out and b_out; got ", weights.size(),
-                  " tensors");
-  STD_TORCH_CHECK(preprocess == "raw" || preprocess == "log_sign", "preprocess: expected raw or log_sign, got ",
-                  preprocess);
-  const Tensor& w_out = weights[weights.size() - 2];
-  const ScalarType dtype = w_out.scalar_type();
+// The rule of this text, whose weights must be these.
+inline Rule check_rule(const std::vector<Tensor>& weights, const std::string& text, double update_scale) {
+  Rule rule = parse_rule(text);
+  STD_TORCH_CHECK((int)weights.size() == rule.tensors(), "weights: expected ", rule.tensors(), " tensors for ", text,
+                  ", got ", weights.size());
+  const ScalarType dtype = weights[0].scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                   "weights: expected float32 or float64, got ", dtype_name(dtype));
-  const RuleSizes sizes{(int)(weights.size() / 3), (int)w_out.numel(), preprocess == "raw" ? 1 : 2};
-  const int64_t hidden = sizes.hidden;
-  STD_TORCH_CHECK(hidden >= 1, "weights: expected at least one hidden unit");
-  for (int layer = 0; layer < sizes.layers; ++layer) {
-    const int64_t at = 3 * layer;
-    check_tensor({"weights", at}, weights[at], dtype, {4 * hidden, layer == 0 ? sizes.features : hidden});
-    check_tensor({"weights", at + 1}, weights[at + 1], dtype, {4 * hidden, hidden});
-    check_tensor({"weights", at + 2}, weights[at + 2], dtype, {4 * hidden});
-  }
-  check_tensor({"weights", 3 * sizes.layers}, w_out, dtype, {hidden});
-  check_tensor({"weights", 3 * sizes.layers + 1}, weights.back(), dtype, {});
-  return sizes;
+  int64_t at = 0;
+  each_weight(rule, [&](int dimensions, int64_t rows, int64_t columns) {
+    const Name name{"weights", at};
+    const Tensor& weight = weights[at++];
+    if (dimensions == 2) return check_tensor(name, weight, dtype, {rows, columns});
+    if (dimensions == 1) return check_tensor(name, weight, dtype, {rows});
+    check_tensor(name, weight, dtype, {});
+  });
+  rule.update_scale = update_scale;
+  return rule;
 }
 
-inline Rule make_rule(const RuleSizes& sizes, const std::string& preprocess, double constant, double update_scale) {
-  return {sizes.layers, sizes.hidden, sizes.features,      preprocess == "log_sign",
-          constant,     update_scale, std::exp(-constant), std::exp(constant)};
+// A factor of the update, in the dtype that the rule computes in.
+inline void check_number(const char* name, double number, ScalarType dtype) {
+  const double most = dtype == ScalarType::Float ? std::numeric_limits<float>::max() : std::numeric_limits<double>::max();
+  STD_TORCH_CHECK(std::abs(number) <= most, name, ": expected a finite ", dtype_name(dtype), ", got ", number);
 }
 
 inline bool is_floating(ScalarType dtype) {
@@ -129,14 +122,22 @@ inline std::vector<Parameter> check_gradients(const std::vector<Tensor>& tensors
   return found;
 }
 
-// The dtype that the states of one call are stored in: the rule's, or bfloat16 where that is float32.
-inline ScalarType check_state_dtype(const std::vector<Tensor>& states, ScalarType dtype) {
+// The dtype that the states of one call are stored in: the rule's, or bfloat16 where that is float32 and all of the
+// state is the LSTM's.
+inline ScalarType check_state_dtype(const Rule& rule, const std::vector<Tensor>& states, ScalarType dtype) {
   if (states.empty()) return dtype;
   const ScalarType stored = states[0].scalar_type();
-  const bool is_float = dtype == ScalarType::Float;
-  STD_TORCH_CHECK(stored == dtype || (is_float && stored == ScalarType::BFloat16), "states[0]: expected ",
-                  dtype_name(dtype), is_float ? " or bfloat16" : "", ", got ", dtype_name(stored));
+  const bool halved = dtype == ScalarType::Float && rule.feature_rows() == 0;
+  STD_TORCH_CHECK(stored == dtype || (halved && stored == ScalarType::BFloat16), "states[0]: expected ",
+                  dtype_name(dtype), halved ? " or bfloat16" : "", ", got ", dtype_name(stored));
   return stored;
+}
+
+inline void check_given(const Rule& rule, const std::optional<Tensor>& given, ScalarType dtype,
+                        std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(given.has_value() == (rule.given > 0), "given: expected ", rule.given, " rows, got ",
+                  given ? "some" : "none");
+  if (given) check_tensor({"given"}, *given, dtype, shape);
 }
 
 // `dtype` is that of the states.
@@ -178,14 +179,22 @@ inline std::vector<Parameter> check_parameters(const std::vector<Tensor>& params
 }
 
 inline void check_window(const Tensor& state, const Tensor& grads, const Tensor& adjoints,
-                         const std::optional<Tensor>& dstate, ScalarType dtype, int64_t state_rows) {
+                         const std::optional<Tensor>& dstate, const std::optional<Tensor>& given, ScalarType dtype,
+                         const Rule& rule) {
   STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) >= 1, "grads: expected shape [steps >= 1, N], got ",
                   shape_of(grads));
-  const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel);
+  const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel), state_rows = rule.state_rows();
   check_tensor({"grads"}, grads, dtype, {steps, numel});
   check_tensor({"adjoints"}, adjoints, dtype, {steps, numel});
   check_tensor({"state"}, state, dtype, {tiles, state_rows, kTile});
   if (dstate) check_tensor({"dstate"}, *dstate, dtype, {tiles, state_rows, kTile});
+  check_given(rule, given, dtype, {steps, tiles, rule.given, kTile});
+}
+
+inline int64_t tiles_of_all(const std::vector<Parameter>& parameters) {
+  int64_t tiles = 0;
+  for (const Parameter& parameter : parameters) tiles += tiles_of(parameter.numel);
+  return tiles;
 }
 
 }  // namespace fastl2l

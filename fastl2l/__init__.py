@@ -19,7 +19,7 @@ from fastl2l.evaluate import Curves, evaluate
 from fastl2l.meta import MetaTrainer
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.rule_files import RuleFileError, load_rule, save_rule
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import LSTMRule, RNNpropRule, Rule
 from fastl2l.trajectory import Trajectory
 
 try:
@@ -31,6 +31,8 @@ __all__ = [
     "Curves",
     "FusedLSTMOptimizer",
     "LSTMRule",
+    "RNNpropRule",
+    "Rule",
     "MetaTrainer",
     "RuleFileError",
     "Trajectory",

@@ -24,14 +24,13 @@ from fastl2l.baselines import Baseline, descend, tune
 from fastl2l.files import write_bytes, write_json, write_text
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.progress import Progress
-from fastl2l.rules import RULES, LSTMRule
+from fastl2l.rules import Rule
 from fastl2l.tasks.base import Task, check_start, fingerprint, integer, problem_seed
 
 FORMAT = 1
 """Of the saved files."""
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
-_RULE_TYPES = tuple(RULES.values())
 
 
 @dataclass
@@ -193,7 +192,7 @@ class Curves:
 
 def evaluate(
     task: Task,
-    optimizers: Mapping[str, LSTMRule | Baseline | Build],
+    optimizers: Mapping[str, Rule | Baseline | Build],
     *,
     steps: int = 100,
     runs: int = 100,
@@ -249,7 +248,7 @@ def evaluate(
 
 def follow(
     task: Task,
-    optimizer: LSTMRule | Baseline | Build,
+    optimizer: Rule | Baseline | Build,
     steps: int,
     numbers: Iterable[int],
     *,
@@ -271,7 +270,7 @@ def follow(
 
 
 def describe(
-    task: Task, optimizers: Mapping[str, LSTMRule | Baseline | Build], *, steps: int, runs: int, seed: int, backend: str
+    task: Task, optimizers: Mapping[str, Rule | Baseline | Build], *, steps: int, runs: int, seed: int, backend: str
 ) -> dict[str, Any]:
     """The metadata of `Curves`: all that decides what the losses are, and the versions that made them."""
     return {
@@ -311,7 +310,7 @@ def _check_optimizers(optimizers: object) -> None:
         if not isinstance(name, str):
             raise TypeError(f"optimizers: expected strings as names, got {name!r}")
         is_class = isinstance(optimizer, type) and not issubclass(optimizer, torch.optim.Optimizer)
-        is_module = isinstance(optimizer, nn.Module) and not isinstance(optimizer, _RULE_TYPES)
+        is_module = isinstance(optimizer, nn.Module) and not isinstance(optimizer, Rule)
         if is_class or is_module or not (isinstance(optimizer, Baseline) or callable(optimizer)):
             raise TypeError(
                 f"optimizers[{name!r}]: expected an update rule, a Baseline such as Adam(), or a function from a list "
@@ -335,10 +334,10 @@ def _tuned(task: Task, optimizers: Mapping[str, Any], steps: int, progress: bool
     return found
 
 
-def _build(name: str, optimizer: LSTMRule | Baseline | Build, backend: str) -> Build:
+def _build(name: str, optimizer: Rule | Baseline | Build, backend: str) -> Build:
     if isinstance(optimizer, Baseline):
         return optimizer.build
-    if isinstance(optimizer, _RULE_TYPES):
+    if isinstance(optimizer, Rule):
         return lambda params: FusedLSTMOptimizer(params, optimizer, nonfinite="propagate", backend=backend)
 
     def build(params: list[Tensor]) -> torch.optim.Optimizer:
@@ -354,8 +353,8 @@ def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     """What is known of an optimizer: its kind, and the learning rate of a baseline or the hash of a rule's weights."""
     if isinstance(optimizer, Baseline):
         return {"kind": "baseline", "optimizer": optimizer.name, "lr": optimizer.lr, **optimizer.options}
-    if isinstance(optimizer, _RULE_TYPES):
-        return {"kind": "learned", "rule": repr(optimizer.config), "weights": fingerprint(*optimizer.weights())}
+    if isinstance(optimizer, Rule):
+        return {"kind": "learned", "rule": optimizer.config.describe(), "weights": fingerprint(*optimizer.weights())}
     return {"kind": "other"}
 
 

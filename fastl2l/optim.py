@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.ops.layout import TILE, new_state, state_shape
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import Rule
 
 NONFINITE = ("raise", "skip", "propagate")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -61,7 +61,7 @@ class _Together(NamedTuple):
     state: Tensor
 
     @classmethod
-    def of(cls, rule: LSTMRule, params: list[Tensor], dtype: torch.dtype | None) -> _Together:
+    def of(cls, rule: Rule, params: list[Tensor], dtype: torch.dtype | None) -> _Together:
         """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory."""
         tiles = [state_shape(rule, param.numel())[0] for param in params]
         state = _allocate(rule, sum(tiles) * TILE, dtype)
@@ -109,7 +109,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        rule: LSTMRule | None = None,
+        rule: Rule | None = None,
         *,
         lr: float = 1.0,
         maximize: bool = False,
@@ -219,17 +219,15 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         return True
 
     def _call(self, batch: _Batch, states: list[Tensor], finite: Tensor | None) -> None:
-        rule: LSTMRule = batch.group["rule"]
-        config = rule.config
+        rule: Rule = batch.group["rule"]
         together = self._together.get(batch.number)
         self._backend(batch).step_(
             batch.params,
             batch.grads,
             [together.state] if together is not None and together.holds(states) else states,
             rule.weights(),
-            config.preprocess,
-            config.preprocess_constant,
-            config.output_scale * float(batch.group["lr"]),
+            rule.text,
+            rule.config.output_scale * float(batch.group["lr"]),
             -1.0 if batch.group["maximize"] else 1.0,
             finite,
         )
@@ -351,13 +349,13 @@ def _check_gradient(param: Tensor, grad: Tensor) -> None:
 
 def _check_group(group: dict[str, Any], params: list[Any], backend: str) -> None:
     rule, lr = group["rule"], group["lr"]
-    if not isinstance(rule, LSTMRule):
-        raise TypeError(f"rule: expected an LSTMRule for every parameter group, got {type(rule).__name__}")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule: expected an Rule for every parameter group, got {type(rule).__name__}")
     if not isinstance(lr, (Tensor, int, float)) or not 0 <= float(lr) < math.inf:
         raise ValueError(f"lr: expected a finite number >= 0, got {lr!r}")
     if len({id(param) for param in params}) < len(params):
         raise ValueError("params: expected every parameter once, got one twice in a group")
-    device = rule.weight_out.device
+    device = rule.device
     for param in params:
         if not isinstance(param, Tensor):
             raise TypeError(f"params: expected tensors, got {type(param).__name__}")
@@ -369,14 +367,14 @@ def _check_group(group: dict[str, Any], params: list[Any], backend: str) -> None
     select(backend, device)
 
 
-def _check_state_dtype(dtype: torch.dtype | None, rule: LSTMRule) -> None:
+def _check_state_dtype(dtype: torch.dtype | None, rule: Rule) -> None:
     if dtype is not None and rule.dtype != torch.float32:
         raise ValueError(f"state_dtype: expected None for a rule in {rule.dtype}, got {dtype}; float32 rules take it")
 
 
-def _allocate(rule: LSTMRule, numel: int, dtype: torch.dtype | None) -> Tensor:
+def _allocate(rule: Rule, numel: int, dtype: torch.dtype | None) -> Tensor:
     """Memory for new states."""
-    device = rule.weight_out.device
+    device = rule.device
     try:
         return new_state(rule, numel, device, dtype)
     except RuntimeError as error:
@@ -392,14 +390,14 @@ def _allocate(rule: LSTMRule, numel: int, dtype: torch.dtype | None) -> Tensor:
         ) from error
 
 
-def _describe(rule: LSTMRule) -> dict[str, Any]:
+def _describe(rule: Rule) -> dict[str, Any]:
     digest = hashlib.sha256()
     for weight in rule.weights():
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return {"kind": "lstm", "config": asdict(rule.config), "dtype": str(rule.dtype), "fingerprint": digest.hexdigest()}
 
 
-def _check_same_rule(index: int, saved: dict[str, Any] | None, rule: LSTMRule) -> None:
+def _check_same_rule(index: int, saved: dict[str, Any] | None, rule: Rule) -> None:
     if saved is None:
         raise ValueError(f"rule of group {index}: expected a state_dict of FusedLSTMOptimizer, got one without a rule")
     mine = _describe(rule)

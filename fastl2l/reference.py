@@ -5,34 +5,77 @@ Slow and obvious on purpose. Kernels are right when they agree with this file ev
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fastl2l.rule_config import Adam, Features, LogSign, Raw, RuleConfig
 
-def features(gradient: Tensor, preprocess: str, constant: float) -> Tensor:
-    """Inputs of the first layer (Andrychowicz et al. 2016, App. A).
+
+def exact(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """No autocast, in which plain PyTorch that stands for a kernel would compute in half precision."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def raw(gradient: Tensor, part: Raw) -> Tensor:
+    """``scale * g``: [N] -> [1, N]."""
+    return (part.scale * gradient).unsqueeze(0)
+
+
+def log_sign(gradient: Tensor, part: LogSign) -> Tensor:
+    """Andrychowicz et al. 2016, App. A: [N] -> [2, N].
+
+    ``(log|g| / p, sign g)`` where ``|g| >= exp(-p)``, else ``(-1, exp(p) * g)``.
+    """
+    threshold = torch.tensor(math.exp(-part.p), dtype=gradient.dtype, device=gradient.device)
+    large = gradient.abs() >= threshold  # rounded as the gradients are
+    # The branch that is not taken must not send NaN back through autograd: feed it a harmless 1.
+    log = torch.where(large, gradient, 1.0).abs().log() / part.p
+    # NaN compares false, so it takes the linear branch; the first feature must not hide it.
+    first = torch.where(large, log, torch.where(gradient.isnan(), gradient, -1.0))
+    second = torch.where(large, gradient.sign(), gradient * math.exp(part.p))
+    return torch.stack([first, second])
+
+
+def adam(gradient: Tensor, rows: Tensor, part: Adam) -> tuple[Tensor, Tensor]:
+    """Lv et al. 2017, section 4: ``(m, g) / (sqrt(v) + epsilon)`` with bias-corrected means: [2, N], and new rows.
+
+    Rows are the means of g and of g^2 from zero on, and the weight that a mean of ones would have by now, once if both
+    betas are the same; what divides by it corrects the bias, whatever step each coordinate is at. Where v is 0, no
+    gradient goes through its root.
+    """
+    betas = (part.beta1, part.beta2)[: len(rows) - 2]
+    m = part.beta1 * rows[0] + (1 - part.beta1) * gradient
+    v = part.beta2 * rows[1] + (1 - part.beta2) * gradient * gradient
+    ages = [beta * age + (1 - beta) for beta, age in zip(betas, rows[2:], strict=True)]
+    v_hat = v / ages[-1]
+    root = torch.where(v_hat == 0, 0.0, torch.where(v_hat == 0, 1.0, v_hat).sqrt())
+    found = torch.stack([m / ages[0], gradient]) / (root + part.epsilon)
+    return found, torch.stack([m, v, *ages])
+
+
+def features(gradient: Tensor, rows: Tensor, part: Features | None) -> tuple[Tensor, Tensor]:
+    """What a rule makes of gradients.
 
     Args:
         gradient: [N].
-        preprocess: ``"raw"``: ``constant * g``; ``"log_sign"``: ``(log|g| / p, sign g)`` where ``|g| >= exp(-p)``,
-            else ``(-1, exp(p) * g)``, with ``p = constant``.
+        rows: [part.state_rows, N], the features' own state.
+        part: which.
 
     Returns:
-        [features, N].
+        [features, N], and the new rows.
     """
-    if preprocess == "raw":
-        return (constant * gradient).unsqueeze(0)
-    threshold = torch.tensor(math.exp(-constant), dtype=gradient.dtype, device=gradient.device)
-    large = gradient.abs() >= threshold  # rounded as the gradients are
-    # The branch that is not taken must not send NaN back through autograd: feed it a harmless 1.
-    log = torch.where(large, gradient, 1.0).abs().log() / constant
-    # NaN compares false, so it takes the linear branch; the first feature must not hide it.
-    first = torch.where(large, log, torch.where(gradient.isnan(), gradient, -1.0))
-    second = torch.where(large, gradient.sign(), gradient * math.exp(constant))
-    return torch.stack([first, second])
+    if isinstance(part, Adam):
+        return adam(gradient, rows, part)
+    if isinstance(part, LogSign):
+        return log_sign(gradient, part), rows
+    if isinstance(part, Raw):
+        return raw(gradient, part), rows
+    return gradient.new_empty(0, len(gradient)), rows
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,28 +89,51 @@ def step(
     gradient: Tensor,
     state: Tensor,
     weights: Sequence[Tensor],
-    preprocess: str,
-    preprocess_constant: float,
-    update_scale: float,
+    rule: str,
+    update_scale: float | Tensor,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the LSTM rule for all coordinates.
+    """One step of a rule for all coordinates, in their dtype in autocast too.
 
     Args:
         gradient: [N].
-        state: [2 * layers * hidden, N]; for each layer its h rows, then its c rows.
-        weights: in the order of ``LSTMConfig.weight_shapes``.
-        preprocess, preprocess_constant: see :func:`features`.
+        state: [state_rows, N]; for each layer its h rows, then its c rows, then the features' own.
+        weights: in the order of ``RuleConfig.weight_shapes``.
+        rule: its text.
         update_scale: factor on the update.
+        given: [rows, N], for a rule that has such inputs.
 
     Returns:
-        update [N], to be added to the parameters, and the new state, shaped as ``state``.
+        update [N], to be added to the parameters (zeros if the rule's output is none), and the new state, shaped as
+        ``state``.
     """
-    *layers, w_out, b_out = weights
-    num_layers, hidden = len(layers) // 3, w_out.numel()
-    x = features(gradient, preprocess, preprocess_constant)
-    rows = state.reshape(num_layers, 2, hidden, -1)
+    with exact(gradient.device):
+        return _step(RuleConfig.parse(rule), gradient, state, list(weights), update_scale, given)
+
+
+def _step(
+    config: RuleConfig,
+    gradient: Tensor,
+    state: Tensor,
+    weights: list[Tensor],
+    update_scale: float | Tensor,
+    given: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    lstm_rows = config.lstm_rows
+    x, feature_rows = features(gradient, state[lstm_rows:], config.features)
+    if given is not None:
+        x = torch.cat([x, given])
+    if config.projection is not None:
+        w, b, *weights = weights
+        x = torch.nn.functional.elu(w @ x + b.unsqueeze(1))
+    rows = state[:lstm_rows].reshape(config.num_layers, 2, config.hidden_size, -1)
     new_rows = []
-    for layer in range(num_layers):
-        x, c = lstm_cell(x, rows[layer, 0], rows[layer, 1], *layers[3 * layer : 3 * layer + 3])
+    for layer in range(config.num_layers):
+        x, c = lstm_cell(x, rows[layer, 0], rows[layer, 1], *weights[3 * layer : 3 * layer + 3])
         new_rows += [x, c]
-    return update_scale * (w_out @ x + b_out), torch.cat(new_rows)
+    new_state = torch.cat([*new_rows, feature_rows])
+    if config.output == "none":
+        return torch.zeros_like(gradient), new_state
+    w_out, b_out = weights[-2:]
+    out = w_out @ x + b_out
+    return update_scale * (out.tanh() if config.output == "tanh" else out), new_state

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fastl2l import files
-from fastl2l.rules import RULES, LSTMConfig, LSTMRule
+from fastl2l.rule_config import RuleConfig
+from fastl2l.rules import Rule, make_rule
 
 FORMAT = "fastl2l-rule"
 VERSION = 1
@@ -26,7 +26,7 @@ class RuleFileError(ValueError):
     """A file that is not a rule this version can read; the message says what was expected and what came."""
 
 
-def save_rule(rule: LSTMRule, path: str | os.PathLike[str], *, recipe: dict[str, Any] | None = None) -> Path:
+def save_rule(rule: Rule, path: str | os.PathLike[str], *, recipe: dict[str, Any] | None = None) -> Path:
     """Write `rule` to `path`, whole or not at all.
 
     Args:
@@ -37,13 +37,13 @@ def save_rule(rule: LSTMRule, path: str | os.PathLike[str], *, recipe: dict[str,
     Raises:
         TypeError: `rule` is not a rule, or `recipe` holds something JSON cannot.
     """
-    if not isinstance(rule, LSTMRule):
-        raise TypeError(f"rule: expected an LSTMRule, got {type(rule).__name__}")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule: expected a rule, got {type(rule).__name__}")
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
-        "rule": "lstm",
-        "config": json.dumps(asdict(rule.config)),
+        "rule": rule.kind,
+        "config": json.dumps(rule.config.describe()),
         "recipe": json.dumps(recipe or {}),
     }
     weights = {name: weight.detach().cpu().contiguous() for name, weight in rule.named_parameters()}
@@ -56,7 +56,7 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_SHIPPED.glob("*.safetensors"))}
 
 
-def load_rule(path: str | os.PathLike[str]) -> LSTMRule:
+def load_rule(path: str | os.PathLike[str]) -> Rule:
     """Read a rule that :func:`save_rule` wrote, or one that comes with fastl2l.
 
     Args:
@@ -68,11 +68,8 @@ def load_rule(path: str | os.PathLike[str]) -> LSTMRule:
             configuration.
     """
     metadata, weights = _read(path)
-    kind = metadata.get("rule")
-    if kind not in RULES:
-        raise RuleFileError(f"{path}: expected a rule of kind {', '.join(RULES)}, got {kind!r}")
     try:
-        config = LSTMConfig(**json.loads(metadata["config"]))
+        config = RuleConfig.from_description(json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise RuleFileError(f"{path}: its configuration cannot be used: {error}") from error
     # Before a rule is made: a wrong size in the configuration could ask for any amount of memory.
@@ -82,8 +79,11 @@ def load_rule(path: str | os.PathLike[str]) -> LSTMRule:
     if found != expected or dtypes not in ({torch.float32}, {torch.float64}):
         got = " and ".join(sorted(map(str, dtypes)))
         raise RuleFileError(f"{path}: expected weights {expected}, all float32 or all float64, got {found} of {got}")
-    rule = RULES[kind](**asdict(config), dtype=dtypes.pop())
-    rule.load_state_dict(weights)
+    try:
+        rule = make_rule(metadata.get("rule", ""), config, dtype=dtypes.pop())
+    except ValueError as error:
+        raise RuleFileError(f"{path}: {error}") from error
+    rule.load_weights(weights)
     return rule
 
 

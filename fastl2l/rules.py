@@ -1,4 +1,4 @@
-"""Update rules: what a learned optimizer is made of, its configuration and its weights.
+"""Update rules: a configuration (``rule_config.py``) and its weights.
 
 A rule holds no optimizer state and does no stepping; it is a plain ``nn.Module`` whose weights are meta-trained.
 ``reference.py`` says what a rule computes, ``ops`` computes it fast, ``optim.py`` applies it to a model.
@@ -6,113 +6,154 @@ A rule holds no optimizer state and does no stepping; it is a plain ``nn.Module`
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-PREPROCESSORS = {"raw": 1, "log_sign": 2}
-"""Name of each gradient preprocessing, and the number of features it makes of one gradient."""
+from fastl2l.rule_config import RuleConfig, lstm_config, rnnprop_config
+
+DTYPES = (torch.float32, torch.float64)
+"""What rules compute in."""
 
 
-def _require_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+class Rule(nn.Module):
+    """An update rule of any parts. Every coordinate of the optimizee runs the same small network, with its own state.
 
+    Weights are named and shaped as in ``torch.nn.LSTM`` (gates in the order i, f, g, o), with one bias a layer that
+    stands for ``bias_ih + bias_hh``; before them ``weight_in`` [units, inputs] and ``bias_in`` [units] where the rule
+    has a projection, and behind them ``weight_out`` [hidden_size] and ``bias_out`` [] where it has an output.
 
-def _require_positive(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0 < value < math.inf):
-        raise ValueError(f"{name}: expected a finite positive number, got {value!r}")
+    Args:
+        config: the parts and constants.
+        seed: seed of the initial weights; the global random state is not touched.
+        dtype: ``torch.float32`` or ``torch.float64``: what the rule computes in, whatever the parameters' dtype.
 
-
-@dataclass(frozen=True)
-class LSTMConfig:
-    """Configuration of an :class:`LSTMRule`; everything about it that is not meta-trained.
-
-    Raises ``ValueError`` naming the field, what was expected and what came.
+    Raises:
+        ValueError: an argument is out of range, or a constant is no normal number of `dtype`; the message names it.
     """
 
-    preprocess: str = "log_sign"
-    p: float = 10.0
-    """``log_sign`` only: gradients below ``exp(-p)`` are passed on linearly (Andrychowicz et al. 2016, App. A).
+    kind: ClassVar[str] = "rule"
+    """The name of the class in files and on the command line."""
 
-    At most 88: ``exp(p)`` is infinite in float32 beyond, and a gradient of 0 would become NaN.
-    """
-    scale: float = 1.0
-    """``raw`` only: the feature is ``scale * gradient``."""
-    output_scale: float = 0.1
-    hidden_size: int = 20
-    num_layers: int = 2
+    def __init__(self, config: RuleConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+        _check_constants(config, dtype)
+        self.config = config
+        self.text = config.text  # asked for at every step
+        for name, shape in config.weight_shapes:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="cpu")))
+        self.reset_parameters(seed)
 
-    def __post_init__(self) -> None:
-        if self.preprocess not in PREPROCESSORS:
-            raise ValueError(f"preprocess: expected one of {', '.join(PREPROCESSORS)}, got {self.preprocess!r}")
-        for name in ("p", "scale", "output_scale"):
-            _require_positive(name, getattr(self, name))
-        if self.p > 88:
-            raise ValueError(f"p: expected at most 88, got {self.p!r}")
-        _require_int("hidden_size", self.hidden_size, 1)
-        _require_int("num_layers", self.num_layers, 1)
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Draw fresh weights: truncated normal of std 1/sqrt(fan in), and +1 on the forget gates' bias."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        hidden = self.config.hidden_size
+        widths = {name: shape[-1] for name, shape in self.config.weight_shapes if name.startswith("weight_ih")}
+        for name, weight in self.named_parameters():
+            if name in ("bias_in", "bias_out"):
+                weight.zero_()
+                continue
+            if name in ("weight_in", "weight_out"):
+                fan_in = weight.shape[-1]
+            else:
+                fan_in = widths[f"weight_ih_l{name.rpartition('_l')[2]}"] + hidden
+            std = 1 / math.sqrt(fan_in)
+            fresh = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+            nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator)
+            weight.copy_(fresh)
+            if name.startswith("bias_l"):
+                weight[hidden : 2 * hidden] += 1
+
+    def weights(self) -> list[Tensor]:
+        """The weights in the order of ``config.weight_shapes``."""
+        return [getattr(self, name) for name, _ in self.config.weight_shapes]
 
     @property
-    def features(self) -> int:
-        """Inputs of the first layer, per coordinate."""
-        return PREPROCESSORS[self.preprocess]
+    def dtype(self) -> torch.dtype:
+        """What the rule computes in."""
+        return self.weight_hh_l0.dtype  # type: ignore[return-value]
 
     @property
-    def state_rows(self) -> int:
-        """Floats of state per coordinate: h and c of every layer."""
-        return 2 * self.num_layers * self.hidden_size
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.weight_hh_l0.device  # type: ignore[return-value]
 
-    @property
-    def preprocess_constant(self) -> float:
-        """The one constant of the chosen preprocessing: ``p`` for log_sign, ``scale`` for raw."""
-        return self.p if self.preprocess == "log_sign" else self.scale
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over weights by name, converted to the rule's dtype and device.
 
-    @property
-    def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the weights, in the order in which every operator takes them."""
-        gates, shapes = 4 * self.hidden_size, []
-        for layer in range(self.num_layers):
-            inputs = self.features if layer == 0 else self.hidden_size
-            shapes += [
-                (f"weight_ih_l{layer}", (gates, inputs)),
-                (f"weight_hh_l{layer}", (gates, self.hidden_size)),
-                (f"bias_l{layer}", (gates,)),
-            ]
-        return [*shapes, ("weight_out", (self.hidden_size,)), ("bias_out", ())]
+        Raises:
+            ValueError: one is missing, too many or of another shape. Nothing has been changed then.
+        """
+        shapes = dict(self.config.weight_shapes)
+        if weights.keys() != shapes.keys():
+            wrong = sorted(weights.keys() ^ shapes.keys())[0]
+            raise ValueError(f"weights: expected {', '.join(shapes)}, and {wrong} is missing or too many")
+        for name, shape in shapes.items():
+            if tuple(weights[name].shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(weights[name].shape)}")
+        for name in shapes:
+            self.get_parameter(name).copy_(weights[name])
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as JSON holds it: kind, configuration, dtype, and a fingerprint of the weights (SHA-256)."""
+        return {
+            "kind": self.kind,
+            "config": self.config.describe(),
+            "dtype": str(self.dtype),
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights' bytes."""
+        digest = hashlib.sha256()
+        for weight in self.weights():
+            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rule:
+        """Every conversion of a module goes through here: to a dtype that rules have, or nothing is converted."""
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"dtype: expected torch.float32 or torch.float64 for a rule, got {dtype}; parameters may be of any "
+                "floating dtype all the same, and states of torch.bfloat16 (state_dtype)"
+            )
+        _check_constants(self.config, dtype)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.text!r}, output_scale={self.config.output_scale:g}"
 
 
-class LSTMRule(nn.Module):
-    """The per-coordinate LSTM of Andrychowicz et al. 2016, section 2.1 and appendix A.
-
-    Every coordinate of the optimizee runs the same small LSTM on its own gradient, with its own state::
+class LSTMRule(Rule):
+    """The per-coordinate LSTM of Andrychowicz et al. 2016, section 2.1 and appendix A::
 
         features  = preprocess(gradient)                     # 1 (raw) or 2 (log_sign) numbers
         h, c      = LSTM(features, h, c)                     # num_layers layers of hidden_size units
         parameter = parameter + output_scale * (weight_out . h + bias_out)
 
-    Weights are named and shaped as in ``torch.nn.LSTM`` (gates in the order i, f, g, o), with one bias a layer that
-    stands for ``bias_ih + bias_hh``; ``weight_out`` has shape [hidden_size] and ``bias_out`` has shape [].
-
     Args:
         preprocess: ``"log_sign"`` (2 features) or ``"raw"`` (1 feature).
-        p: constant of log_sign; 10 in the paper.
+        p: constant of log_sign; 10 in the paper, at most 87.
         scale: constant of raw.
         output_scale: factor on the update; 0.1 for MNIST and 1 for quadratics and neural art in the paper.
         hidden_size: LSTM units a layer.
         num_layers: LSTM layers.
-        seed: seed of the initial weights; the global random state is not touched.
-        dtype: ``torch.float32`` or ``torch.float64``: what the rule computes in, whatever the parameters' dtype.
+        seed, dtype: as for :class:`Rule`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
 
-    weight_out: Tensor
-    bias_out: Tensor
+    kind = "lstm"
 
     def __init__(
         self,
@@ -126,39 +167,8 @@ class LSTMRule(nn.Module):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.config = LSTMConfig(preprocess, p, scale, output_scale, hidden_size, num_layers)
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-        for name, shape in self.config.weight_shapes:
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
-        self.reset_parameters(seed)
-
-    @torch.no_grad()
-    def reset_parameters(self, seed: int = 0) -> None:
-        """Draw fresh weights: truncated normal of std 1/sqrt(fan in), and +1 on the forget gates' bias."""
-        generator = torch.Generator().manual_seed(seed)
-        hidden = self.config.hidden_size
-        for name, weight in self.named_parameters():
-            if name == "bias_out":
-                weight.zero_()
-                continue
-            layer_inputs = self.config.features if name.endswith("_l0") else hidden
-            std = 1 / math.sqrt(hidden if name == "weight_out" else layer_inputs + hidden)
-            fresh = torch.empty(weight.shape, dtype=weight.dtype)
-            nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator)
-            weight.copy_(fresh)
-            if name.startswith("bias_l"):
-                weight[hidden : 2 * hidden] += 1
-
-    def weights(self) -> list[Tensor]:
-        """The weights in the order of ``config.weight_shapes``."""
-        return [getattr(self, name) for name, _ in self.config.weight_shapes]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the rule computes in."""
-        return self.weight_out.dtype
+        config = lstm_config(preprocess, p, scale, output_scale, hidden_size, num_layers)
+        super().__init__(config, seed=seed, dtype=dtype)
 
     @classmethod
     def from_lstm(
@@ -182,21 +192,77 @@ class LSTMRule(nn.Module):
         rule = cls(preprocess, hidden_size=hidden, num_layers=len(cells), dtype=output.weight.dtype, **constants)  # type: ignore[arg-type]
         found: dict[str, Tensor] = {}
         for layer, cell in enumerate(cells):
-            bias = cell.bias_ih + cell.bias_hh if cell.bias else torch.zeros(4 * cell.hidden_size)
+            bias = cell.bias_ih + cell.bias_hh if cell.bias else torch.zeros(4 * cell.hidden_size, device="cpu")
             found |= {f"weight_ih_l{layer}": cell.weight_ih, f"weight_hh_l{layer}": cell.weight_hh}
             found[f"bias_l{layer}"] = bias
         found["weight_out"] = output.weight.reshape(-1)
-        found["bias_out"] = output.bias.reshape(()) if output.bias is not None else torch.zeros(())
-        with torch.no_grad():
-            for name, shape in rule.config.weight_shapes:
-                if tuple(found[name].shape) != shape:
-                    raise ValueError(f"{name}: expected shape {shape}, got {tuple(found[name].shape)}")
-                getattr(rule, name).copy_(found[name])
+        found["bias_out"] = output.bias.reshape(()) if output.bias is not None else torch.zeros((), device="cpu")
+        rule.load_weights(found)
         return rule
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in asdict(self.config).items())
+
+class RNNpropRule(Rule):
+    """RNNprop (Lv et al. 2017, section 4): the LSTM sees Adam's direction and the gradient in Adam's units::
+
+        m, v      = means of the gradient and its square, their bias corrected
+        features  = m / (sqrt(v) + epsilon), gradient / (sqrt(v) + epsilon)
+        h, c      = LSTM(elu(weight_in . features + bias_in), h, c)
+        parameter = parameter + output_scale * tanh(weight_out . h + bias_out)
+
+    An update is at most `output_scale`, and does not depend on the scale of the loss.
+
+    Args:
+        beta1, beta2: of the means of the gradient and of its square.
+        epsilon: as above.
+        output_scale: factor on the update.
+        projection_size: units of the layer before the LSTM.
+        hidden_size, num_layers: of the LSTM.
+        seed, dtype: as for :class:`Rule`.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    kind = "rnnprop"
+
+    def __init__(
+        self,
+        *,
+        beta1: float = 0.95,
+        beta2: float = 0.95,
+        epsilon: float = 1e-8,
+        output_scale: float = 0.1,
+        projection_size: int = 20,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config = rnnprop_config(beta1, beta2, epsilon, output_scale, projection_size, hidden_size, num_layers)
+        super().__init__(config, seed=seed, dtype=dtype)
 
 
-RULES: dict[str, type[LSTMRule]] = {"lstm": LSTMRule}
-"""Kinds of rules by the name that rule files carry."""
+RULES: dict[str, type[Rule]] = {kind.kind: kind for kind in (LSTMRule, RNNpropRule)}
+"""Rules that have a name, by it. All others are plain `Rule`."""
+
+
+def make_rule(
+    kind: str, config: RuleConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Rule:  # fmt: skip
+    """A rule of this kind and configuration: of the class that has this name.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind not in (*RULES, Rule.kind):
+        raise ValueError(f"kind: expected one of {', '.join(RULES)}, {Rule.kind}, got {kind!r}")
+    rule = Rule.__new__(RULES.get(kind, Rule))
+    Rule.__init__(rule, config, seed=seed, dtype=dtype)
+    return rule
+
+
+def _check_constants(config: RuleConfig, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    for name, value in config.constants.items():
+        if not limits.tiny <= value <= limits.max:
+            raise ValueError(f"{name}: expected a normal number of {dtype}, got {value!r}")

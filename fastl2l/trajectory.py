@@ -15,7 +15,7 @@ from torch import Tensor
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.functional import update
 from fastl2l.ops.layout import new_state
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import Rule
 from fastl2l.tasks.base import Problem, value_and_grad
 
 
@@ -68,11 +68,11 @@ class Trajectory:
         ValueError: dtypes or devices differ.
     """
 
-    def __init__(self, problem: Problem, rule: LSTMRule, *, backend: str = "auto") -> None:
-        theta0, weight = problem.theta0, rule.weight_out
-        if theta0.dtype != weight.dtype or theta0.device != weight.device:
+    def __init__(self, problem: Problem, rule: Rule, *, backend: str = "auto") -> None:
+        theta0 = problem.theta0
+        if theta0.dtype != rule.dtype or theta0.device != rule.device:
             raise ValueError(
-                f"problem: expected theta_0 in {weight.dtype} on {weight.device} as the rule is, "
+                f"problem: expected theta_0 in {rule.dtype} on {rule.device} as the rule is, "
                 f"got {theta0.dtype} on {theta0.device}"
             )
         self.problem, self.rule = problem, rule
@@ -123,7 +123,7 @@ class Trajectory:
         for t in range(unroll - 2, -1, -1):
             torch.add(adjoints[t + 1], grads[t + 1], alpha=weights[t], out=adjoints[t])
         self._gradient.copy_(grads[unroll])
-        dweights, _, _ = self._backend.window_backward(
+        dweights, *_ = self._backend.window_backward(
             first_state, grads[:unroll], adjoints, *self._rule_arguments(), None, False, False
         )
         return losses, dweights
@@ -150,10 +150,9 @@ class Trajectory:
         self._backend.step_([self.theta], [gradient], [self.state], *self._rule_arguments(), 1.0)
         self.steps += 1
 
-    def _rule_arguments(self) -> tuple[list[Tensor], str, float, float]:
-        config = self.rule.config
+    def _rule_arguments(self) -> tuple[list[Tensor], str, float]:
         weights = [weight.detach() for weight in self.rule.weights()]
-        return weights, config.preprocess, config.preprocess_constant, config.output_scale
+        return weights, self.rule.text, self.rule.config.output_scale
 
     def _evaluate(self, gradient: Tensor) -> Tensor:
         """The loss at theta, whose gradient is written to `gradient`."""

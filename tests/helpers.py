@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 from typing import NamedTuple
@@ -9,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastl2l import LSTMRule, reference
+from fastl2l import LSTMRule, Rule, reference
 from fastl2l.ops import dispatch
 from fastl2l.ops.layout import TILE, from_rows, to_rows
+from fastl2l.rule_config import Adam, RuleConfig
 
 ISAS = ("avx512", "avx2", "generic")
 SHAPES = ((20, 2), (7, 3), (5, 1), (1, 1), (33, 2))
@@ -19,31 +21,71 @@ SHAPES = ((20, 2), (7, 3), (5, 1), (1, 1), (33, 2))
 DTYPES = (torch.float32, torch.float64)
 
 
-def random_rule(preprocess="log_sign", hidden=20, layers=2, *, dtype=torch.float32, seed=0, gain=1.0, **constants):
-    """A rule none of whose weights is zero; `gain` multiplies them, which saturates the gates."""
-    constants = {"p": 10.0, "scale": 0.7, "output_scale": 0.3} | constants
-    rule = LSTMRule(preprocess, hidden_size=hidden, num_layers=layers, seed=seed, dtype=dtype, **constants)
+def lstm(preprocess: str = "log_sign", hidden: int = 20, layers: int = 2) -> str:
+    """The text of an LSTM rule."""
+    features = {"raw": "raw:0.7", "log_sign": "log_sign:10"}[preprocess]
+    return f"{features} lstm:{','.join([str(hidden)] * layers)} linear"
+
+
+LSTMS = [lstm(preprocess, *shape) for preprocess in ("raw", "log_sign") for shape in SHAPES]
+RNNPROP = "adam:0.95,0.95,1e-08 elu:20 lstm:20,20 tanh"
+RULES = [
+    *LSTMS,
+    RNNPROP,
+    "adam:0.9,0.99,1e-06 lstm:7,7,7 linear",
+    "adam:0.5,0.5,0.001 elu:33 lstm:5 tanh",
+    "log_sign:5 elu:3 lstm:20 linear",
+    "raw:0.7 elu:1 lstm:1,1 tanh",
+]
+"""What every backend is tested on: all parts, alone and together, and sizes that fit no block of the kernels."""
+GIVEN = [
+    "given:20 lstm:20 none",
+    "log_sign:10 given:2 lstm:7,7 none",
+    "adam:0.9,0.99,1e-06 given:1 elu:5 lstm:5 none",
+    "raw:0.7 given:3 lstm:20,20 linear",
+]
+"""Rules with rows from outside, and with no output of their own."""
+
+
+def randomized(rule: Rule, gain: float = 1.0) -> Rule:
+    """None of its weights is zero; `gain` multiplies them, which saturates the gates."""
     with torch.no_grad():
-        rule.bias_out.fill_(0.05)
-        for weight in rule.parameters():
+        for name, weight in rule.named_parameters():
+            if name in ("bias_in", "bias_out"):
+                weight.copy_(torch.linspace(0.05, -0.04, weight.numel()).view_as(weight))
             weight.mul_(gain)
     return rule
 
 
-def detached(rule: LSTMRule, dtype: torch.dtype | None = None) -> list[Tensor]:
+def random_rule(preprocess="log_sign", hidden=20, layers=2, *, dtype=torch.float32, seed=0, gain=1.0, **constants):
+    """An LSTM rule none of whose weights is zero."""
+    constants = {"p": 10.0, "scale": 0.7, "output_scale": 0.3} | constants
+    rule = LSTMRule(preprocess, hidden_size=hidden, num_layers=layers, seed=seed, dtype=dtype, **constants)
+    return randomized(rule, gain)
+
+
+def rule_of(text: str, *, dtype=torch.float32, seed=0, gain=1.0, output_scale=0.3) -> Rule:
+    """The rule of any text, none of whose weights is zero."""
+    config = dataclasses.replace(RuleConfig.parse(text), output_scale=output_scale)
+    return randomized(Rule(config, seed=seed, dtype=dtype), gain)
+
+
+def detached(rule: Rule, dtype: torch.dtype | None = None) -> list[Tensor]:
     return [weight.detach().to(dtype or weight.dtype) for weight in rule.weights()]
 
 
-def constants(rule: LSTMRule) -> tuple[str, float, float]:
+def constants(rule: Rule) -> tuple[str, float]:
     """The operators' arguments after the weights."""
-    config = rule.config
-    return config.preprocess, config.preprocess_constant, config.output_scale
+    return rule.text, rule.config.output_scale
 
 
 def random_gradients(*shape: int, preprocess: str = "log_sign", seed: int = 0) -> Tensor:
-    """Float32 numbers of either sign. For raw, normal; else from 1e-8 to 100: on both sides of log_sign's switch."""
+    """Float32 numbers of either sign. For raw, normal; else from 1e-8 to 100: on both sides of log_sign's switch.
+
+    `preprocess` is the name of the features, or a text that begins with it.
+    """
     generator = torch.Generator().manual_seed(seed)
-    if preprocess == "raw":
+    if preprocess.startswith("raw"):
         return torch.randn(shape, generator=generator) * 2
     exponents = torch.rand(shape, generator=generator, dtype=torch.float64) * 10 - 8
     exponents = torch.where((exponents + 10 / 2.302585).abs() < 0.01, 0.5, exponents)
@@ -51,13 +93,18 @@ def random_gradients(*shape: int, preprocess: str = "log_sign", seed: int = 0) -
     return (10**exponents * signs).float()
 
 
-def random_rows(rule: LSTMRule, n: int, seed: int = 0) -> Tensor:
-    """A state as after some steps, float32 [rows, n]: h within (-1, 1), c beyond."""
+def random_rows(rule: Rule, n: int, seed: int = 0) -> Tensor:
+    """A state as after some steps, float32 [rows, n]: h within (-1, 1), c beyond; means that could be some."""
     generator = torch.Generator().manual_seed(seed)
     config = rule.config
     rows = torch.randn(config.num_layers, 2, config.hidden_size, n, generator=generator)
     rows[:, 0] = rows[:, 0].tanh() * 0.9
-    return rows.reshape(config.state_rows, n)
+    rows = rows.reshape(config.lstm_rows, n)
+    if not isinstance(config.features, Adam):
+        return rows
+    mean, rest = torch.randn(2, n, generator=generator) * 0.1
+    ages = torch.rand(config.features.state_rows - 2, n, generator=generator) * 0.9 + 0.05
+    return torch.cat([rows, mean[None], (mean.square() + rest.square())[None], ages])
 
 
 def tiles(rows: Tensor, dtype: torch.dtype | None = None, poison: float = float("nan")) -> Tensor:
@@ -77,9 +124,7 @@ class Case(NamedTuple):
     Errors are taken over all draws: of few numbers PyTorch's can be far below its usual one by chance.
     """
 
-    preprocess: str
-    hidden: int
-    layers: int
+    rule: str
     n: int
     steps: int
     draws: int
@@ -87,9 +132,8 @@ class Case(NamedTuple):
     magnitude: float = 1.0
     seed: int = 0
 
-    def rules(self) -> list[LSTMRule]:
-        seeds = range(self.seed, self.seed + self.draws)
-        return [random_rule(self.preprocess, self.hidden, self.layers, gain=self.gain, seed=seed) for seed in seeds]
+    def rules(self) -> list[Rule]:
+        return [rule_of(self.rule, gain=self.gain, seed=seed) for seed in range(self.seed, self.seed + self.draws)]
 
 
 class Inputs(NamedTuple):
@@ -99,6 +143,7 @@ class Inputs(NamedTuple):
     rows: Tensor  # [draws, state rows, n]
     adjoints: Tensor
     drows: Tensor
+    given: Tensor  # [draws, steps, given rows, n]
 
 
 @functools.lru_cache(maxsize=2)
@@ -106,10 +151,12 @@ def inputs(case: Case) -> Inputs:
     generator = torch.Generator().manual_seed(case.seed)
     rule = case.rules()[0]
     shape = case.draws, case.steps, case.n
-    grads = random_gradients(*shape, preprocess=case.preprocess, seed=case.seed) * case.magnitude
+    grads = random_gradients(*shape, preprocess=case.rule, seed=case.seed) * case.magnitude
     rows = torch.stack([random_rows(rule, case.n, case.seed + draw) for draw in range(case.draws)])
     adjoints = torch.randn(grads.shape, generator=generator)
-    return Inputs(grads, rows, adjoints, torch.randn(rows.shape, generator=generator))
+    drows = torch.randn(rows.shape, generator=generator)
+    given = torch.randn(case.draws, case.steps, rule.config.given, case.n, generator=generator)
+    return Inputs(grads, rows, adjoints, drows, given)
 
 
 @functools.lru_cache(maxsize=4)
@@ -121,21 +168,32 @@ def by_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     pieces = -(-case.n // PIECE) if dtype == torch.float64 else 1
     rules = case.rules()
-    grads, rows, adjoints, drows = (_cut(tensor.to(dtype), pieces) for tensor in inputs(case))
+    *exact, given = (tensor.to(dtype) for tensor in inputs(case))
+    grads, rows, adjoints, drows = (_cut(tensor, pieces) for tensor in exact)
+    given_rows = given.shape[2]
+    given = _cut(given.flatten(1, 2), pieces).requires_grad_()  # [draws * pieces, steps * rows, n]
     weights = [
         torch.stack(draws).repeat_interleave(pieces, 0).requires_grad_()
         for draws in zip(*(detached(rule, dtype) for rule in rules), strict=True)
     ]
     grads, rows = grads.requires_grad_(), rows.requires_grad_()
-    step = torch.vmap(lambda grad, rows, *weights: reference.step(grad, rows, weights, *constants(rules[0])))
+    step = torch.vmap(
+        lambda grad, rows, given, *weights: reference.step(
+            grad, rows, weights, *constants(rules[0]), given if given_rows else None
+        )
+    )
     updates, now = [], rows
     for t in range(case.steps):
-        update, now = step(grads[:, t], now, *weights)
+        update, now = step(grads[:, t], now, given[:, t * given_rows : (t + 1) * given_rows], *weights)
         updates.append(update)
     update = torch.stack(updates, 1)
     objective = (update * adjoints).sum() + (now * drows).sum()
-    *dweights, dgrads, dstate = torch.autograd.grad(objective, [*weights, grads, rows])
+    leaves = [*weights, grads, rows, given]
+    *dweights, dgrads, dstate, dgiven = torch.autograd.grad(
+        objective, leaves, allow_unused=True, materialize_grads=True
+    )
     found = {"update": update.detach(), "state": now.detach(), "d gradients": dgrads, "d state": dstate}
+    found |= {"d given": dgiven} if given_rows else {}
     found = {name: _join(tensor, pieces)[..., : case.n] for name, tensor in found.items()}
     for (name, shape), dweight in zip(rules[0].config.weight_shapes, dweights, strict=True):
         found[f"d {name}"] = dweight.view(case.draws, pieces, *shape).sum(1)
@@ -162,15 +220,20 @@ def _join(tensor: Tensor, pieces: int) -> Tensor:
 def steps_by(backend: dispatch.Backend, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Updates and last states by the operator step_."""
     updates, states = [], []
-    for rule, grads, rows in zip(case.rules(), inputs(case).grads, inputs(case).rows, strict=True):
+    for rule, grads, rows, _, _, given in zip(case.rules(), *inputs(case), strict=True):
         state, draw = tiles(rows, dtype), []
-        for grad in grads.to(dtype):
+        for grad, outside in zip(grads.to(dtype), given_tiles(given, dtype), strict=True):
             update = torch.zeros_like(grad)
-            backend.step_([update], [grad], [state], detached(rule, dtype), *constants(rule), 1.0)
+            backend.step_([update], [grad], [state], detached(rule, dtype), *constants(rule), 1.0, None, outside)
             draw.append(update)
         updates.append(torch.stack(draw))
         states.append(to_rows(state, case.n))
     return {"update": torch.stack(updates), "state": torch.stack(states)}
+
+
+def given_tiles(given: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
+    """Given rows [steps, rows, n] as the operators take them, a step at a time; None where there are none."""
+    return [tiles(rows, dtype) if len(rows) else None for rows in given]
 
 
 def assert_bfloat16_steps_are_accurate(backend: dispatch.Backend, case: Case) -> None:
@@ -207,7 +270,7 @@ def unrounded(stored: Tensor, truth: Tensor) -> Tensor:
     return truth.clamp(low, high).float()
 
 
-def assert_bfloat16_is_float32_rounded(backend: dispatch.Backend, rule: LSTMRule, n: int) -> None:
+def assert_bfloat16_is_float32_rounded(backend: dispatch.Backend, rule: Rule, n: int) -> None:
     """A step from numbers that bfloat16 has: the same update whatever state is stored in, which is rounded then."""
     grad = random_gradients(n)
     # NaN whose bits are all ones: counting up, as rounding does, makes zero of it.
@@ -239,14 +302,16 @@ def assert_halves_are_rounded_to_even(backend: dispatch.Backend) -> None:
 def backward_by(backend: dispatch.Backend, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """All gradients by the operator window_backward."""
     found = []
-    for rule, grads, rows, adjoints, drows in zip(case.rules(), *inputs(case), strict=True):
-        weights = detached(rule, dtype)
-        dweights, dstate, dgrads = backend.window_backward(
+    for rule, grads, rows, adjoints, drows, given in zip(case.rules(), *inputs(case), strict=True):
+        weights, outside = detached(rule, dtype), given_tiles(given, dtype)
+        dweights, dstate, dgrads, dgiven = backend.window_backward(
             tiles(rows, dtype), grads.to(dtype), adjoints.to(dtype), weights, *constants(rule), tiles(drows, dtype),
-            True, True,
+            True, True, None if outside[0] is None else torch.stack(outside), True,
         )  # fmt: skip
         parts = dweights.split([weight.numel() for weight in weights])
         named = {"d gradients": dgrads, "d state": to_rows(dstate, case.n)}
+        if outside[0] is not None:
+            named["d given"] = torch.cat([to_rows(step, case.n) for step in dgiven])
         for (name, shape), part in zip(rule.config.weight_shapes, parts, strict=True):
             named[f"d {name}"] = part.view(shape)
         found.append(named)

@@ -1,4 +1,4 @@
-// The mathematics of the LSTM rule for one block of coordinates: NV vectors, lane = coordinate, weights broadcast.
+// The mathematics of a rule for one block of coordinates: NV vectors, lane = coordinate, weights broadcast.
 // Included inside the namespace of an instruction set.
 
 // Rows of a block: row r of vector v is at at[v] + r * stride.
@@ -25,45 +25,113 @@ INLINE Rows<P, NV> dense(typename P::T* base) {
   return rows;
 }
 
-// Features of the gradients, [features][NV]; reference.py says what they are.
+// The means of Adam's features in rows of their own.
 template <class P, int NV>
-INLINE void write_features(const Rule& rule, const typename P::T* gradient, Rows<P, NV> out) {
+INLINE Means<P> load_means(const PartConstants<typename P::T>& constants, Rows<P, NV> rows, int v) {
+  const typename P::V age = rows.load(2, v);
+  return {rows.load(0, v), rows.load(1, v), age, constants.one_age ? age : rows.load(3, v)};
+}
+template <class P, int NV>
+INLINE void store_means(const PartConstants<typename P::T>& constants, Rows<P, NV> rows, int v,
+                        const Means<P>& means) {
+  rows.store(0, v, means.m);
+  rows.store(1, v, means.v);
+  rows.store(2, v, means.age1);
+  if (!constants.one_age) rows.store(3, v, means.age2);
+}
+
+// Features of the gradients, [features][NV]; their state before the step is read, and written after it, which may be
+// the same place.
+template <class P, int NV>
+INLINE void write_features(const PartConstants<typename P::T>& constants, const typename P::T* gradient,
+                           Rows<P, NV> before, Rows<P, NV> after, Rows<P, NV> out) {
   using V = typename P::V;
-  using T = typename P::T;
   for (int v = 0; v < NV; ++v) {
     const V g = P::load(gradient + v * P::lanes);
-    if (!rule.log_sign) {
-      out.store(0, v, P::set1((T)rule.constant) * g);
-      continue;
+    V first = g, second = g;
+    switch (constants.features) {
+      case Features::kNone: continue;
+      case Features::kRaw: out.store(0, v, P::set1(constants.scale) * g); continue;
+      case Features::kLogSign: log_sign<P>(constants, g, first, second); break;
+      case Features::kAdam: {
+        Means<P> means = load_means<P, NV>(constants, before, v);
+        adam<P>(constants, g, means, first, second);
+        store_means<P, NV>(constants, after, v, means);
+      }
     }
-    const V one = P::set1(1), zero = P::set1(0);
-    const V magnitude = g < zero ? -g : g;
-    const V logarithm = log<P>(magnitude) / P::set1((T)rule.constant);
-    const auto large = magnitude >= P::set1((T)rule.log_sign_threshold);
-    out.store(0, v, large ? logarithm : (g == g ? -one : g));
-    out.store(1, v, large ? (g < zero ? -one : one) : g * P::set1((T)rule.log_sign_slope));
+    out.store(0, v, first);
+    out.store(1, v, second);
   }
 }
 
-// d gradient from d features.
+// d gradient from d features. `dstate` holds the gradients with respect to the features' state after the step, and then
+// to that before it.
 template <class P, int NV>
-INLINE void features_backward(const Rule& rule, const typename P::T* gradient, Rows<P, NV> dfeatures,
+INLINE void features_backward(const PartConstants<typename P::T>& constants, const typename P::T* gradient,
+                              Rows<P, NV> after, Rows<P, NV> dfeatures, Rows<P, NV> dstate,
                               typename P::T* dgradient) {
   using V = typename P::V;
-  using T = typename P::T;
   for (int v = 0; v < NV; ++v) {
     const V g = P::load(gradient + v * P::lanes);
-    V result;
-    if (!rule.log_sign) {
-      result = P::set1((T)rule.constant) * dfeatures.load(0, v);
-    } else {
-      const V magnitude = g < P::set1(0) ? -g : g;
-      const auto large = magnitude >= P::set1((T)rule.log_sign_threshold);
-      result = large ? dfeatures.load(0, v) / (P::set1((T)rule.constant) * g)
-                     : dfeatures.load(1, v) * P::set1((T)rule.log_sign_slope);
+    V result = P::set1(0);
+    switch (constants.features) {
+      case Features::kNone: break;
+      case Features::kRaw: result = P::set1(constants.scale) * dfeatures.load(0, v); break;
+      case Features::kLogSign:
+        result = log_sign_backward<P>(constants, g, dfeatures.load(0, v), dfeatures.load(1, v));
+        break;
+      case Features::kAdam: {
+        const Means<P> means = load_means<P, NV>(constants, after, v);
+        Means<P> dmeans = load_means<P, NV>(constants, dstate, v);
+        result = adam_backward<P>(constants, g, means, dfeatures.load(0, v), dfeatures.load(1, v), dmeans);
+        store_means<P, NV>(constants, dstate, v, dmeans);
+      }
     }
     P::store(dgradient + v * P::lanes, result);
   }
+}
+
+// U units of the projection, bias + W input and its activation.
+template <class P, int NV, int U>
+INLINE void project_units(const typename P::T* weights, Rows<P, NV> input, int inputs, Rows<P, NV> out) {
+  typename P::V sums[U * NV];
+  for (int u = 0; u < U; ++u, weights += inputs + 1) {
+    for (int v = 0; v < NV; ++v) {
+      sums[u * NV + v] = P::set1(weights[0]);
+      for (int k = 0; k < inputs; ++k) {
+        sums[u * NV + v] = P::fma(P::set1(weights[1 + k]), input.load(k, v), sums[u * NV + v]);
+      }
+    }
+  }
+  elu<P>(sums);
+  for (int u = 0; u < U; ++u) {
+    for (int v = 0; v < NV; ++v) out.store(u, v, sums[u * NV + v]);
+  }
+}
+
+template <class P, int NV>
+INLINE void project(const Rule& rule, const typename P::T* weights, Rows<P, NV> input, Rows<P, NV> out) {
+  constexpr int U = 2;
+  const int inputs = rule.inputs(), stride = inputs + 1;
+  int unit = 0;
+  for (; unit + U <= rule.projected; unit += U) {
+    project_units<P, NV, U>(weights + (int64_t)unit * stride, input, inputs, out.from(unit));
+  }
+  for (; unit < rule.projected; ++unit) {
+    project_units<P, NV, 1>(weights + (int64_t)unit * stride, input, inputs, out.from(unit));
+  }
+}
+
+// What a rule makes of the last layer's h, without the update's scale.
+template <class P, int NV>
+INLINE void output(const Rule& rule, const typename P::T* weights, Rows<P, NV> h, typename P::V (&out)[NV]) {
+  for (int v = 0; v < NV; ++v) out[v] = P::set1(weights[rule.hidden]);
+  for (int unit = 0; unit < rule.hidden; ++unit) {
+    for (int v = 0; v < NV; ++v) out[v] = P::fma(P::set1(weights[unit]), h.load(unit, v), out[v]);
+  }
+  if (rule.output != Output::kTanh) return;
+  for (int v = 0; v < NV; ++v) out[v] = out[v] * P::set1(Constants<P>::two_log2e);
+  tanh<P>(out);
 }
 
 // The sums of U units' gates, bias + W_ih input + W_hh h, times the factors of pack.h.
@@ -144,8 +212,7 @@ INLINE void layer_forward(const typename P::T* weights, Rows<P, NV> input, int i
     const Rows<P, NV> unit_gates = gates.from(4 * unit);
     typename P::V c_now[NV], tanh_c[NV];
     each<NV>([&](int v) INLINE_LAMBDA {
-      const typename P::V new_part = unit_gates.load(0, v) * unit_gates.load(2, v);
-      c_now[v] = P::fma(unit_gates.load(1, v), c_before.load(unit, v), new_part);
+      c_now[v] = cell<P>(unit_gates.load(0, v), unit_gates.load(1, v), unit_gates.load(2, v), c_before.load(unit, v));
       tanh_c[v] = c_now[v] * P::set1(Constants<P>::two_log2e);
     });
     tanh<P>(tanh_c);

@@ -17,6 +17,7 @@ struct F32 {
 
   static INLINE V set1(T x) { return _mm256_set1_ps(x); }
   static INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static INLINE V sqrt(V x) { return _mm256_sqrt_ps(x); }
   // min and max return their second operand when one is NaN
   static INLINE V clamp(V x, T bound) { return _mm256_min_ps(set1(bound), _mm256_max_ps(set1(-bound), x)); }
   static constexpr bool has_table = true;
@@ -44,6 +45,7 @@ struct F64 {
 
   static INLINE V set1(T x) { return _mm256_set1_pd(x); }
   static INLINE V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+  static INLINE V sqrt(V x) { return _mm256_sqrt_pd(x); }
   static INLINE V clamp(V x, T bound) { return _mm256_min_pd(set1(bound), _mm256_max_pd(set1(-bound), x)); }
   static INLINE void add_sums(V a, V b, V c, V d, double* out) {
     const __m256d ab = _mm256_unpacklo_pd(a, b) + _mm256_unpackhi_pd(a, b);

@@ -3,6 +3,9 @@
 constexpr int kMaxBlockLanes = 32;
 
 #include "cpu/vector_math.h"
+#define FORMULA INLINE
+#include "formulas.h"
+#undef FORMULA
 #include "cpu/cell.h"
 #include "cpu/step.h"
 #include "cpu/window_backward.h"
@@ -13,7 +16,8 @@ void elementwise(Function function, const typename P::T* from, typename P::T* to
     typename P::V x[1] = {P::load(from + i)};
     if (function == Function::kSigmoid) sigmoid<P>(x);
     if (function == Function::kTanh) tanh<P>(x);
-    if (function == Function::kLog) x[0] = log<P>(x[0]);
+    if (function == Function::kLog) x[0] = logarithm<P>(x[0]);
+    if (function == Function::kElu) elu<P>(x);
     P::store(to + i, x[0]);
   }
 }

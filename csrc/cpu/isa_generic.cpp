@@ -18,8 +18,12 @@ struct F32 {
   static INLINE V set1(T x) { return V{x, x, x, x}; }
 #if defined(__aarch64__)
   static INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+  static INLINE V sqrt(V x) { return vsqrtq_f32(x); }
 #else
   static INLINE V fma(V a, V b, V c) { return a * b + c; }
+  static INLINE V sqrt(V x) {
+    return V{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+  }
 #endif
   static INLINE V clamp(V x, T bound) {
     x = x < set1(-bound) ? set1(-bound) : x;  // comparisons with NaN are false
@@ -42,8 +46,10 @@ struct F64 {
   static INLINE V set1(T x) { return V{x, x}; }
 #if defined(__aarch64__)
   static INLINE V fma(V a, V b, V c) { return vfmaq_f64(c, a, b); }
+  static INLINE V sqrt(V x) { return vsqrtq_f64(x); }
 #else
   static INLINE V fma(V a, V b, V c) { return a * b + c; }
+  static INLINE V sqrt(V x) { return V{__builtin_sqrt(x[0]), __builtin_sqrt(x[1])}; }
 #endif
   static INLINE V clamp(V x, T bound) {
     x = x < set1(-bound) ? set1(-bound) : x;

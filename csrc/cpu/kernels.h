@@ -18,11 +18,13 @@ struct PackedWeights {
     const T* input_backward;   // [input block][4 * unit + gate][inputs of the block]
     const T* hidden_backward;  // the same for W_hh
   };
+  const T* projection;  // [unit][bias, inputs]
   const Layer* layer;
   const T* out;  // [hidden], then the bias
 };
 
-// One parameter's coordinates. `read` widens n gradients to T, `add` adds n updates to the parameter, in its dtype.
+// One parameter's coordinates. `read` widens n gradients to T, `add` multiplies n numbers of the parameter by `kept` and
+// adds updates, in its dtype.
 template <typename T>
 struct Segment {
   char* param;
@@ -31,14 +33,17 @@ struct Segment {
   int64_t numel;
   int element_size;
   void (*read)(const void* source, T* target, int n);
-  void (*add)(void* param, const T* update, int n);
+  void (*add)(void* param, double kept, const T* update, int n);
 };
 
 template <typename T>
 struct StepArgs {
   Rule rule;
+  PartConstants<T> constants;
   PackedWeights<T> weights;
   T grad_scale;
+  double kept;     // what the parameters are multiplied by
+  const T* given;  // [tile][given row][16] over all segments, or null
   const Segment<T>* segments;
   int64_t segment_count;
   const int64_t* first_tile;  // [segment_count + 1]: running number of each segment's first tile
@@ -48,14 +53,17 @@ struct StepArgs {
 template <typename T>
 struct WindowArgs {
   Rule rule;
+  PartConstants<T> constants;
   PackedWeights<T> weights;
   int64_t numel, steps;
   const T* state;     // [tile][row][16], before the first step
   const T* grads;     // [steps][numel]
   const T* adjoints;  // [steps][numel]: dL/dupdate
   const T* dstate;    // [tile][row][16], dL/d(state after the last step), or null
+  const T* given;     // [steps][tile][given row][16], or null
   T* dstate_first;    // [tile][row][16], or null
   T* dgrads;          // [steps][numel], or null
+  T* dgiven;          // as given, or null
 };
 
 // How an instruction set blocks its loops; the packed weights follow it.
@@ -64,7 +72,7 @@ struct Blocking {
   int inputs;  // inputs whose adjoints are accumulated together
 };
 
-enum class Function { kSigmoid, kTanh, kLog };
+enum class Function { kSigmoid, kTanh, kLog, kElu };
 
 template <typename T>
 struct Kernels {

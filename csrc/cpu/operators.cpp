@@ -5,8 +5,11 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <optional>
@@ -30,6 +33,9 @@ constexpr int64_t kTilesAtOnce = 8;
 // Weight gradients are summed in at most so many parts, whose bounds depend on N alone: the same bits for any number
 // of threads.
 constexpr int64_t kMostParts = 64;
+// And so few that their sums, of float64, stay below so many bytes; what is more than a few megabytes of them is given
+// back after the call.
+constexpr int64_t kMostSums = int64_t(1) << 28, kMostKept = int64_t(1) << 24;
 
 // Memory that a thread keeps from call to call, aligned to cache lines.
 template <typename T>
@@ -55,11 +61,12 @@ void read(const void* source, T* target, int n) {
 }
 
 template <typename T, typename Stored>
-void add(void* param, const T* update, int n) {
+void add(void* param, double kept, const T* update, int n) {
+  using Wide = std::conditional_t<sizeof(Stored) == 8 || sizeof(T) == 8, double, float>;
   Stored* to = static_cast<Stored*>(param);
+  const Wide factor = static_cast<Wide>(kept);  // 1 changes no bit
   for (int i = 0; i < n; ++i) {
-    using Wide = std::conditional_t<sizeof(Stored) == 8 || sizeof(T) == 8, double, float>;
-    to[i] = static_cast<Stored>(static_cast<Wide>(to[i]) + static_cast<Wide>(update[i]));
+    to[i] = static_cast<Stored>(factor * static_cast<Wide>(to[i]) + static_cast<Wide>(update[i]));
   }
 }
 
@@ -97,7 +104,7 @@ void set_dtype(Segment<T>& segment, ScalarType dtype) {
 
 template <typename T>
 void step_all(const std::vector<Parameter>& parameters, const std::vector<Tensor>& weights, const Rule& rule,
-              double grad_scale, bool state_is_bfloat16) {
+              double grad_scale, double decay, const T* given, bool state_is_bfloat16) {
   const Kernels<T>& kernel = kernels<T>();
   std::vector<Segment<T>> segments(parameters.size());
   std::vector<int64_t> first_tile{0};
@@ -112,8 +119,16 @@ void step_all(const std::vector<Parameter>& parameters, const std::vector<Tensor
   }
   static thread_local Packer<T> packer;
   const PackedWeights<T> packed = packer.pack(rule, pointers<T>(weights), kernel.blocking, false);
-  const StepArgs<T> args{
-      rule, packed, (T)grad_scale, segments.data(), (int64_t)segments.size(), first_tile.data(), state_is_bfloat16};
+  const StepArgs<T> args{rule,
+                         part_constants<T>(rule),
+                         packed,
+                         (T)grad_scale,
+                         1 - decay,
+                         given,
+                         segments.data(),
+                         (int64_t)segments.size(),
+                         first_tile.data(),
+                         state_is_bfloat16};
   const int64_t tiles = first_tile.back(), block = kernel.block_tiles, blocks = (tiles + block - 1) / block;
   share_out(blocks, kTilesPerThread / block, kTilesAtOnce / block, [&](int64_t begin, int64_t end) {
     kernel.step(args, begin * block, std::min(end * block, tiles), scratch<T>(kernel.step_scratch(rule)));
@@ -162,26 +177,38 @@ bool find_nonfinite(Tensor& finite, const std::vector<Parameter>& parameters) {
 
 void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors) { find_nonfinite(finite, check_gradients(tensors)); }
 
-void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
-           std::vector<Tensor> weights, std::string preprocess, double constant, double update_scale, double grad_scale,
-           std::optional<Tensor> finite) {
-  const RuleSizes sizes = check_weights(weights, preprocess);
-  const ScalarType dtype = weights.back().scalar_type();
-  const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  const ScalarType stored = check_state_dtype(states, dtype);
-  const std::vector<Parameter> parameters = check_parameters(params, grads, states, stored, rule.state_rows());
-  if (finite && !find_nonfinite(*finite, parameters)) return;
-  if (parameters.empty()) return;
-  if (dtype == ScalarType::Float) {
-    step_all<float>(parameters, weights, rule, grad_scale, stored == ScalarType::BFloat16);
-  } else {
-    step_all<double>(parameters, weights, rule, grad_scale, false);
-  }
-}
-
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
+}
+
+double number_in(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float ? *static_cast<const float*>(tensor.data_ptr())
+                                                   : *static_cast<const double*>(tensor.data_ptr());
+}
+
+void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
+           std::vector<Tensor> weights, std::string text, double update_scale, double grad_scale,
+           std::optional<Tensor> finite, std::optional<Tensor> given, double decay, std::optional<Tensor> rate) {
+  Rule rule = check_rule(weights, text, update_scale);
+  const ScalarType dtype = weights[0].scalar_type(), stored = check_state_dtype(rule, states, dtype);
+  const std::vector<Parameter> parameters = check_parameters(params, grads, states, stored, rule.state_rows());
+  check_given(rule, given, dtype, {tiles_of_all(parameters), rule.given, kTile});
+  check_number("update_scale", update_scale, dtype);
+  check_number("decay", decay, dtype);
+  if (rate) {
+    check_tensor({"rate"}, *rate, dtype, {});
+    rule.update_scale *= number_in(*rate);
+    decay *= number_in(*rate);
+  }
+  if (finite && !find_nonfinite(*finite, parameters)) return;
+  if (parameters.empty()) return;
+  if (dtype == ScalarType::Float) {
+    const bool is_bfloat16 = stored == ScalarType::BFloat16;
+    step_all<float>(parameters, weights, rule, grad_scale, decay, data_or_null<float>(given), is_bfloat16);
+  } else {
+    step_all<double>(parameters, weights, rule, grad_scale, decay, data_or_null<double>(given), false);
+  }
 }
 
 // Sums the weight gradients of all coordinates into `dweights`.
@@ -191,7 +218,8 @@ void window_all(WindowArgs<T> args, const std::vector<Tensor>& weights, T* dweig
   static thread_local Packer<T> packer;
   args.weights = packer.pack(args.rule, pointers<T>(weights), kernel.blocking, true);
   const int64_t tiles = tiles_of(args.numel), block = kernel.block_tiles, blocks = (tiles + block - 1) / block;
-  const int64_t parts = std::min(blocks, kMostParts), count = weight_count(args.rule);
+  const int64_t count = weight_count(args.rule), most = kMostSums / (count * (int64_t)sizeof(double));
+  const int64_t parts = std::min(blocks, std::clamp<int64_t>(most, 1, kMostParts));
   static thread_local std::vector<double> sums_memory;
   std::vector<double>& sums = sums_memory;  // the lambda below runs on other threads, which have their own
   sums.assign(std::max<int64_t>(parts, 1) * count, 0.0);
@@ -206,25 +234,31 @@ void window_all(WindowArgs<T> args, const std::vector<Tensor>& weights, T* dweig
     for (int64_t i = 0; i < count; ++i) sums[i] += sums[part * count + i];
   }
   unpack_gradients(args.rule, sums.data(), dweights);
+  if ((int64_t)(sums.size() * sizeof(double)) > kMostKept) std::vector<double>().swap(sums);
 }
 
-std::tuple<Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, Tensor adjoints,
-                                                   std::vector<Tensor> weights, std::string preprocess, double constant,
-                                                   double update_scale, std::optional<Tensor> dstate, bool need_dstate,
-                                                   bool need_dgrads) {
-  const RuleSizes sizes = check_weights(weights, preprocess);
-  const ScalarType dtype = weights.back().scalar_type();
-  const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  check_window(state, grads, adjoints, dstate, dtype, rule.state_rows());
+std::tuple<Tensor, Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, Tensor adjoints,
+                                                           std::vector<Tensor> weights, std::string text,
+                                                           double update_scale, std::optional<Tensor> dstate,
+                                                           bool need_dstate, bool need_dgrads,
+                                                           std::optional<Tensor> given, bool need_dgiven) {
+  const Rule rule = check_rule(weights, text, update_scale);
+  const ScalarType dtype = weights[0].scalar_type();
+  check_window(state, grads, adjoints, dstate, given, dtype, rule);
+  check_number("update_scale", update_scale, dtype);
   const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel);
+  need_dgiven = need_dgiven && given;
 
   Tensor dweights = torch::stable::new_empty(state, {weight_count(rule)});
   Tensor dstate_first = torch::stable::new_zeros(state, {need_dstate ? tiles : 0, rule.state_rows(), kTile});
   Tensor dgrads = torch::stable::new_empty(state, {need_dgrads ? steps : 0, numel});
+  Tensor dgiven = need_dgiven ? torch::stable::new_zeros(state, {steps, tiles, rule.given, kTile})
+                              : torch::stable::new_empty(state, {0});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto data = [](const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); };
     const WindowArgs<T> args{rule,
+                             part_constants<T>(rule),
                              {},
                              numel,
                              steps,
@@ -232,8 +266,10 @@ std::tuple<Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, T
                              data(grads),
                              data(adjoints),
                              data_or_null<T>(dstate),
+                             data_or_null<T>(given),
                              need_dstate ? data(dstate_first) : nullptr,
-                             need_dgrads ? data(dgrads) : nullptr};
+                             need_dgrads ? data(dgrads) : nullptr,
+                             need_dgiven ? data(dgiven) : nullptr};
     window_all<T>(args, weights, data(dweights));
   };
   if (dtype == ScalarType::Float) {
@@ -241,25 +277,30 @@ std::tuple<Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, T
   } else {
     run(double());
   }
-  return {dweights, dstate_first, dgrads};
+  return {dweights, dstate_first, dgrads, dgiven};
 }
 
 Tensor elementwise(Tensor x, std::string function) {
-  STD_TORCH_CHECK(function == "sigmoid" || function == "tanh" || function == "log",
-                  "function: expected sigmoid, tanh or log, got ", function);
+  static const struct {
+    const char* name;
+    Function function;
+  } kAll[] = {{"sigmoid", Function::kSigmoid},
+              {"tanh", Function::kTanh},
+              {"log", Function::kLog},
+              {"elu", Function::kElu}};
+  const auto* which = std::find_if(std::begin(kAll), std::end(kAll), [&](auto& one) { return function == one.name; });
+  STD_TORCH_CHECK(which != std::end(kAll), "function: expected sigmoid, tanh, log or elu, got ", function);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                   "x: expected float32 or float64, got ", dtype_name(x.scalar_type()));
   STD_TORCH_CHECK(x.is_contiguous() && x.numel() % kTile == 0, "x: expected a contiguous tensor of a multiple of ",
                   kTile, " elements, got ", x.numel());
-  const Function which =
-      function == "sigmoid" ? Function::kSigmoid : (function == "tanh" ? Function::kTanh : Function::kLog);
   Tensor result = torch::stable::empty_like(x);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(x.data_ptr());
     T* to = static_cast<T*>(result.data_ptr());
     torch::stable::parallel_for(0, x.numel() / kTile, 64, [&](int64_t begin, int64_t end) {
-      kernels<T>().elementwise(which, from + begin * kTile, to + begin * kTile, (end - begin) * kTile);
+      kernels<T>().elementwise(which->function, from + begin * kTile, to + begin * kTile, (end - begin) * kTile);
     });
   };
   if (x.scalar_type() == ScalarType::Float) {
@@ -268,6 +309,23 @@ Tensor elementwise(Tensor x, std::string function) {
     run(double());
   }
   return result;
+}
+
+// All that is read of a rule's text, for a test that holds the readers against each other.
+std::string describe_rule(std::string text) {
+  const Rule& rule = parse_rule(text);
+  std::string found = std::to_string(rule.state_rows()) + " rows, " + std::to_string(rule.feature_count()) + "+" +
+                      std::to_string(rule.given) + " inputs, weights";
+  each_weight(rule, [&](int dimensions, int64_t rows, int64_t columns) {
+    const int64_t shape[2] = {rows, columns};
+    found += " " + join(shape, dimensions);
+  });
+  found += ", constants";
+  for (const double constant : rule.constants) {
+    char number[32];
+    found += " " + std::string(number, std::to_chars(number, number + sizeof(number), constant).ptr);
+  }
+  return found;
 }
 
 std::string cpu_isa() { return instruction_set().name; }
@@ -283,6 +341,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastl2l, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastl2l, CompositeExplicitAutograd, m) {
+  m.impl("describe_rule", TORCH_BOX(&describe_rule));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
 }

@@ -16,7 +16,7 @@ void for_blocks(int n, int block, Visit visit) {
   for (; first < n; ++first) visit(first, 1);
 }
 
-// Weights in `weights` are W_ih, W_hh and bias of each layer, then w_out and b_out (see LSTMConfig.weight_shapes).
+// Weights in `weights` are in the order of each_weight() in rule.h.
 // Small problems pack as often as they step, so this writes through a pointer into memory that is kept.
 template <typename T>
 class Packer {
@@ -26,9 +26,14 @@ class Packer {
     layers_.resize(rule.layers);
     T* to = data_.data();
     const int hidden = rule.hidden;
+    const T* projection = to;
+    for (int unit = 0; unit < rule.projected; ++unit) {
+      *to++ = weights[1][unit];
+      to = std::copy_n(weights[0] + (int64_t)unit * rule.inputs(), rule.inputs(), to);
+    }
     for (int layer = 0; layer < rule.layers; ++layer) {
-      const T *w_ih = weights[3 * layer], *w_hh = weights[3 * layer + 1], *bias = weights[3 * layer + 2];
-      const int inputs = rule.inputs(layer);
+      const int first = rule.layer_tensor(layer), inputs = rule.layer_inputs(layer);
+      const T *w_ih = weights[first], *w_hh = weights[first + 1], *bias = weights[first + 2];
       layers_[layer].forward = to;
       to = pack_forward(w_ih, w_hh, bias, inputs, hidden, blocking.units, to);
       if (!backward) continue;
@@ -37,10 +42,11 @@ class Packer {
       layers_[layer].hidden_backward = to;
       to = pack_backward(w_hh, hidden, hidden, blocking.inputs, to);
     }
-    const T* out = to;
-    to = std::copy_n(weights[3 * rule.layers], hidden, to);
-    *to = *weights[3 * rule.layers + 1];
-    return {layers_.data(), out};
+    if (rule.output != Output::kNone) {
+      const int first = rule.layer_tensor(rule.layers);
+      *std::copy_n(weights[first], hidden, to) = *weights[first + 1];
+    }
+    return {projection, layers_.data(), to};
   }
 
  private:
@@ -50,7 +56,7 @@ class Packer {
       for (int unit = 0; unit < count; ++unit) {
         for (int gate = 0; gate < 4; ++gate) {
           const double factor = kGateFactors[gate];
-          const int from = gate * hidden + first + unit;
+          const int64_t from = gate * hidden + first + unit;
           T* at = to + 4 * unit + gate;
           *at = (T)(factor * bias[from]);
           for (int k = 0; k < inputs; ++k) *(at += row) = (T)(factor * w_ih[from * inputs + k]);
@@ -66,7 +72,7 @@ class Packer {
     for_blocks(inputs, block, [&](int first, int count) {
       for (int unit = 0; unit < hidden; ++unit) {
         for (int gate = 0; gate < 4; ++gate) {
-          to = std::copy_n(matrix + (gate * hidden + unit) * inputs + first, count, to);
+          to = std::copy_n(matrix + ((int64_t)gate * hidden + unit) * inputs + first, count, to);
         }
       }
     });
@@ -77,11 +83,21 @@ class Packer {
   std::vector<typename PackedWeights<T>::Layer> layers_;
 };
 
-// From the kernels' order, for each layer [unit][inputs, bias, h][gate], to that of the weights.
+// From the kernels' order, [unit][inputs, bias] of the projection, for each layer [unit][inputs, bias, h][gate], then the
+// output's, to that of the weights.
 template <typename T>
 void unpack_gradients(const Rule& rule, const double* from, T* to) {
+  if (rule.projected > 0) {
+    const int inputs = rule.inputs(), columns = inputs + 1;
+    for (int unit = 0; unit < rule.projected; ++unit) {
+      for (int k = 0; k < inputs; ++k) *to++ = (T)from[unit * columns + k];
+    }
+    for (int unit = 0; unit < rule.projected; ++unit) *to++ = (T)from[unit * columns + inputs];
+    from += (int64_t)rule.projected * columns;
+  }
   for (int layer = 0; layer < rule.layers; ++layer) {
-    const int inputs = rule.inputs(layer), hidden = rule.hidden, columns = inputs + 1 + hidden;
+    const int inputs = rule.layer_inputs(layer), hidden = rule.hidden;
+    const int64_t columns = inputs + 1 + hidden;
     const auto matrix = [&](int first, int width) {
       for (int gate = 0; gate < 4; ++gate) {
         for (int unit = 0; unit < hidden; ++unit) {
@@ -94,6 +110,7 @@ void unpack_gradients(const Rule& rule, const double* from, T* to) {
     matrix(inputs, 1);
     from += (int64_t)4 * hidden * columns;
   }
+  if (rule.output == Output::kNone) return;
   std::transform(from, from + rule.hidden + 1, to, [](double x) { return (T)x; });
 }
 

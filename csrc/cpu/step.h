@@ -5,14 +5,17 @@
 template <class P>
 struct TileOf {
   const Segment<typename P::T>* segment;
+  int64_t number;  // over all segments
   int64_t offset;  // of the first coordinate in the segment
   int count;       // coordinates of the tile that exist
   typename P::T* state;
   uint16_t* rounded;  // where the state is stored in bfloat16, or null
 };
 
-// Features and gates of a block, then its state if that is stored in bfloat16.
-inline size_t block_scratch(const Rule& rule) { return (size_t)kMaxBlockLanes * (rule.features + 4 * rule.hidden); }
+// Inputs, what is projected of them, and gates of a block, then its state if that is stored in bfloat16.
+inline size_t block_scratch(const Rule& rule) {
+  return (size_t)kMaxBlockLanes * (rule.inputs() + rule.projected + 4 * rule.hidden);
+}
 inline size_t step_scratch(const Rule& rule) {
   return block_scratch(rule) + (size_t)kMaxBlockLanes * rule.state_rows();
 }
@@ -32,27 +35,33 @@ INLINE void round_to_bfloat16(const FloatBits* __restrict__ from, uint16_t* __re
   }
 }
 
-// A block is NV vectors: several whole tiles, or a part of one. `state` points at each vector's first row.
+// A block is NV vectors: several whole tiles, or a part of one. `state` and `given` point at each vector's first row.
 template <class P, int NV>
-INLINE void step_block(const Rule& rule, const PackedWeights<typename P::T>& weights, const typename P::T* gradient,
-                       typename P::T* update, Rows<P, NV> state, typename P::T* scratch) {
+INLINE void step_block(const StepArgs<typename P::T>& args, const typename P::T* gradient, typename P::T* update,
+                       Rows<P, NV> state, Rows<P, NV> given, typename P::T* scratch) {
   using V = typename P::V;
+  const Rule& rule = args.rule;
   const int hidden = rule.hidden;
-  const Rows<P, NV> features = dense<P, NV>(scratch);
-  const Rows<P, NV> gates = features.from(rule.features);
-  write_features<P, NV>(rule, gradient, features);
+  const Rows<P, NV> features = dense<P, NV>(scratch), projected = features.from(rule.inputs());
+  const Rows<P, NV> gates = projected.from(rule.projected), own = state.from(rule.lstm_rows());
+  write_features<P, NV>(args.constants, gradient, own, own, features);
+  for (int k = 0; k < rule.given; ++k) {
+    for (int v = 0; v < NV; ++v) features.store(rule.feature_count() + k, v, given.load(k, v));
+  }
   Rows<P, NV> input = features;
+  if (rule.projected > 0) {
+    project<P, NV>(rule, args.weights.projection, features, projected);
+    input = projected;
+  }
   for (int layer = 0; layer < rule.layers; ++layer) {
     const Rows<P, NV> h = state.from(2 * layer * hidden), c = h.from(hidden);
-    layer_forward<P, NV>(weights.layer[layer].forward, input, rule.inputs(layer), h, c, hidden, gates, c, h,
+    layer_forward<P, NV>(args.weights.layer[layer].forward, input, rule.layer_inputs(layer), h, c, hidden, gates, c, h,
                          [](int, int, V) INLINE_LAMBDA {});
     input = h;
   }
+  if (rule.output == Output::kNone) return;
   V out[NV];
-  for (int v = 0; v < NV; ++v) out[v] = P::set1(weights.out[hidden]);
-  for (int unit = 0; unit < hidden; ++unit) {
-    for (int v = 0; v < NV; ++v) out[v] = P::fma(P::set1(weights.out[unit]), input.load(unit, v), out[v]);
-  }
+  output<P, NV>(rule, args.weights.out, input, out);
   for (int v = 0; v < NV; ++v) P::store(update + v * P::lanes, out[v] * P::set1((typename P::T)rule.update_scale));
 }
 
@@ -72,17 +81,22 @@ INLINE void step_tiles(const StepArgs<typename P::T>& args, const TileOf<P>* til
     for (int i = 0; i < kTile; ++i) target[i] *= args.grad_scale;
   }
   for (int first = 0; first < vectors; first += NV) {
-    Rows<P, NV> state;
-    state.stride = kTile;
+    Rows<P, NV> state, given;
+    state.stride = given.stride = kTile;
     for (int v = 0; v < NV; ++v) {
       const int lane = (first + v) * P::lanes;
-      state.at[v] = tiles[lane / kTile].state + lane % kTile;
+      const auto& tile = tiles[lane / kTile];
+      state.at[v] = tile.state + lane % kTile;
+      given.at[v] = const_cast<T*>(args.given) + (tile.number * args.rule.given * kTile + lane % kTile);
     }
-    step_block<P, NV>(args.rule, args.weights, gradient + first * P::lanes, update + first * P::lanes, state, scratch);
+    step_block<P, NV>(args, gradient + first * P::lanes, update + first * P::lanes, state, given, scratch);
   }
   for (int t = 0; t < NT; ++t) {
     const auto& tile = tiles[t];
-    tile.segment->add(tile.segment->param + tile.offset * tile.segment->element_size, update + t * kTile, tile.count);
+    if (args.rule.output != Output::kNone) {
+      tile.segment->add(tile.segment->param + tile.offset * tile.segment->element_size, args.kept, update + t * kTile,
+                        tile.count);
+    }
     if (tile.rounded) round_to_bfloat16((const FloatBits*)tile.state, tile.rounded, tile_elements);
   }
 }
@@ -109,7 +123,7 @@ void step(const StepArgs<typename P::T>& args, int64_t begin, int64_t end, typen
     const auto& segment = args.segments[s];
     const int64_t in_segment = tile - args.first_tile[s], offset = in_segment * kTile;
     const int64_t left = segment.numel - offset, element = in_segment * tile_elements;
-    TileOf<P> found{&segment, offset, left < kTile ? (int)left : kTile, nullptr, nullptr};
+    TileOf<P> found{&segment, tile, offset, left < kTile ? (int)left : kTile, nullptr, nullptr};
     if (args.state_is_bfloat16) {
       found.state = widened + place * tile_elements;
       found.rounded = (uint16_t*)segment.state + element;

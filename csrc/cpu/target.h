@@ -15,7 +15,7 @@
 #define INLINE __attribute__((always_inline)) inline
 #define INLINE_LAMBDA __attribute__((always_inline))
 
-// The vector types that compilers know, and loads and stores of them at any address.
+// The vector types that compilers know, loads and stores of them at any address, and a quotient (see formulas.h).
 #define FASTL2L_VECTOR(scalar, bits, bytes)                                               \
   using T = scalar;                                                                       \
   typedef T V __attribute__((vector_size(bytes)));                                        \
@@ -23,4 +23,5 @@
   static constexpr int lanes = (bytes) / sizeof(T);                                       \
   typedef T Unaligned __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias)); \
   static INLINE V load(const T* at) { return *(const Unaligned*)at; }                     \
-  static INLINE void store(T* at, V x) { *(Unaligned*)at = x; }
+  static INLINE void store(T* at, V x) { *(Unaligned*)at = x; }                           \
+  static INLINE V over(V x, T constant, T) { return x / set1(constant); }

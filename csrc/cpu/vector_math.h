@@ -1,4 +1,4 @@
-// sigmoid, tanh and log on vectors. Included inside the namespace of an instruction set, which defines the precisions
+// sigmoid, tanh, elu, log and root on vectors. Included inside the namespace of an instruction set, which defines the precisions
 // F32 and F64: V (a vector of T), lanes, set1, fma, clamp (NaN stays NaN), and, if has_table, eighths.
 //
 // Exponentials are powers of 2: the packed weights hold the factor log2(e) already (pack.h), so a gate's sum is rounded
@@ -16,7 +16,7 @@ struct Constants<F32> {
   static constexpr float rounder = 12582912.0f + bias;              // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float eighths_rounder = 1572864.0f;              // 1.5 * 2^20: to a multiple of 1/8
   static constexpr float sigmoid_bound = 126, tanh_bound = 26.05f;  // 2^126 is finite; tanh(26.05 / 2 log2(e)) is 1
-  static constexpr float two_log2e = 2.8853900432586670f;
+  static constexpr float two_log2e = 2.8853900432586670f, log2e = 1.4426950216293335f;
   static constexpr float ln2_high = 0.6931471824645996f, ln2_low = -1.9046542121259336e-09f;
   static constexpr float smallest_normal = 1.17549435e-38f, largest = 3.40282347e38f;
   static constexpr float exp2_halves[] = {1.5453164814971387e-4f, 1.339086564257741e-3f,  9.618083015084267e-3f,
@@ -31,7 +31,7 @@ struct Constants<F64> {
   static constexpr int mantissa_bits = 52, bias = 1023;
   static constexpr double rounder = 6755399441055744.0 + bias;
   static constexpr double sigmoid_bound = 1022, tanh_bound = 55.2;
-  static constexpr double two_log2e = 2.8853900817779268;
+  static constexpr double two_log2e = 2.8853900817779268, log2e = 1.4426950408889634;
   static constexpr double ln2_high = 0.6931471805599453, ln2_low = 2.3190468138462996e-17;
   static constexpr double smallest_normal = 2.2250738585072014e-308, largest = 1.7976931348623157e308;
   static constexpr double exp2_halves[] = {4.454960975460706e-10,  7.072586657066206e-09,  1.0178062443959398e-07,
@@ -119,9 +119,26 @@ INLINE void tanh(typename P::V (&t)[J]) {
   each<J>([&](int j) INLINE_LAMBDA { t[j] = t[j] / (t[j] + two); });
 }
 
+// In place, exp(x) - 1, or x where that is positive.
+template <class P, int J>
+INLINE void elu(typename P::V (&x)[J]) {
+  const typename P::V one = P::set1(1), zero = P::set1(0);
+  typename P::V t[J], scale[J], p[J];
+  each<J>([&](int j) INLINE_LAMBDA { t[j] = x[j] * P::set1(Constants<P>::log2e); });
+  each<J>([&](int j) INLINE_LAMBDA { t[j] = P::clamp(t[j], Constants<P>::sigmoid_bound); });
+  exp2_parts<P>(t, scale, p);
+  each<J>([&](int j) INLINE_LAMBDA { p[j] = P::fma(scale[j], p[j], scale[j] - one); });
+  each<J>([&](int j) INLINE_LAMBDA { x[j] = x[j] > zero ? x[j] : p[j]; });
+}
+
+template <class P>
+INLINE typename P::V root(typename P::V x) {
+  return P::sqrt(x);
+}
+
 // log of a positive x, subnormals included; inf and NaN come back as they are.
 template <class P>
-INLINE typename P::V log(typename P::V x) {
+INLINE typename P::V logarithm(typename P::V x) {
   using C = Constants<P>;
   using V = typename P::V;
   using B = BitsVector<P>;

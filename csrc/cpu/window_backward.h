@@ -5,23 +5,43 @@
 
 // Where the workspace of one block keeps what; counted in rows of NV vectors.
 struct WindowLayout {
-  int layers, hidden, features;
+  int layers, hidden, inputs, projected, feature_state;
   int64_t steps;
 
-  // features and h end with a row of ones, the input of the biases
-  int64_t feature_rows() const { return features + 1; }
+  WindowLayout(const Rule& rule, int64_t all_steps)
+      : layers(rule.layers),
+        hidden(rule.hidden),
+        inputs(rule.inputs()),
+        projected(rule.projected),
+        feature_state(rule.feature_rows()),
+        steps(all_steps) {}
+
+  // inputs, what is projected of them, and h end with a row of ones, the input of the biases
+  int64_t input_rows() const { return inputs + 1; }
+  int64_t projected_rows() const { return projected > 0 ? projected + 1 : 0; }
   int64_t h_rows() const { return hidden + 1; }
   int64_t gates(int layer, int64_t t) const { return (layer * steps + t) * 4 * hidden; }
   int64_t tanh_c(int layer, int64_t t) const { return gates(layers, 0) + (layer * steps + t) * hidden; }
   // h and c have steps + 1 entries: entry t is the state before step t
   int64_t h(int layer, int64_t t) const { return tanh_c(layers, 0) + (layer * (steps + 1) + t) * h_rows(); }
   int64_t c(int layer, int64_t t) const { return h(layers, 0) + (layer * (steps + 1) + t) * hidden; }
-  int64_t feature(int64_t t) const { return c(layers, 0) + t * feature_rows(); }
-  int64_t gradient(int64_t t) const { return feature(steps) + t; }
+  int64_t input(int64_t t) const { return c(layers, 0) + t * input_rows(); }
+  int64_t gradient(int64_t t) const { return input(steps) + t; }
   int64_t dupdate(int64_t t) const { return gradient(steps) + t; }
-  int64_t rows() const { return dupdate(steps); }
-  // carried backwards through time, once a thread
-  int64_t carry_rows() const { return (2 * layers + 1) * hidden + features; }
+  int64_t project(int64_t t) const { return dupdate(steps) + t * projected_rows(); }
+  int64_t dproject(int64_t t) const { return project(steps) + t * projected; }
+  // of the features, steps + 1 entries too
+  int64_t state(int64_t t) const { return dproject(steps) + t * feature_state; }
+  int64_t rows() const { return state(steps + 1); }
+  // what the first layer reads
+  int64_t first_input(int64_t t) const { return projected > 0 ? project(t) : input(t); }
+  int64_t first_input_rows() const { return projected > 0 ? projected_rows() : input_rows(); }
+  // carried backwards through time, once a thread: dh and dc, the gradient of a layer's input, of the rule's inputs, and
+  // of the features' state
+  int64_t dinput() const { return 2 * layers * hidden; }
+  int64_t dinputs() const { return dinput() + (projected > hidden ? projected : hidden); }
+  int64_t dstate() const { return dinputs() + inputs; }
+  int64_t carry_rows() const { return dstate() + feature_state; }
 };
 
 // Blocks whose weight gradients are summed before they are reduced over lanes: with few steps the reduction would
@@ -29,7 +49,7 @@ struct WindowLayout {
 inline int64_t blocks_together(int64_t steps) { return steps >= 16 ? 1 : 16 / steps; }
 
 inline size_t window_scratch(const Rule& rule, int64_t steps) {
-  const WindowLayout layout{rule.layers, rule.hidden, rule.features, steps};
+  const WindowLayout layout(rule, steps);
   return (size_t)kMaxBlockLanes * (blocks_together(steps) * layout.rows() + layout.carry_rows());
 }
 
@@ -48,17 +68,19 @@ struct WindowBlock {
   INLINE Rows<P, NV> rows(int64_t row) const { return dense<P, NV>(base + row * lanes); }
   INLINE Rows<P, NV> dh(int layer) const { return dense<P, NV>(carry + (int64_t)2 * layer * layout.hidden * lanes); }
   INLINE Rows<P, NV> dc(int layer) const { return dh(layer).from(layout.hidden); }
-  INLINE Rows<P, NV> dinput() const { return dh(layout.layers); }
+  INLINE Rows<P, NV> carried(int64_t row) const { return dense<P, NV>(carry + row * lanes); }
   INLINE int64_t valid() const { return args.numel - first < lanes ? args.numel - first : lanes; }
 
-  // Copies state rows between the tiles' layout and rows of this block; lanes past the end are zero.
+  // Calls visit(row of the state, where it is kept before the first step, its gradient) for every row of the state.
   template <class Visit>
   INLINE void each_state_row(Visit visit) const {
+    int row = 0;
     for (int layer = 0; layer < layout.layers; ++layer) {
-      for (int unit = 0; unit < layout.hidden; ++unit) {
-        visit(layer, unit, 2 * layer * layout.hidden + unit, false);
-        visit(layer, unit, (2 * layer + 1) * layout.hidden + unit, true);
-      }
+      for (int unit = 0; unit < layout.hidden; ++unit, ++row) visit(row, layout.h(layer, 0) + unit, dh(layer).from(unit));
+      for (int unit = 0; unit < layout.hidden; ++unit, ++row) visit(row, layout.c(layer, 0) + unit, dc(layer).from(unit));
+    }
+    for (int i = 0; i < layout.feature_state; ++i, ++row) {
+      visit(row, layout.state(0) + i, carried(layout.dstate() + i));
     }
   }
   INLINE T* state_at(T* state, int row, int lane) const {
@@ -87,16 +109,32 @@ struct WindowBlock {
     for (int i = 0; i < lanes; ++i) target[i] = i < n ? source[first + i] : T(0);
   }
 
+  // Given rows of this block at step t are at what visit(row, lane, element of `from`) gets.
+  template <class Element, class Visit>
+  INLINE void each_given(Element* from, int64_t t, Visit visit) const {
+    const int given = args.rule.given;
+    const int64_t n = valid();
+    for (int k = 0; k < given; ++k) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        const int64_t tile = t * tiles_of(args.numel) + (first + lane) / kTile;
+        visit(k, lane, lane < n ? from + (tile * given + k) * kTile + (first + lane) % kTile : nullptr);
+      }
+    }
+  }
+
   INLINE void load_inputs() const {
-    each_state_row([&](int layer, int unit, int row, bool is_c) INLINE_LAMBDA {
-      const int64_t target = (is_c ? layout.c(layer, 0) : layout.h(layer, 0)) + unit;
-      read_state_row(args.state, row, base + target * lanes);
-    });
+    each_state_row([&](int row, int64_t kept, Rows<P, NV>)
+                       INLINE_LAMBDA { read_state_row(args.state, row, base + kept * lanes); });
     for (int64_t t = 0; t < layout.steps; ++t) {
       T* gradient = base + layout.gradient(t) * lanes;
       read_coordinates(args.grads + t * args.numel, gradient);
-      write_features<P, NV>(args.rule, gradient, rows(layout.feature(t)));
-      write_ones(layout.feature(t) + layout.features);
+      write_features<P, NV>(args.constants, gradient, rows(layout.state(t)), rows(layout.state(t + 1)),
+                            rows(layout.input(t)));
+      T* given = base + (layout.input(t) + args.rule.feature_count()) * lanes;
+      each_given(args.given, t, [&](int k, int lane, const T* at)
+                                    INLINE_LAMBDA { given[k * lanes + lane] = at ? *at : T(0); });
+      write_ones(layout.input(t) + layout.inputs);
+      if (layout.projected > 0) write_ones(layout.project(t) + layout.projected);
       for (int layer = 0; layer < layout.layers; ++layer) write_ones(layout.h(layer, t + 1) + layout.hidden);
       read_coordinates(args.adjoints + t * args.numel, base + layout.dupdate(t) * lanes);
       const Rows<P, NV> dupdate = rows(layout.dupdate(t));
@@ -111,40 +149,50 @@ struct WindowBlock {
 
   INLINE void forward() const {
     for (int64_t t = 0; t < layout.steps; ++t) {
-      Rows<P, NV> input = rows(layout.feature(t));
+      Rows<P, NV> input = rows(layout.input(t));
+      if (layout.projected > 0) {
+        project<P, NV>(args.rule, args.weights.projection, input, rows(layout.project(t)));
+        input = rows(layout.project(t));
+      }
       for (int layer = 0; layer < layout.layers; ++layer) {
         const Rows<P, NV> tanh_c = rows(layout.tanh_c(layer, t)), h = rows(layout.h(layer, t + 1));
-        layer_forward<P, NV>(args.weights.layer[layer].forward, input, args.rule.inputs(layer),
+        layer_forward<P, NV>(args.weights.layer[layer].forward, input, args.rule.layer_inputs(layer),
                              rows(layout.h(layer, t)), rows(layout.c(layer, t)), layout.hidden,
                              rows(layout.gates(layer, t)), rows(layout.c(layer, t + 1)), h,
                              [&](int unit, int v, V x) INLINE_LAMBDA { tanh_c.store(unit, v, x); });
         input = h;
       }
+      if (args.rule.output == Output::kTanh) output_backward(input, t);
     }
+  }
+
+  // The gradient of w_out . h + b_out, in place of that of its tanh.
+  INLINE void output_backward(Rows<P, NV> h, int64_t t) const {
+    const Rows<P, NV> dupdate = rows(layout.dupdate(t));
+    V out[NV];
+    output<P, NV>(args.rule, args.weights.out, h, out);
+    for (int v = 0; v < NV; ++v) dupdate.store(0, v, tanh_backward<P>(out[v], dupdate.load(0, v)));
   }
 
   // Gate gradients of one layer and step, in place of the gates; dh and dc of the step before.
   INLINE void cells_backward(int layer, int64_t t) const {
-    const bool last = layer + 1 == layout.layers;
+    const bool last = layer + 1 == layout.layers, has_output = args.rule.output != Output::kNone;
     const Rows<P, NV> gates = rows(layout.gates(layer, t)), tanh_c = rows(layout.tanh_c(layer, t));
     const Rows<P, NV> c_before = rows(layout.c(layer, t)), dupdate = rows(layout.dupdate(t));
-    const Rows<P, NV> dh_rows = dh(layer), dc_rows = dc(layer), from_above = dinput();
-    const V one = P::set1(1);
+    const Rows<P, NV> dh_rows = dh(layer), dc_rows = dc(layer), from_above = carried(layout.dinput());
     for (int unit = 0; unit < layout.hidden; ++unit) {
-      const V w_out = P::set1(args.weights.out[unit]);
+      const V w_out = P::set1(has_output ? args.weights.out[unit] : T(0));
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        const V i = gates.load(4 * unit, v), f = gates.load(4 * unit + 1, v);
-        const V g = gates.load(4 * unit + 2, v), o = gates.load(4 * unit + 3, v), tc = tanh_c.load(unit, v);
-        const V above = last ? P::fma(w_out, dupdate.load(0, v), dh_rows.load(unit, v))
-                             : dh_rows.load(unit, v) + from_above.load(unit, v);
-        const V dtanh = above * o;
-        const V dc_now = P::fma(-dtanh * tc, tc, dc_rows.load(unit, v) + dtanh);
-        gates.store(4 * unit + 0, v, dc_now * g * i * (one - i));
-        gates.store(4 * unit + 1, v, dc_now * c_before.load(unit, v) * f * (one - f));
-        gates.store(4 * unit + 2, v, dc_now * i * P::fma(-g, g, one));
-        gates.store(4 * unit + 3, v, above * tc * o * (one - o));
-        dc_rows.store(unit, v, dc_now * f);
+        const V above = !last        ? dh_rows.load(unit, v) + from_above.load(unit, v)
+                        : has_output ? P::fma(w_out, dupdate.load(0, v), dh_rows.load(unit, v))
+                                     : dh_rows.load(unit, v);
+        V dc_now = dc_rows.load(unit, v), dgates[4];
+        cell_backward<P>(gates.load(4 * unit, v), gates.load(4 * unit + 1, v), gates.load(4 * unit + 2, v),
+                         gates.load(4 * unit + 3, v), tanh_c.load(unit, v), c_before.load(unit, v), above, dc_now,
+                         dgates);
+        for (int gate = 0; gate < 4; ++gate) gates.store(4 * unit + gate, v, dgates[gate]);
+        dc_rows.store(unit, v, dc_now);
       }
     }
   }
@@ -182,36 +230,77 @@ struct WindowBlock {
     for (; k < inputs; ++k) inputs_block<1>(weights + (int64_t)k * 4 * layout.hidden, dgates, out.from(k));
   }
 
+  // Whether the way back goes on to the rule's inputs.
+  INLINE bool needs_inputs() const {
+    return args.dgrads || args.dgiven || (args.dstate_first && layout.feature_state > 0);
+  }
+
   INLINE void backward() const {
-    each_state_row([&](int layer, int unit, int row, bool is_c) INLINE_LAMBDA {
-      const Rows<P, NV> target = (is_c ? dc(layer) : dh(layer)).from(unit);
+    each_state_row([&](int row, int64_t, Rows<P, NV> gradient) INLINE_LAMBDA {
       if (args.dstate) {
-        read_state_row(args.dstate, row, target.at[0]);
+        read_state_row(args.dstate, row, gradient.at[0]);
       } else {
-        for (int v = 0; v < NV; ++v) target.store(0, v, P::set1(0));
+        for (int v = 0; v < NV; ++v) gradient.store(0, v, P::set1(0));
       }
     });
+    const Rows<P, NV> dinput = carried(layout.dinput());
     for (int64_t t = layout.steps - 1; t >= 0; --t) {
       for (int layer = layout.layers - 1; layer >= 0; --layer) {
         cells_backward(layer, t);
         const auto& weights = args.weights.layer[layer];
         const Rows<P, NV> dgates = rows(layout.gates(layer, t));
         inputs_backward(weights.hidden_backward, layout.hidden, dgates, dh(layer));
-        if (layer > 0 || args.dgrads)
-          inputs_backward(weights.input_backward, args.rule.inputs(layer), dgates, dinput());
+        if (layer > 0) {
+          inputs_backward(weights.input_backward, layout.hidden, dgates, dinput);
+        } else if (layout.projected > 0) {
+          inputs_backward(weights.input_backward, layout.projected, dgates, dinput);
+          projection_backward(dinput, t);
+        } else if (needs_inputs()) {
+          inputs_backward(weights.input_backward, layout.inputs, dgates, carried(layout.dinputs()));
+        }
       }
-      if (args.dgrads) write_dgrads(t);
+      if (needs_inputs()) write_dinputs(t);
     }
     if (args.dstate_first) {
-      each_state_row([&](int layer, int unit, int row, bool is_c) INLINE_LAMBDA {
-        write_state_row(args.dstate_first, row, (is_c ? dc(layer) : dh(layer)).from(unit).at[0]);
-      });
+      each_state_row([&](int row, int64_t, Rows<P, NV> gradient)
+                         INLINE_LAMBDA { write_state_row(args.dstate_first, row, gradient.at[0]); });
     }
   }
-  INLINE void write_dgrads(int64_t t) const {
+
+  INLINE void projection_backward(Rows<P, NV> dprojected, int64_t t) const {
+    const Rows<P, NV> projected = rows(layout.project(t)), sums = rows(layout.dproject(t));
+    for (int unit = 0; unit < layout.projected; ++unit) {
+      for (int v = 0; v < NV; ++v) {
+        sums.store(unit, v, elu_backward<P>(projected.load(unit, v), dprojected.load(unit, v)));
+      }
+    }
+    if (!needs_inputs()) return;
+    const Rows<P, NV> dinputs = carried(layout.dinputs());
+    for (int k = 0; k < layout.inputs; ++k) {
+      for (int v = 0; v < NV; ++v) {
+        V sum = P::set1(0);
+        for (int unit = 0; unit < layout.projected; ++unit) {
+          const T weight = args.weights.projection[(int64_t)unit * (layout.inputs + 1) + 1 + k];
+          sum = P::fma(P::set1(weight), sums.load(unit, v), sum);
+        }
+        dinputs.store(k, v, sum);
+      }
+    }
+  }
+
+  INLINE void write_dinputs(int64_t t) const {
     alignas(64) T dgradient[lanes];
-    features_backward<P, NV>(args.rule, base + layout.gradient(t) * lanes, dinput(), dgradient);
-    for (int64_t i = 0, n = valid(); i < n; ++i) args.dgrads[t * args.numel + first + i] = dgradient[i];
+    const Rows<P, NV> dinputs = carried(layout.dinputs());
+    features_backward<P, NV>(args.constants, base + layout.gradient(t) * lanes, rows(layout.state(t + 1)), dinputs,
+                             carried(layout.dstate()), dgradient);
+    if (args.dgrads) {
+      for (int64_t i = 0, n = valid(); i < n; ++i) args.dgrads[t * args.numel + first + i] = dgradient[i];
+    }
+    if (!args.dgiven) return;
+    const T* found = dinputs.from(args.rule.feature_count()).at[0];
+    each_given(args.dgiven, t, [&](int k, int lane, T* at) INLINE_LAMBDA {
+      if (at) *at = found[k * lanes + lane];
+    });
   }
 };
 
@@ -296,7 +385,7 @@ INLINE void outer_product(const typename P::T* d, int64_t d_step, int rows, cons
   }
 }
 
-// `dweights`: for each layer [unit][inputs, bias, h][4], then [out][hidden + 1].
+// `dweights`: [projected][inputs, bias], for each layer [unit][inputs, bias, h][4], then [out][hidden + 1].
 template <class P, int NV>
 INLINE void weight_gradients(const Rule& rule, const WindowLayout& layout, typename P::T* base, int64_t blocks,
                              double* dweights) {
@@ -304,21 +393,28 @@ INLINE void weight_gradients(const Rule& rule, const WindowLayout& layout, typen
   const auto at = [&](int64_t row) { return base + row * lanes; };
   const int hidden = rule.hidden;
   const int64_t block_rows = layout.rows(), steps = layout.steps;
+  if (rule.projected > 0) {
+    const int columns = layout.inputs + 1;
+    outer_product<P, NV, 1>(at(layout.dproject(0)), layout.projected, layout.projected, at(layout.input(0)),
+                            layout.input_rows(), columns, blocks, block_rows, steps, dweights, columns);
+    dweights += (int64_t)rule.projected * columns;
+  }
   for (int layer = 0; layer < rule.layers; ++layer) {
     const auto product = [&](int64_t x, int64_t x_step, int inputs, int column, int64_t group) INLINE_LAMBDA {
       outer_product<P, NV, 4>(at(layout.gates(layer, 0)), 4 * hidden, 4 * hidden, at(x), x_step, inputs, blocks,
                               block_rows, steps, dweights + 4 * column, group);
     };
-    const int inputs = rule.inputs(layer);
-    const int64_t group = 4 * (inputs + 1 + hidden);
+    const int inputs = rule.layer_inputs(layer);
+    const int64_t group = 4 * ((int64_t)inputs + 1 + hidden);
     if (layer == 0) {
-      product(layout.feature(0), layout.feature_rows(), inputs + 1, 0, group);
+      product(layout.first_input(0), layout.first_input_rows(), inputs + 1, 0, group);
     } else {
       product(layout.h(layer - 1, 1), layout.h_rows(), inputs + 1, 0, group);
     }
     product(layout.h(layer, 0), layout.h_rows(), hidden, inputs + 1, group);
     dweights += hidden * group;
   }
+  if (rule.output == Output::kNone) return;
   outer_product<P, NV, 1>(at(layout.dupdate(0)), 1, 1, at(layout.h(rule.layers - 1, 1)), layout.h_rows(), hidden + 1,
                           blocks, block_rows, steps, dweights, 0);
 }
@@ -327,7 +423,7 @@ template <class P, int NV>
 void window_blocks(const WindowArgs<typename P::T>& args, int64_t first, int64_t blocks, double* dweights,
                    typename P::T* scratch) {
   constexpr int lanes = NV * P::lanes;
-  const WindowLayout layout{args.rule.layers, args.rule.hidden, args.rule.features, args.steps};
+  const WindowLayout layout(args.rule, args.steps);
   const int64_t together = blocks_together(args.steps);
   typename P::T* carry = scratch + together * layout.rows() * lanes;
   for (int64_t done = 0; done < blocks; done += together) {

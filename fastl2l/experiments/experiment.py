@@ -15,7 +15,7 @@ from fastl2l.experiments import losses
 from fastl2l.experiments.recipes import RECIPES
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import Rule
 from fastl2l.tasks import Task
 
 
@@ -77,7 +77,7 @@ def reproduce(
     experiment: Experiment,
     out: str | os.PathLike[str],
     *,
-    rules: Mapping[str, LSTMRule] | None = None,
+    rules: Mapping[str, Rule] | None = None,
     quick: bool = False,
     progress: bool = True,
 ) -> dict[str, Curves]:
@@ -103,7 +103,7 @@ def reproduce(
     results = {}
     with Progress(experiment.name, pieces, shown=progress) as shown:
         for panel in panels:
-            optimizers: dict[str, LSTMRule | Baseline] = {"lstm": rules[panel.rule]}
+            optimizers: dict[str, Rule | Baseline] = {"lstm": rules[panel.rule]}
             optimizers |= {name: baselines.by_name(name) for name in baselines.ALL}
             results[panel.name] = losses.curves(
                 panel.task(),
@@ -147,7 +147,7 @@ def _table(experiment: Experiment, panels: Sequence[Panel], results: Mapping[str
     return "\n\n".join(parts) + "\n"
 
 
-def retrain(experiment: Experiment, out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, LSTMRule]:
+def retrain(experiment: Experiment, out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, Rule]:
     """Train the rules of an experiment from their recipes, for `reproduce`; a tenth of the epochs if `quick`.
 
     Checkpoints are kept in `out`/rules: a run that was killed goes on, one that was finished is only loaded.

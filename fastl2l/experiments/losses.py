@@ -20,7 +20,7 @@ from fastl2l import baselines
 from fastl2l.baselines import Baseline
 from fastl2l.evaluate import Curves, describe, describe_optimizer, follow
 from fastl2l.files import cache_file, write_bytes
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import Rule
 from fastl2l.tasks import Task
 
 FORMAT = 1
@@ -31,7 +31,7 @@ PROBLEMS = 10
 
 def curves(
     task: Task,
-    optimizers: Mapping[str, LSTMRule | Baseline],
+    optimizers: Mapping[str, Rule | Baseline],
     *,
     steps: int,
     runs: int,
@@ -72,7 +72,7 @@ def curves(
     return Curves(losses, describe(task, tuned, steps=steps, runs=runs, seed=seed, backend="auto"))
 
 
-def _kept(task: Task, optimizer: LSTMRule | Baseline, steps: int, first: int, seed: int) -> Tensor:
+def _kept(task: Task, optimizer: Rule | Baseline, steps: int, first: int, seed: int) -> Tensor:
     """Losses of problems number first ... first + 9, from the cache or into it."""
     request = {
         "format": FORMAT,

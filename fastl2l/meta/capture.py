@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastl2l.meta.step import meta_step
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import Rule
 from fastl2l.tasks.base import Problem, PureProblem, is_pure
 from fastl2l.tasks.batch import alike
 from fastl2l.trajectory import Trajectory
@@ -52,9 +52,9 @@ RECORDERS: dict[str, Callable[[Work, torch.device], Work]] = {"cuda": record}
 """By the type of device, what makes a graph of work that has no arguments."""
 
 
-def check(rule: LSTMRule, problem: Problem, *, second_derivatives: bool) -> None:
+def check(rule: Rule, problem: Problem, *, second_derivatives: bool) -> None:
     """Raise a ValueError unless windows of `rule` on problems like this one can be captured."""
-    device = rule.weight_out.device
+    device = rule.device
     if device.type not in RECORDERS:
         raise ValueError(f"capture: expected a rule on a {' or '.join(RECORDERS)} device, got one on {device}")
     if second_derivatives:
@@ -77,7 +77,7 @@ class CapturedWindow:
 
     def __init__(
         self,
-        rule: LSTMRule,
+        rule: Rule,
         adam: torch.optim.Adam,
         problem: Problem,
         *,
@@ -86,7 +86,7 @@ class CapturedWindow:
         clip_norm: float | None,
         backend: str,
     ) -> None:
-        device = rule.weight_out.device
+        device = rule.device
         self._rule, self._adam, self._windows = rule, adam, windows
         self._weights, self._clip_norm = weights, clip_norm
         self._problem = _Slots(_pure(problem), len(weights) + 1)

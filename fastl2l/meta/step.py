@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import Rule
 
 
-def meta_step(rule: LSTMRule, adam: torch.optim.Adam, gradients: Tensor, norm: Tensor, clip_norm: float | None) -> None:
+def meta_step(rule: Rule, adam: torch.optim.Adam, gradients: Tensor, norm: Tensor, clip_norm: float | None) -> None:
     """One step of `adam` on `rule` along `gradients` [weights], whose norm is `norm` and is clipped to `clip_norm`."""
     if clip_norm is not None:
         share = torch.full_like(norm, clip_norm, dtype=torch.float64) / norm

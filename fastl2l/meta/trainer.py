@@ -8,7 +8,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from fastl2l.meta import capture as capture_module
 from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.meta.step import meta_step
 from fastl2l.progress import Progress
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import Rule
 from fastl2l.tasks.base import Problem, Task, check_start, integer, problem_seed
 from fastl2l.tasks.batch import batch as side_by_side
 from fastl2l.trajectory import Trajectory
@@ -104,7 +103,7 @@ class MetaTrainer:
 
     def __init__(
         self,
-        rule: LSTMRule,
+        rule: Rule,
         task: Task,
         *,
         horizon: int = 100,
@@ -139,7 +138,7 @@ class MetaTrainer:
 
         self.history: list[Epoch] = []
         self.best_loss = math.inf
-        device = rule.weight_out.device
+        device = rule.device
         # A graph reads the learning rate from memory, as float32.
         self._lr = torch.tensor(meta_lr, dtype=torch.float32, device=device) if capture else meta_lr
         fused = device.type in ("cpu", "cuda")
@@ -152,8 +151,8 @@ class MetaTrainer:
         self._writer = None if tensorboard is None else _summary_writer(tensorboard)
 
     def _check(self) -> None:
-        if not isinstance(self.rule, LSTMRule):
-            raise TypeError(f"rule: expected an LSTMRule, got {type(self.rule).__name__}")
+        if not isinstance(self.rule, Rule):
+            raise TypeError(f"rule: expected a rule, got {type(self.rule).__name__}")
         if not isinstance(self.task, Task):
             raise TypeError(f"task: expected a fastl2l.tasks.Task, got {type(self.task).__name__}")
         if self.horizon % self.unroll:
@@ -176,7 +175,7 @@ class MetaTrainer:
         names += ["second_derivatives", "clip_norm", "schedule"]
         return {
             "task": self.task.spec(),
-            "rule": {"kind": "lstm", "config": asdict(self.rule.config), "dtype": str(self.rule.dtype)},
+            "rule": {"kind": self.rule.kind, "config": self.rule.config.describe(), "dtype": str(self.rule.dtype)},
             **{name: getattr(self, name) for name in names},
         }
 

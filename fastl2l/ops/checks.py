@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastl2l.ops.layout import TILE
+from fastl2l.ops.layout import TILE, tiles_of
+from fastl2l.rule_config import RuleConfig
 
 _NAMES = {
     torch.float32: "float32",
@@ -21,93 +22,126 @@ _NAMES = {
 }
 
 
-def check_rule(weights: Sequence[Tensor], preprocess: str) -> tuple[int, int]:
-    """Layers and hidden units of an LSTM rule, read off its weights."""
-    _require(
-        len(weights) >= 5 and len(weights) % 3 == 2,
-        f"weights: expected W_ih, W_hh and bias of each layer, then w_out and b_out; got {len(weights)} tensors",
-    )
-    _require(preprocess in ("raw", "log_sign"), f"preprocess: expected raw or log_sign, got {preprocess}")
-    layers, hidden, dtype = len(weights) // 3, weights[-2].numel(), weights[-2].dtype
+def check_rule(weights: Sequence[Tensor], rule: str) -> RuleConfig:
+    """The configuration of the rule, whose weights must be these."""
+    try:
+        config = RuleConfig.parse(rule)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from None
+    shapes = config.weight_shapes
+    _require(len(weights) == len(shapes), f"weights: expected {len(shapes)} tensors for {rule}, got {len(weights)}")
+    dtype = weights[0].dtype
     _require(
         dtype in (torch.float32, torch.float64), f"weights: expected float32 or float64, got {_name(dtype)}"
     )  # fmt: skip
-    _require(hidden >= 1, "weights: expected at least one hidden unit")
-    inputs = 1 if preprocess == "raw" else 2
-    for layer in range(layers):
-        shapes = (4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,)
-        for i, shape in enumerate(shapes, 3 * layer):
-            check_tensor(f"weights[{i}]", weights[i], weights[-2], shape)
-        inputs = hidden
-    check_tensor(f"weights[{3 * layers}]", weights[-2], weights[-2], (hidden,))
-    check_tensor(f"weights[{3 * layers + 1}]", weights[-1], weights[-2], ())
-    return layers, hidden
+    for i, (weight, (_, shape)) in enumerate(zip(weights, shapes, strict=True)):
+        check_tensor(f"weights[{i}]", weight, weights[0], shape)
+    return config
+
+
+def check_numbers(like: Tensor, update_scale: float, decay: float = 0.0, rate: Tensor | None = None) -> None:
+    """Numbers of a step: finite in the dtype of `like`, one of the rule's weights."""
+    for name, number in (("update_scale", update_scale), ("decay", decay)):
+        _require(
+            abs(number) <= torch.finfo(like.dtype).max, f"{name}: expected a finite {_name(like.dtype)}, got {number:g}"
+        )
+    if rate is not None:
+        check_tensor("rate", rate, like, ())
 
 
 def check_tensor(
-    name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
-) -> None:  # fmt: skip
+    name: str,
+    tensor: Tensor,
+    like: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    contiguous: bool = True,
+) -> None:
     """Contiguous, of this shape, on the device of `like`, and of its dtype unless another is named."""
     dtype = dtype or like.dtype
     _require(tensor.dtype == dtype, f"{name}: expected {_name(dtype)}, got {_name(tensor.dtype)}")
     _require(tuple(tensor.shape) == shape, f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    _require(tensor.is_contiguous(), f"{name}: expected a contiguous tensor")
+    _require(not contiguous or tensor.is_contiguous(), f"{name}: expected a contiguous tensor")
     _require(
         tensor.device == like.device, f"{name}: expected a tensor on {like.device}, got one on {tensor.device}"
     )  # fmt: skip
 
 
-def check_state_dtype(states: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the states of one call are stored in: `dtype`, the rule's, or bfloat16 where that is float32."""
-    allowed = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
-    stored = states[0].dtype if states else dtype
-    _require(stored in allowed, f"states[0]: expected {' or '.join(map(_name, allowed))}, got {_name(stored)}")
-    return stored
-
-
 def check_parameters(
-    params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Tensor], like: Tensor, rows: int
+    config: RuleConfig,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    given: Tensor | None,
+    like: Tensor,
+    contiguous: bool = True,
 ) -> None:
     """What step_ is given beside the rule; `like` is one of the rule's weights."""
     _require(len(grads) == len(params), f"grads: expected {len(params)} tensors, got {len(grads)}")
     together = len(states) == 1  # one state for all parameters
     _require(together or len(states) == len(params), f"states: expected {len(params)} tensors, got {len(states)}")
-    stored = check_state_dtype(states, like.dtype)
+    stored = _check_state_dtype(config, states, like.dtype)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         _require(
-            param.dtype in _NAMES,
+            param.dtype in _NAMES and param.dtype.is_floating_point,
             f"params[{i}]: expected float32, float64, float16 or bfloat16, got {_name(param.dtype)}",
         )
-        _require(param.is_contiguous(), f"params[{i}]: expected a contiguous tensor")
+        _require(not contiguous or param.is_contiguous(), f"params[{i}]: expected a contiguous tensor")
         _require(
             param.device == like.device,
             f"params[{i}]: expected a tensor on {like.device}, where the rule is, got one on {param.device}",
         )
-        _require(grad.is_contiguous(), f"grads[{i}]: expected a contiguous tensor")
+        dense = grad.layout == torch.strided
+        _require(dense and (not contiguous or grad.is_contiguous()), f"grads[{i}]: expected a contiguous tensor")
         _require(grad.dtype == param.dtype, f"grads[{i}]: expected {_name(param.dtype)}, got {_name(grad.dtype)}")
         _require(grad.numel() == param.numel(), f"grads[{i}]: expected {param.numel()} elements, got {grad.numel()}")
         _require(
             grad.device == like.device, f"grads[{i}]: expected a tensor on {like.device}, got one on {grad.device}"
         )  # fmt: skip
-    tiles = [-(-param.numel() // TILE) for param in params]
+    tiles = [tiles_of(param.numel()) for param in params]
     for i, (state, expected) in enumerate(zip(states, [sum(tiles)] if together else tiles, strict=True)):
-        check_tensor(f"states[{i}]", state, like, (expected, rows, TILE), stored)
+        check_tensor(f"states[{i}]", state, like, (expected, config.state_rows, TILE), stored)
+    _check_given(config, given, like, (sum(tiles),))
 
 
 def check_window(
-    state: Tensor, grads: Tensor, adjoints: Tensor, dstate: Tensor | None, like: Tensor, rows: int
-) -> None:  # fmt: skip
+    config: RuleConfig,
+    state: Tensor,
+    grads: Tensor,
+    adjoints: Tensor,
+    dstate: Tensor | None,
+    given: Tensor | None,
+    like: Tensor,
+    contiguous: bool = True,
+) -> None:
     """What window_backward is given beside the rule."""
     _require(
         grads.dim() == 2 and grads.shape[0] >= 1, f"grads: expected shape [steps >= 1, N], got {list(grads.shape)}"
     )  # fmt: skip
     steps, numel = grads.shape
-    tiles = -(-numel // TILE)
-    check_tensor("grads", grads, like, (steps, numel))
-    check_tensor("adjoints", adjoints, like, (steps, numel))
-    check_tensor("state", state, like, (tiles, rows, TILE))
+    tiles = tiles_of(numel)
+    check_tensor("grads", grads, like, (steps, numel), contiguous=contiguous)
+    check_tensor("adjoints", adjoints, like, (steps, numel), contiguous=contiguous)
+    check_tensor("state", state, like, (tiles, config.state_rows, TILE), contiguous=contiguous)
     if dstate is not None:
-        check_tensor("dstate", dstate, like, (tiles, rows, TILE))
+        check_tensor("dstate", dstate, like, (tiles, config.state_rows, TILE), contiguous=contiguous)
+    _check_given(config, given, like, (steps, tiles))
+
+
+def _check_given(config: RuleConfig, given: Tensor | None, like: Tensor, leading: tuple[int, ...]) -> None:
+    expected = f"{config.given} rows for {config.text}"
+    _require((given is not None) == (config.given > 0), f"given: expected {expected}, got {_kind(given)}")
+    if given is not None:
+        check_tensor("given", given, like, (*leading, config.given, TILE))
+
+
+def _check_state_dtype(config: RuleConfig, states: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the states of one call are stored in: `dtype`, the rule's, or bfloat16 where that is float32."""
+    halved = dtype == torch.float32 and config.takes_bfloat16_state
+    allowed = (dtype, torch.bfloat16) if halved else (dtype,)
+    stored = states[0].dtype if states else dtype
+    _require(stored in allowed, f"states[0]: expected {' or '.join(map(_name, allowed))}, got {_name(stored)}")
+    return stored
 
 
 def _require(condition: bool, message: str) -> None:
@@ -117,3 +151,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, "another dtype")
+
+
+def _kind(given: Tensor | None) -> str:
+    return "none" if given is None else "some"

@@ -22,7 +22,7 @@ class Backend:
 
     name: str
     step_: Callable[..., None]
-    window_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    window_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     find_nonfinite_: Callable[[Tensor, Sequence[Tensor]], None]
 
 

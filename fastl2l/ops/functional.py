@@ -9,71 +9,74 @@ from torch import Tensor
 
 from fastl2l import reference
 from fastl2l.ops.dispatch import Backend, select
-from fastl2l.ops.layout import state_shape, to_rows
-from fastl2l.rules import LSTMConfig, LSTMRule
+from fastl2l.ops.layout import TILE, state_shape, to_rows
+from fastl2l.rules import Rule
 
 
 class _Update(torch.autograd.Function):
+    """Arguments: backend, the rule's text, its update scale, gradient, state, given rows or None, weights."""
+
     @staticmethod
     def forward(
-        ctx: Any, backend: Backend, config: LSTMConfig, gradient: Tensor, state: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rule = (list(weights), config.preprocess, config.preprocess_constant, config.output_scale)
+        ctx: Any, backend: Backend, rule: str, scale: float, gradient: Tensor, state: Tensor, given: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         update, new_state = torch.zeros_like(gradient), state.clone()
-        backend.step_([update], [gradient], [new_state], *rule, 1.0)
-        ctx.backend, ctx.config = backend, config
-        ctx.save_for_backward(gradient, state, *weights)
+        backend.step_([update], [gradient], [new_state], list(weights), rule, scale, 1.0, None, given)
+        ctx.backend, ctx.rule, ctx.scale = backend, rule, scale
+        ctx.save_for_backward(gradient, state, given, *weights)
         return update, new_state
 
     @staticmethod
     def backward(ctx: Any, dupdate: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, state, *weights = ctx.saved_tensors
-        config = ctx.config
+        gradient, state, given, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():  # create_graph=True
-            needed = [tensor for tensor, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True) if need]
-            found = iter(_backward_with_graph(config, gradient, state, weights, dupdate, dstate, needed))
-            return (None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:]))
-        dweights, dstate_first, dgrads = ctx.backend.window_backward(
+            return (None, None, None, *_backward_with_graph(ctx, dupdate, dstate, needs))
+        dweights, dstate_first, dgrads, dgiven = ctx.backend.window_backward(
             state,
             gradient.unsqueeze(0),
             dupdate.contiguous().unsqueeze(0),
             weights,
-            config.preprocess,
-            config.preprocess_constant,
-            config.output_scale,
+            ctx.rule,
+            ctx.scale,
             dstate.contiguous(),
-            ctx.needs_input_grad[3],
-            ctx.needs_input_grad[2],
+            needs[1],
+            needs[0],
+            None if given is None else given.unsqueeze(0),
+            needs[2],
         )
         split = dweights.split([weight.numel() for weight in weights])
-        return (
-            None,
-            None,
-            dgrads[0] if ctx.needs_input_grad[2] else None,
-            dstate_first if ctx.needs_input_grad[3] else None,
+        found = (
+            dgrads[0] if needs[0] else None,
+            dstate_first,
+            dgiven[0] if needs[2] else None,
             *(part.view_as(weight) for part, weight in zip(split, weights, strict=True)),
         )
+        return (None, None, None, *(one if need else None for one, need in zip(found, needs, strict=True)))
 
 
 def _backward_with_graph(
-    config: LSTMConfig,
-    gradient: Tensor,
-    state: Tensor,
-    weights: list[Tensor],
-    dupdate: Tensor,
-    dstate: Tensor,
-    needed: list[Tensor],
-) -> tuple[Tensor, ...]:
+    ctx: Any, dupdate: Tensor, dstate: Tensor, needs: tuple[bool, ...]
+) -> list[Tensor | None]:  # fmt: skip
     """Gradients that can be differentiated again, which the kernels' cannot: by reference.py."""
-    numel, constants = gradient.numel(), (config.preprocess, config.preprocess_constant, config.output_scale)
-    outputs = reference.step(gradient, to_rows(state, numel), weights, *constants)
-    return torch.autograd.grad(
-        outputs, needed, (dupdate, to_rows(dstate, numel)), create_graph=True, materialize_grads=True
-    )
+    gradient, state, given, *weights = ctx.saved_tensors
+    numel = gradient.numel()
+    with reference.exact(gradient.device):
+        rows = None if given is None else to_rows(given, numel)
+        outputs = reference.step(gradient, to_rows(state, numel), weights, ctx.rule, ctx.scale, rows)
+        pairs = [(out, d) for out, d in zip(outputs, (dupdate, to_rows(dstate, numel)), strict=True) if out.requires_grad]
+        needed = [tensor for tensor, need in zip(ctx.saved_tensors, needs, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(*zip(*pairs, strict=True), inputs=needed, create_graph=True, materialize_grads=True)
+        )
+    return [next(found) if need else None for need in needs]
 
 
-def update(rule: LSTMRule, gradient: Tensor, state: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """One step of `rule`, differentiable in gradient, state and the rule's weights.
+def update(
+    rule: Rule, gradient: Tensor, state: Tensor, given: Tensor | None = None, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """One step of `rule`, differentiable in gradient, state, given rows and the rule's weights.
 
     Derivatives are the kernels', unless they are to be differentiated again (``create_graph=True``): then they are
     those of ``reference.py``.
@@ -82,21 +85,31 @@ def update(rule: LSTMRule, gradient: Tensor, state: Tensor, *, backend: str = "a
         rule: the rule.
         gradient: [N], in the rule's dtype.
         state: [tiles, rows, 16], from ``ops.layout.new_state`` or the step before.
+        given: [tiles, rows, 16], for a rule that has given rows.
         backend: see :class:`fastl2l.FusedLSTMOptimizer`.
 
     Returns:
-        The update [N], to be added to the parameters, and the new state.
+        The update [N], to be added to the parameters (zeros if the rule's output is none), and the new state.
 
     Raises:
         ValueError: a shape or dtype is not as above.
     """
     if gradient.dim() != 1 or gradient.dtype != rule.dtype:
         raise ValueError(f"gradient: expected [N] of {rule.dtype}, got {list(gradient.shape)} of {gradient.dtype}")
-    expected = state_shape(rule, gradient.numel())
-    if tuple(state.shape) != expected or state.dtype != rule.dtype:
-        raise ValueError(f"state: expected {list(expected)} of {rule.dtype}, got {list(state.shape)} of {state.dtype}")
+    tiles, _, _ = expected = state_shape(rule, gradient.numel())
+    _check("state", state, expected, rule.dtype)
+    if (given is None) != (rule.config.given == 0):
+        raise ValueError(f"given: expected {rule.config.given} rows, got {'none' if given is None else 'some'}")
+    if given is not None:
+        _check("given", given, (tiles, rule.config.given, TILE), rule.dtype)
+        given = given.contiguous()
     chosen = select(backend, gradient.device)
     new: tuple[Tensor, Tensor] = _Update.apply(
-        chosen, rule.config, gradient.contiguous(), state.contiguous(), *rule.weights()
+        chosen, rule.text, rule.config.output_scale, gradient.contiguous(), state.contiguous(), given, *rule.weights()
     )
     return new
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name}: expected {list(shape)} of {dtype}, got {list(tensor.shape)} of {tensor.dtype}")

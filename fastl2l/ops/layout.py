@@ -11,19 +11,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import Rule
 
 TILE = 16
 """Coordinates in a tile; csrc/cpu/kernels.h has it too."""
 
 
-def state_shape(rule: LSTMRule, numel: int) -> tuple[int, int, int]:
+def tiles_of(numel: int) -> int:
+    """Tiles of `numel` coordinates, the last of which may not be full."""
+    return -(-numel // TILE)
+
+
+def state_shape(rule: Rule, numel: int) -> tuple[int, int, int]:
     """Shape of the state of `numel` coordinates."""
-    return -(-numel // TILE), rule.config.state_rows, TILE
+    return tiles_of(numel), rule.config.state_rows, TILE
 
 
 def new_state(
-    rule: LSTMRule, numel: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    rule: Rule, numel: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Tensor:
     """State at the start of a trajectory: zeros, in the rule's dtype unless another is named."""
     return torch.zeros(state_shape(rule, numel), dtype=dtype or rule.dtype, device=device)
@@ -33,7 +38,7 @@ def split_state(state: Sequence[Tensor], numels: Sequence[int]) -> Sequence[Tens
     """The states of parameters with so many coordinates, from what `step_` takes: those, or one that holds them all."""
     if len(state) == len(numels):
         return state
-    return state[0].split([-(-numel // TILE) for numel in numels])
+    return state[0].split([tiles_of(numel) for numel in numels])
 
 
 def to_rows(state: Tensor, numel: int) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastl2l import reference
-from fastl2l.ops.checks import check_state_dtype
-from fastl2l.ops.layout import from_rows, split_state, to_rows
+from fastl2l.ops.checks import check_numbers, check_parameters, check_rule, check_window
+from fastl2l.ops.layout import from_rows, split_state, tiles_of, to_rows
 
 
 @torch.no_grad()
@@ -18,33 +18,44 @@ def step_(
     grads: Sequence[Tensor],
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    preprocess: str,
-    preprocess_constant: float,
+    rule: str,
     update_scale: float,
     grad_scale: float,
     finite: Tensor | None = None,
+    given: Tensor | None = None,
+    decay: float = 0.0,
+    rate: Tensor | None = None,
 ) -> None:
     """See schema.py. The update is that of the new h as it is before it is rounded to the state's dtype."""
-    dtype = weights[-1].dtype
-    check_state_dtype(states, dtype)
-    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad.layout != param.layout or grad.dtype != param.dtype:
-            raise RuntimeError(f"grads[{index}]: expected {param.dtype}, dense, got {grad.dtype}, {grad.layout}")
+    config = check_rule(weights, rule)
+    check_parameters(config, params, grads, states, given, weights[0], contiguous=False)
+    check_numbers(weights[0], update_scale, decay, rate)
     if finite is not None:
         find_nonfinite_(finite, grads)
-    states = split_state(states, [param.numel() for param in params])
-    for param, grad, state in zip(params, grads, states, strict=True):
-        update, rows = reference.step(
+    dtype, sizes = weights[0].dtype, [param.numel() for param in params]
+    states = split_state(states, sizes)
+    tiles = [tiles_of(size) for size in sizes]
+    all_given = [None] * len(params) if given is None else given.split(tiles)
+    found = []  # all of it first: what fails on the way has changed nothing
+    for param, grad, state, rows in zip(params, grads, states, all_given, strict=True):
+        size = param.numel()
+        update, new_rows = reference.step(
             grad.reshape(-1).to(dtype) * grad_scale,
-            to_rows(state, param.numel()).to(dtype),
+            to_rows(state, size).to(dtype),
             weights,
-            preprocess,
-            preprocess_constant,
-            update_scale,
+            rule,
+            update_scale if rate is None else update_scale * rate,
+            None if rows is None else to_rows(rows, size),
         )
         wide = torch.promote_types(param.dtype, dtype)
-        _write(param, (param.to(wide) + update.to(wide).view_as(param)).to(param.dtype), finite)
-        _write(state, from_rows(rows).to(state.dtype), finite)
+        kept = param.to(wide)
+        if decay:
+            kept = kept * (1 - (decay if rate is None else decay * rate.to(wide)))
+        found.append(((kept + update.to(wide).view_as(param)).to(param.dtype), from_rows(new_rows).to(state.dtype)))
+    for param, state, (new_param, new_state) in zip(params, states, found, strict=True):
+        if config.output != "none":
+            _write(param, new_param, finite)
+        _write(state, new_state, finite)
 
 
 def window_backward(
@@ -52,32 +63,39 @@ def window_backward(
     grads: Tensor,
     adjoints: Tensor,
     weights: Sequence[Tensor],
-    preprocess: str,
-    preprocess_constant: float,
+    rule: str,
     update_scale: float,
     dstate: Tensor | None,
     need_dstate: bool,
     need_dgrads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    given: Tensor | None = None,
+    need_dgiven: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See schema.py."""
-    if state.dtype != weights[-1].dtype:
-        raise RuntimeError(f"state: expected {weights[-1].dtype} as the weights are, got {state.dtype}")
-    numel = grads.shape[1]
-    with torch.enable_grad():
+    config = check_rule(weights, rule)
+    check_window(config, state, grads, adjoints, dstate, given, weights[0], contiguous=False)
+    check_numbers(weights[0], update_scale)
+    steps, numel = grads.shape
+    with torch.enable_grad(), reference.exact(state.device):
         weights = [weight.detach().requires_grad_() for weight in weights]
         first = to_rows(state.detach(), numel).requires_grad_()
         grads = grads.detach().requires_grad_()
+        given = None if given is None else given.detach().requires_grad_()
         rows, loss = first, state.new_zeros(())
-        for gradient, adjoint in zip(grads, adjoints, strict=True):
-            update, rows = reference.step(gradient, rows, weights, preprocess, preprocess_constant, update_scale)
-            loss = loss + adjoint @ update
+        for t in range(steps):
+            extra = None if given is None else to_rows(given[t], numel)
+            update, rows = reference.step(grads[t], rows, weights, rule, update_scale, extra)
+            loss = loss + adjoints[t] @ update
         if dstate is not None:
             loss = loss + (to_rows(dstate, numel) * rows).sum()
-        *dweights, dfirst, dgrads = torch.autograd.grad(loss, [*weights, first, grads])
+        leaves = [*weights, first, grads] + ([] if given is None else [given])
+        found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    count = len(weights)
     return (
-        torch.cat([gradient.reshape(-1) for gradient in dweights]),
-        from_rows(dfirst) if need_dstate else torch.empty_like(state[:0]),
-        dgrads if need_dgrads else dgrads[:0],
+        torch.cat([gradient.reshape(-1) for gradient in found[:count]]),
+        from_rows(found[count]) if need_dstate else torch.empty_like(state[:0]),
+        found[count + 1] if need_dgrads else torch.empty_like(grads[:0]),
+        found[count + 2] if given is not None and need_dgiven else state.new_empty(0),
     )
 
 

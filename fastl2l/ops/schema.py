@@ -2,31 +2,38 @@
 
 ``fastl2l::step_`` and so on are those of the native backend, ``fastl2l_triton::step_`` those of Triton.
 
-``weights`` and ``preprocess``, ``preprocess_constant`` are a rule's ``weights()`` and configuration; all tensors are
-contiguous, states have the layout of layout.py.
+``rule`` is a rule's text (rule_config.py) and ``weights`` its weights in their order; all tensors are contiguous, states
+have the layout of layout.py. Arguments are checked before anything is changed.
 
 step_
     One step of every coordinate of several parameters. ``params``: float32, float64, float16 or bfloat16, any shape,
-    changed in place by ``+ update_scale * (w_out . h + b_out)``; ``grads``: like params; ``states``: one a parameter,
-    or a single one that holds those of all parameters one after the other; in the weights' dtype, or all of them in
-    bfloat16 if that is float32, changed in place. Everything is computed in the weights' dtype, the update from the new
-    h, and only then is the new state rounded to bfloat16: to the nearest, and halfway to the even one; NaN stays NaN.
-    ``grad_scale`` multiplies the gradients first. ``finite``: None, or a bool [1] that becomes False if a gradient is
-    not finite; while it is False, from before the call or since, nothing else is changed. Arguments are checked before
-    anything is changed.
+    changed in place by ``+ update_scale * output``; ``grads``: like params; ``states``: one a parameter, or a single
+    one that holds those of all parameters one after the other; in the weights' dtype, or all of them in bfloat16 if
+    that is float32, changed in place. Everything is computed in the weights' dtype, the update from the new state, and
+    only then is that rounded to bfloat16: to the nearest, and halfway to the even one; NaN stays NaN. A rule whose
+    features have a state (means) takes none in bfloat16. ``grad_scale`` multiplies the gradients first. ``finite``: None, or a bool
+    [1] that becomes False if a gradient is not finite; while it is False, from before the call or since, nothing else
+    is changed. ``given``: [tiles, rows, 16] in the weights' dtype, as if all parameters were one, for a rule that has
+    given rows. ``decay``: parameters are multiplied by ``1 - decay`` before they are updated. ``rate``: None, or a
+    scalar in the weights' dtype on their device, which multiplies both update_scale and decay. A rule whose output is
+    none changes states alone; its params only say how many coordinates there are.
 
 window_backward
     Gradients of ``sum(adjoints * updates)`` over a window of T steps, by recomputation from its first state.
     ``state``: before the first step; ``grads``, ``adjoints``: [T, N]; ``dstate``: gradient with respect to the state
-    after the last step; all in the weights' dtype. Returns the gradients with respect to the weights (flat, in their
-    order), to the first state if ``need_dstate`` and to grads if ``need_dgrads``; what is not needed comes back with a
-    first dimension of 0.
+    after the last step; ``given``: [T, tiles, rows, 16]; all in the weights' dtype. Returns the gradients with respect
+    to the weights (flat, in their order), to the first state if ``need_dstate``, to grads if ``need_dgrads`` and to
+    given if ``need_dgiven``; what is not needed comes back with a first dimension of 0, and no given rows as [0].
 
 find_nonfinite_
     Sets ``finite``, a bool [1], to False if a number in ``tensors`` is not finite. The host does not wait for it.
 
+describe_rule
+    What the native kernels make of a rule's text: weights, state rows, features, and its numbers in order. To hold the
+    two readers of it against each other.
+
 elementwise
-    The kernels' own sigmoid (``1 / (1 + 2^x)``), tanh (``(2^x - 1) / (2^x + 1)``) and log, to test their accuracy.
+    The kernels' own sigmoid (``1 / (1 + 2^x)``), tanh (``(2^x - 1) / (2^x + 1)``), log and elu, to test their accuracy.
 
 cpu_isa
     The instruction set that the native CPU kernels use: avx512, avx2 or generic; ``FASTL2L_CPU_ISA`` names another.
@@ -43,7 +50,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_RULE = "Tensor[] weights, str preprocess, float preprocess_constant, float update_scale"
+_RULE = "Tensor[] weights, str rule, float update_scale"
 
 
 def _step(
@@ -51,11 +58,13 @@ def _step(
     grads: list[Tensor],
     states: list[Tensor],
     weights: list[Tensor],
-    preprocess: str,
-    preprocess_constant: float,
+    rule: str,
     update_scale: float,
     grad_scale: float,
     finite: Tensor | None = None,
+    given: Tensor | None = None,
+    decay: float = 0.0,
+    rate: Tensor | None = None,
 ) -> None:
     return None
 
@@ -65,17 +74,19 @@ def _window_backward(
     grads: Tensor,
     adjoints: Tensor,
     weights: list[Tensor],
-    preprocess: str,
-    preprocess_constant: float,
+    rule: str,
     update_scale: float,
     dstate: Tensor | None,
     need_dstate: bool,
     need_dgrads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    given: Tensor | None = None,
+    need_dgiven: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dweights = state.new_empty(sum(weight.numel() for weight in weights))
     dstate_first = state.new_empty(state.shape[0] if need_dstate else 0, *state.shape[1:])
     dgrads = state.new_empty(grads.shape[0] if need_dgrads else 0, grads.shape[1])
-    return dweights, dstate_first, dgrads
+    dgiven = torch.empty_like(given) if given is not None and need_dgiven else state.new_empty(0)
+    return dweights, dstate_first, dgrads, dgiven
 
 
 def _find_nonfinite(finite: Tensor, tensors: list[Tensor]) -> None:
@@ -86,12 +97,12 @@ def _define(namespace: str) -> torch.library.Library:
     """The operators that every backend has, and what torch.compile has to know of them."""
     library = torch.library.Library(namespace, "DEF")
     library.define(
-        f"step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, {_RULE}, "
-        "float grad_scale, Tensor(c!)? finite=None) -> ()"
+        f"step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, {_RULE}, float grad_scale, "
+        "Tensor(c!)? finite=None, Tensor? given=None, float decay=0.0, Tensor? rate=None) -> ()"
     )
     library.define(
-        f"window_backward(Tensor state, Tensor grads, Tensor adjoints, {_RULE}, "
-        "Tensor? dstate, bool need_dstate, bool need_dgrads) -> (Tensor, Tensor, Tensor)"
+        f"window_backward(Tensor state, Tensor grads, Tensor adjoints, {_RULE}, Tensor? dstate, bool need_dstate, "
+        "bool need_dgrads, Tensor? given=None, bool need_dgiven=False) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     library.define("find_nonfinite_(Tensor(a!) finite, Tensor[] tensors) -> ()")
     fakes: dict[str, Callable[..., Any]] = {
@@ -107,5 +118,6 @@ def _define(namespace: str) -> torch.library.Library:
 triton_library = _define("fastl2l_triton")
 library = _define("fastl2l")
 library.define("elementwise(Tensor x, str function) -> Tensor")
+library.define("describe_rule(str rule) -> str")
 library.define("cpu_isa() -> str")
 library.define("cpu_isas() -> str")

@@ -1,0 +1,392 @@
+"""What a rule is made of: parts that compose, and the one text that names them.
+
+A rule is the network of one coordinate, from its gradient to its update, and is written as its parts in their order::
+
+    log_sign:10 lstm:20,20 linear                     # Andrychowicz et al. 2016
+    adam:0.95,0.95,1e-08 elu:20 lstm:20,20 tanh       # RNNprop, Lv et al. 2017
+
+    [features] [given:rows] [projection:units] lstm:units,... output
+
+This text goes to the operators of every backend (``ops/schema.py``), into rule files and into messages; csrc/rule_text.h
+reads it for C++. ``reference.py`` says what each part computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+MOST_UNITS = 1 << 15
+MOST_LAYERS = 64
+"""Far beyond what is of use, and small enough that no size that is computed from them overflows."""
+MOST_TEXT = 1000
+"""Characters of a rule's text."""
+
+
+def number_text(value: float) -> str:
+    """The shortest text that is this number: 10 for 10.0."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def require_int(name: str, value: object, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name}: expected an integer of at least {least} and at most {most}, got {shortened(value)}")
+    return value
+
+
+def require_positive(name: str, value: object, below: float = math.inf) -> float:
+    """`value` as a float."""
+    try:
+        number = float(value) if not isinstance(value, (bool, str)) else math.nan  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < below:
+        limit = "" if below == math.inf else f" below {below:g}"
+        raise ValueError(f"{name}: expected a finite positive number{limit}, got {shortened(value)}")
+    return number
+
+
+def shortened(value: object) -> str:
+    """`value` for a message, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of too many digits
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Named numbers, in the order in which the text has them."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, require_positive(field.name, getattr(self, field.name)))
+
+    def __str__(self) -> str:
+        return f"{self.name}:" + ",".join(number_text(value) for value in dataclasses.astuple(self))
+
+    @property
+    def constants(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Raw(_Part):
+    """The gradient times a constant."""
+
+    name = "raw"
+    count: ClassVar[int] = 1
+    state_rows: ClassVar[int] = 0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LogSign(_Part):
+    """Logarithm and sign of the gradient (Andrychowicz et al. 2016, App. A)."""
+
+    name = "log_sign"
+    count: ClassVar[int] = 2
+    state_rows: ClassVar[int] = 0
+    p: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.p > 87:
+            raise ValueError(f"p: expected at most 87, beyond which exp(-p) is no normal float32, got {self.p!r}")
+
+
+@dataclass(frozen=True)
+class Adam(_Part):
+    """The gradient and its mean over the root of its mean square (Lv et al. 2017, section 4).
+
+    State: both means and the weight that corrects their bias, or two of these where they differ.
+    """
+
+    name = "adam"
+    count: ClassVar[int] = 2
+    beta1: float = 0.95
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta1", "beta2"):
+            require_positive(name, getattr(self, name), below=1)
+
+    @property
+    def state_rows(self) -> int:
+        return 3 if self.beta1 == self.beta2 else 4
+
+
+Features = Raw | LogSign | Adam
+FEATURES: dict[str, type[Features]] = {part.name: part for part in (Raw, LogSign, Adam)}
+"""What is made of a gradient, by name."""
+PROJECTIONS = ("elu",)
+"""What may follow the linear layer between inputs and LSTM."""
+OUTPUTS = ("linear", "tanh", "none")
+"""From the last layer's h to the update: w . h + b, its tanh, or no update: h is the result."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer between the inputs and the LSTM, with an activation."""
+
+    activation: str = "elu"
+    units: int = 20
+
+    def __post_init__(self) -> None:
+        if self.activation not in PROJECTIONS:
+            raise ValueError(f"projection: expected one of {', '.join(PROJECTIONS)}, got {shortened(self.activation)}")
+        require_int("projection units", self.units, 1, MOST_UNITS)
+
+    def __str__(self) -> str:
+        return f"{self.activation}:{self.units}"
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """Everything about a rule that is not meta-trained.
+
+    Args:
+        features: what is made of a gradient, or None.
+        layers: LSTM units of each layer, all alike.
+        projection: before the LSTM, or None.
+        output: "linear", "tanh" or "none".
+        given: rows of input that come from outside of the rule.
+        output_scale: factor on the update.
+
+    Raises:
+        ValueError: the parts do not go together or a number is out of range; the message names it.
+    """
+
+    features: Features | None
+    layers: tuple[int, ...]
+    projection: Projection | None = None
+    output: str = "linear"
+    given: int = 0
+    output_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.features, (*FEATURES.values(), type(None))):
+            raise ValueError(f"features: expected one of {', '.join(FEATURES)}, got {shortened(self.features)}")
+        if not isinstance(self.layers, tuple) or not 1 <= len(self.layers) <= MOST_LAYERS:
+            raise ValueError(f"layers: expected 1 to {MOST_LAYERS} numbers of units, got {shortened(self.layers)}")
+        for units in self.layers:
+            require_int("units", units, 1, MOST_UNITS)
+        if len(set(self.layers)) > 1:
+            raise ValueError(f"layers: expected as many units in every layer, got {self.layers}")
+        if self.output not in OUTPUTS:
+            raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {shortened(self.output)}")
+        require_int("given", self.given, 0, MOST_UNITS)
+        if self.features is None and self.given == 0:
+            raise ValueError("features: expected features of the gradient, given rows or both, got neither")
+        object.__setattr__(self, "output_scale", require_positive("output_scale", self.output_scale))
+
+    @property
+    def text(self) -> str:
+        """The rule's text, in its one canonical form; the output scale is not in it."""
+        parts = [str(part) for part in (self.features,) if part is not None]
+        parts += [f"given:{self.given}"] if self.given else []
+        parts += [str(self.projection)] if self.projection is not None else []
+        return " ".join([*parts, "lstm:" + ",".join(map(str, self.layers)), self.output])
+
+    @classmethod
+    def parse(cls, text: str) -> RuleConfig:
+        """The configuration that a text names, with an output scale of 1.
+
+        Raises:
+            ValueError: it is no rule's text; the message holds the text and what is wrong with it.
+        """
+        if not isinstance(text, str) or len(text) > MOST_TEXT:
+            raise ValueError(f"rule: expected a text of at most {MOST_TEXT} characters, got {shortened(text)}")
+        return _parse(text)
+
+    @property
+    def feature_count(self) -> int:
+        """Numbers that are made of one gradient."""
+        return 0 if self.features is None else self.features.count
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that the network of a coordinate reads: features, then given rows."""
+        return self.feature_count + self.given
+
+    @property
+    def hidden_size(self) -> int:
+        """LSTM units of a layer."""
+        return self.layers[0]
+
+    @property
+    def num_layers(self) -> int:
+        """LSTM layers."""
+        return len(self.layers)
+
+    @property
+    def lstm_rows(self) -> int:
+        """Floats of state per coordinate that are h and c of the layers; they come first."""
+        return 2 * self.num_layers * self.hidden_size
+
+    @property
+    def state_rows(self) -> int:
+        """Floats of state per coordinate: h and c of every layer, then the features' own."""
+        return self.lstm_rows + (0 if self.features is None else self.features.state_rows)
+
+    @property
+    def takes_bfloat16_state(self) -> bool:
+        """Whether the state may be rounded to bfloat16: means that move by a twentieth a step would stand still."""
+        return self.state_rows == self.lstm_rows
+
+    @functools.cached_property
+    def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the weights, in the order in which every operator takes them."""
+        hidden, width = self.hidden_size, self.inputs
+        shapes: list[tuple[str, tuple[int, ...]]] = []
+        if self.projection is not None:
+            shapes += [("weight_in", (self.projection.units, width)), ("bias_in", (self.projection.units,))]
+            width = self.projection.units
+        for layer in range(self.num_layers):
+            shapes += [
+                (f"weight_ih_l{layer}", (4 * hidden, width)),
+                (f"weight_hh_l{layer}", (4 * hidden, hidden)),
+                (f"bias_l{layer}", (4 * hidden,)),
+            ]
+            width = hidden
+        return shapes if self.output == "none" else [*shapes, ("weight_out", (hidden,)), ("bias_out", ())]
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """The constants that a rule computes with in its own dtype, by name."""
+        own = {} if self.features is None else self.features.constants
+        return {**own, "output_scale": self.output_scale}
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON holds it: for files, from which `from_description` reads it."""
+        return {"text": self.text, "output_scale": self.output_scale}
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> RuleConfig:
+        """The inverse of `describe`, which also reads what fastl2l 0.1 wrote of its one kind of rule.
+
+        Raises:
+            ValueError: it is neither; the message says what is wrong.
+        """
+        description = dict(description)
+        if description.keys() == {"preprocess", "p", "scale", "output_scale", "hidden_size", "num_layers"}:
+            return lstm_config(**description)
+        if description.keys() != {"text", "output_scale"}:
+            raise ValueError(f"expected text and output_scale, got {shortened(sorted(map(str, description)))}")
+        return dataclasses.replace(cls.parse(description["text"]), output_scale=description["output_scale"])
+
+
+def lstm_config(
+    preprocess: str, p: float, scale: float, output_scale: float, hidden_size: int, num_layers: int
+) -> RuleConfig:
+    """The configuration of an `LSTMRule`, whose arguments these are."""
+    if preprocess not in (Raw.name, LogSign.name):
+        raise ValueError(f"preprocess: expected one of raw, log_sign, got {shortened(preprocess)}")
+    features = LogSign(p), Raw(scale)  # both are checked
+    return RuleConfig(
+        features[0] if preprocess == LogSign.name else features[1],
+        _alike(hidden_size, num_layers),
+        output_scale=output_scale,
+    )
+
+
+def rnnprop_config(
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    output_scale: float,
+    projection_size: int,
+    hidden_size: int,
+    num_layers: int,
+) -> RuleConfig:
+    """The configuration of an `RNNpropRule`, whose arguments these are."""
+    require_int("projection_size", projection_size, 1, MOST_UNITS)
+    return RuleConfig(
+        Adam(beta1, beta2, epsilon),
+        _alike(hidden_size, num_layers),
+        Projection("elu", projection_size),
+        "tanh",
+        output_scale=output_scale,
+    )
+
+
+def _alike(hidden_size: int, num_layers: int) -> tuple[int, ...]:
+    require_int("hidden_size", hidden_size, 1, MOST_UNITS)
+    return (hidden_size,) * require_int("num_layers", num_layers, 1, MOST_LAYERS)
+
+
+# From a text to its parts
+
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?"
+_PART = re.compile(rf"([a-z_]+)(?::({_NUMBER}(?:,{_NUMBER})*))?")
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(text: str) -> RuleConfig:
+    try:
+        return _compose([_part(word) for word in text.split(" ")])
+    except ValueError as error:
+        raise ValueError(f"rule {text!r}: {error}") from None
+
+
+def _part(word: str) -> tuple[str, list[str]]:
+    match = _PART.fullmatch(word)
+    if match is None:
+        raise ValueError(f"expected parts such as log_sign:10 or lstm:20,20, one space between them, got {word!r}")
+    name, numbers = match.groups()
+    return name, numbers.split(",") if numbers else []
+
+
+def _compose(parts: list[tuple[str, list[str]]]) -> RuleConfig:
+    """The parts in their order; each is taken off the front."""
+    left = list(parts)
+
+    def take(names: object) -> tuple[str, list[str]] | None:
+        return left.pop(0) if left and left[0][0] in names else None  # type: ignore[operator]
+
+    features = take(FEATURES)
+    given = take(("given",))
+    projection = take(PROJECTIONS)
+    lstm = take(("lstm",))
+    output = take(OUTPUTS)
+    if left or lstm is None or output is None:
+        expected = f"[{'|'.join(FEATURES)}] [given] [{'|'.join(PROJECTIONS)}] lstm {'|'.join(OUTPUTS)}"
+        raise ValueError(f"expected the parts {expected}, got {' '.join(name for name, _ in parts)}")
+    _count(output, 0)
+    return RuleConfig(
+        None if features is None else _features(features),
+        tuple(_integers(lstm)),
+        None if projection is None else Projection(projection[0], *_integers(_count(projection, 1))),
+        output[0],
+        0 if given is None else require_int("given", _integers(_count(given, 1))[0], 1, MOST_UNITS),
+    )
+
+
+def _features(part: tuple[str, list[str]]) -> Features:
+    kind = FEATURES[part[0]]
+    _count(part, len(dataclasses.fields(kind)))
+    return kind(*map(float, part[1]))
+
+
+def _count(part: tuple[str, list[str]], count: int) -> tuple[str, list[str]]:
+    if len(part[1]) != count:
+        raise ValueError(f"{part[0]}: expected {count} numbers, got {len(part[1])}")
+    return part
+
+
+def _integers(part: tuple[str, list[str]]) -> list[int]:
+    for number in part[1]:
+        if not number.isdecimal() or len(number) > 9:
+            raise ValueError(f"{part[0]}: expected whole numbers of units, got {number}")
+    return [int(number) for number in part[1]]
