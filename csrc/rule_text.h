@@ -31,7 +31,7 @@ class RuleParser {
       rule.projection = Projection::kElu;
       rule.projected = units(take(1).numbers[0]);
     }
-    require(next_is("lstm"), "expected the part lstm");
+    require(next_is("lstm"), "expected the parts [raw|log_sign|adam] [given] [elu] lstm linear|tanh|none");
     read_layers(rule);
     read_output(rule);
     require(next_ == parts_.size(), "expected nothing after the output");
@@ -46,7 +46,7 @@ class RuleParser {
   };
 
   void require(bool condition, const std::string& message) const {
-    if (!condition) throw std::invalid_argument("rule '" + text_.substr(0, 100) + "': " + message);
+    if (!condition) throw std::runtime_error("rule '" + text_.substr(0, 100) + "': " + message);
   }
 
   static std::vector<std::string_view> split_at(std::string_view text, char separator) {
@@ -139,12 +139,12 @@ class RuleParser {
   size_t next_ = 0;
 };
 
-// The parts of the rule of this text; std::invalid_argument with the text if there is no such rule. A thread keeps the
+// The parts of the rule of this text; std::runtime_error with the text if there is no such rule. A thread keeps the
 // last one: steps ask for the same rule again and again.
 inline const Rule& parse_rule(const std::string& text) {
   static thread_local std::string last;
   static thread_local Rule rule;
-  if (text != last) {
+  if (text.empty() || text != last) {
     rule = RuleParser(text).parse();
     last = text;
   }
