@@ -131,7 +131,7 @@ class LSTMRule(nn.Module):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
         for name, shape in self.config.weight_shapes:
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="cpu")))
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class LSTMRule(nn.Module):
                 continue
             layer_inputs = self.config.features if name.endswith("_l0") else hidden
             std = 1 / math.sqrt(hidden if name == "weight_out" else layer_inputs + hidden)
-            fresh = torch.empty(weight.shape, dtype=weight.dtype)
+            fresh = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
             nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator)
             weight.copy_(fresh)
             if name.startswith("bias_l"):
@@ -182,11 +182,11 @@ class LSTMRule(nn.Module):
         rule = cls(preprocess, hidden_size=hidden, num_layers=len(cells), dtype=output.weight.dtype, **constants)  # type: ignore[arg-type]
         found: dict[str, Tensor] = {}
         for layer, cell in enumerate(cells):
-            bias = cell.bias_ih + cell.bias_hh if cell.bias else torch.zeros(4 * cell.hidden_size)
+            bias = cell.bias_ih + cell.bias_hh if cell.bias else torch.zeros(4 * cell.hidden_size, device="cpu")
             found |= {f"weight_ih_l{layer}": cell.weight_ih, f"weight_hh_l{layer}": cell.weight_hh}
             found[f"bias_l{layer}"] = bias
         found["weight_out"] = output.weight.reshape(-1)
-        found["bias_out"] = output.bias.reshape(()) if output.bias is not None else torch.zeros(())
+        found["bias_out"] = output.bias.reshape(()) if output.bias is not None else torch.zeros((), device="cpu")
         with torch.no_grad():
             for name, shape in rule.config.weight_shapes:
                 if tuple(found[name].shape) != shape:
