@@ -147,7 +147,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         try:
             _check_group(param_group, self.backend)
             _check_state_dtype(self.state_dtype, param_group["rule"])
-        except (TypeError, ValueError, RuntimeError):
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -205,6 +205,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
             RuntimeError: a gradient is sparse or of another dtype than its parameter, a parameter is of a dtype or on a
                 device that its rule cannot take, or has got data of another shape since the step before.
+            ValueError: a rule has been cast to a dtype that it does not compute in.
             torch.OutOfMemoryError: there is no memory for the states of parameters that are stepped for the first time.
                 Nothing has been changed in any of these cases.
         """
@@ -343,8 +344,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._together = {}
 
-    # Hooks see what torch shows them: of ours, one is called before all others where something is given to them, and
-    # one after all others where something is taken from them.
+    # Of all hooks, ours is the last before torch loads, and the first after it has saved or loaded: whatever the others
+    # see is whole, and their word stands.
 
     def state_dict(self) -> dict[str, Any]:
         """As for any torch optimizer; a group's rule is described (kind, configuration, fingerprint), not contained."""

@@ -69,10 +69,13 @@ def check_saved(key: object, entry: dict[str, Any], rule: LSTMRule, param: Tenso
     """That a saved state is one of this parameter.
 
     Raises:
-        ValueError: its shape or dtype is another, or its parameter had another shape.
+        ValueError: its shape or dtype is another, its parameter had another shape, or it is something else.
     """
-    shape, found = kept_shape(entry, param), entry[STATE]
-    if shape != tuple(param.shape):
+    found, sizes = entry[STATE], entry.get(SHAPE, {})
+    if not isinstance(found, Tensor) or not isinstance(sizes, dict):
+        got = f"{type(found).__name__} and {type(sizes).__name__}"
+        raise ValueError(f"state of parameter {key}: expected a tensor and a dictionary of sizes, got {got}")
+    if (shape := kept_shape(entry, param)) != tuple(param.shape):
         raise ValueError(
             f"state of parameter {key}: expected one of a parameter of shape {list(param.shape)}, got {list(shape)}"
         )

@@ -1143,6 +1143,18 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(rule, make,
     assert_unchanged(other, before)
 
 
+@pytest.mark.parametrize("damage", [{"lstm_state": 3.0}, {"shape": 15}])
+def test_a_damaged_state_is_refused_and_nothing_is_changed(rule, damage):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, rule)
+    run(optimizer, params, [0])
+    before, saved = everything(optimizer), optimizer.state_dict()
+    saved["state"][1] = {**saved["state"][1], **damage}
+    with pytest.raises(ValueError, match="state of parameter 1: expected a tensor and a dictionary of sizes, got "):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
+
+
 def test_the_state_of_another_kind_of_optimizer_is_refused(rule):
     params = parameters()
     adam = torch.optim.Adam(params)
