@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import inspect
 import math
+import numbers
 import operator
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastl2l.ops.dispatch import Backend, select
-from fastl2l.ops.layout import TILE, new_state, state_shape
-from fastl2l.rules import Rule
+from fastl2l.optimizer_state import SHAPE, STATE, Together, check_saved, check_shape, select_rows
+from fastl2l.rule_config import shortened
+from fastl2l.rules import DTYPES, Rule, upgraded
 
 NONFINITE = ("raise", "skip", "propagate")
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_STATE = "lstm_state"
+GROUP_OPTIONS = ("rule", "lr", "weight_decay", "maximize")
+_PARAM_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class _Batch(NamedTuple):
@@ -41,34 +44,33 @@ class _Batch(NamedTuple):
             grads = [grad for grad in grads if grad is not None]
         return cls(number, group, owners, owners, grads, [])
 
-    def checked(self) -> _Batch:
-        """With contiguous copies of what is not contiguous.
+    @property
+    def device(self) -> torch.device:
+        """Where the rule is, and all that it works on."""
+        device: torch.device = self.group["rule"].device
+        return device
+
+    def check(self) -> None:
+        """That the rule can take all of it.
 
         Raises:
-            RuntimeError: a gradient is of a kind that the rule cannot use.
+            ValueError, RuntimeError: the rule, a parameter or a gradient is of a kind that it cannot.
         """
+        _check_rule(self.group["rule"])
         for param, grad in zip(self.owners, self.grads, strict=True):
+            _check_parameter(param, self.device)
             _check_gradient(param, grad)
-        params = [param.contiguous() for param in self.owners]
+
+    def checked(self) -> _Batch:
+        """With contiguous copies of what is not contiguous. Raises as :meth:`check` does."""
+        self.check()
+        params = [param.contiguous() for param in self.params]
         copies = [(param, work) for param, work in zip(self.owners, params, strict=True) if work is not param]
         return self._replace(params=params, grads=[grad.contiguous() for grad in self.grads], copies=copies)
 
-
-class _Together(NamedTuple):
-    """The states of a group's parameters side by side in one tensor, which the kernel takes in their place."""
-
-    states: list[Tensor]
-    state: Tensor
-
-    @classmethod
-    def of(cls, rule: Rule, params: list[Tensor], dtype: torch.dtype | None) -> _Together:
-        """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory."""
-        tiles = [state_shape(rule, param.numel())[0] for param in params]
-        state = _allocate(rule, sum(tiles) * TILE, dtype)
-        return cls(list(state.split(tiles)), state)
-
-    def holds(self, states: list[Tensor]) -> bool:
-        return len(states) == len(self.states) and all(map(operator.is_, states, self.states))
+    def is_of(self, other: _Batch) -> bool:
+        """Whether both give a kernel the same tensors."""
+        return all(map(operator.is_, self.params + self.grads, other.params + other.grads))
 
 
 class FusedLSTMOptimizer(torch.optim.Optimizer):
@@ -80,17 +82,22 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A group may have its own ``rule``,
-            ``lr`` and ``maximize``. Parameters: float32, float64, float16 or bfloat16, any strides; the rule computes
-            in its own dtype whatever theirs.
+            ``lr``, ``weight_decay`` and ``maximize``, and what it is to carry besides; options of torch's optimizers that would have no
+            effect are refused. Parameters that get a gradient: float32, float64, float16 or bfloat16, any strides; the
+            rule computes in its own dtype whatever theirs.
         rule: the rule of groups that do not name their own; on the parameters' device.
-        lr: factor on the update; learning-rate schedulers work on it.
+        lr: factor on the update; learning-rate schedulers work on it. A tensor is read where the rule is, without
+            waiting for the device: in a CUDA graph too, where a number would be the same at every replay. The momentum
+            that some schedulers turn as well has no effect.
+        weight_decay: decoupled, as AdamW's: parameters are multiplied by ``1 - lr * weight_decay`` before every update.
+            As lr is 1 rather than 0.001, it is to be so much smaller: what ``lr * weight_decay`` would be there.
         maximize: ascend instead of descending.
         backend: ``"auto"`` takes the fastest there is; ``"native"``, ``"triton"`` or ``"reference"`` by name.
         nonfinite: what to do about a gradient with NaN or infinity, for the step as a whole and before anything is
             changed: ``"raise"`` FloatingPointError, ``"skip"`` the step (counted in ``skipped_steps``), or
             ``"propagate"``: do not look, as torch.optim's optimizers do.
         capturable: a step never waits for the device, so that it can be part of a CUDA graph or of a function that
-            torch.compile takes; not with ``nonfinite="raise"``. The graph keeps the ``lr`` that it was made with.
+            torch.compile takes; not with ``nonfinite="raise"``. A CUDA graph keeps an ``lr`` that is no tensor.
         state_dtype: what the states are stored in: None for their rule's dtype, or ``torch.bfloat16``, half as many
             bytes, for rules in float32. Everything is computed in the rule's dtype all the same; only the state is
             rounded, to 8 bits, after every step.
@@ -111,7 +118,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         params: Iterable[Any],
         rule: Rule | None = None,
         *,
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
         maximize: bool = False,
         backend: str = "auto",
         nonfinite: str = "raise",
@@ -130,21 +138,62 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.capturable = capturable
         self.state_dtype = state_dtype
-        self._together: dict[int, _Together] = {}  # by the group's number
-        super().__init__(params, {"rule": rule, "lr": lr, "maximize": maximize})
-        self._skipped = torch.zeros(1, dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
+        self._together: dict[int, Together] = {}  # by the group's number
+        # Cyclic schedulers want a momentum that they can turn, unless they are told not to.
+        defaults = {"rule": rule, "lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": 0.0}
+        super().__init__(params, defaults)
+        device = self.param_groups[0]["rule"].device
+        self._skipped = torch.zeros(1, dtype=torch.int64, device=device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see ``torch.optim.Optimizer.add_param_group``. Checked before anything is changed."""
-        if isinstance(param_group, dict):
-            group = {**self.defaults, **param_group}
-            params = group.get("params", [])
-            if not isinstance(params, set):  # which torch refuses
-                params = [params] if isinstance(params, Tensor) else list(params)
-            _check_group(group, [entry[1] if isinstance(entry, tuple) else entry for entry in params], self.backend)
-            _check_state_dtype(self.state_dtype, group["rule"])
-            param_group = {**param_group, "params": params}
+        """Add a group; see ``torch.optim.Optimizer.add_param_group``. One that is refused is not added."""
         super().add_param_group(param_group)
+        try:
+            _check_group(param_group, self.backend)
+            _check_state_dtype(self.state_dtype, param_group["rule"])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def replace_parameter(self, old: Tensor, new: Tensor, rows: Any = None) -> None:
+        """Put a parameter in another's place with the state of the rows that stay, when it is pruned or grown.
+
+        The gradient is left behind. Entries of your own in ``optimizer.state[old]`` become those of `new` as they are.
+
+        Args:
+            old: a parameter of this optimizer.
+            new: what is optimized in its stead: any number of rows, each of them shaped as before. It may be `old`
+                itself, if that has got other data.
+            rows: a mask or indices: ``old[rows]`` are the first rows of `new`; None for all of them. Rows of `new`
+                after those begin with a fresh state.
+
+        Raises:
+            ValueError: `old` is not optimized here, `new` already is or has other rows, or `rows` are not of `old`.
+                Nothing has been changed then.
+
+        Example::
+
+            keep = opacity.flatten() > 0.01
+            fewer = torch.nn.Parameter(points[keep])
+            optimizer.replace_parameter(points, fewer, keep)
+            more = torch.nn.Parameter(torch.cat([fewer, clones]))
+            optimizer.replace_parameter(fewer, more)
+        """
+        places = {
+            param: (group["params"], at) for group in self.param_groups for at, param in enumerate(group["params"])
+        }
+        if old not in places:
+            raise ValueError("old: expected a parameter of this optimizer, got another")
+        if not isinstance(new, Tensor) or not new.is_leaf or (new is not old and new in places):
+            raise ValueError("new: expected a leaf tensor that is not optimized yet, got another")
+        if (entry := self.state.get(old)) is not None:
+            if STATE in entry:
+                entry = {**entry, **select_rows(entry, old, new, rows)}
+            del self.state[old]
+            self.state[new] = entry
+        params, at = places[old]
+        params[at] = new
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -158,7 +207,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
-            RuntimeError: a gradient is sparse, or of another dtype than its parameter.
+            RuntimeError: a gradient is sparse or of another dtype than its parameter, a parameter is of a dtype or on a
+                device that its rule cannot take, or has got data of another shape since the step before.
+            ValueError: a rule has been cast to a dtype that it does not compute in.
             torch.OutOfMemoryError: there is no memory for the states of parameters that are stepped for the first time.
                 Nothing has been changed in any of these cases.
         """
@@ -168,7 +219,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 loss = closure()
         batches = [_Batch.of(number, group) for number, group in enumerate(self.param_groups)]
         batches = [batch for batch in batches if batch.params]
-        if len(batches) > 1:  # what is wrong with one group must be found before another is changed
+        # What is wrong with one group must be found before another is changed; and with one parameter, by the
+        # reference, which takes them one by one.
+        if len(batches) > 1 or any(self._backend(batch).name == "reference" for batch in batches):
             batches = [batch.checked() for batch in batches]
         flags = self._flags(batches)
         states = [self._states(batch) for batch in batches]  # and all memory must have been had
@@ -189,7 +242,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         """For each kernel call a flag: whether all gradients are finite, of all groups if there are several."""
         if self.nonfinite == "propagate":
             return [None] * len(batches)
-        flags = [batch.grads[0].new_ones(1, dtype=torch.bool) for batch in batches]
+        flags = [torch.ones(1, dtype=torch.bool, device=batch.device) for batch in batches]
         if len(batches) <= 1:  # the kernel itself will look
             return flags
         together = flags[0]
@@ -199,20 +252,24 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         return [together.to(flag.device) for flag in flags]
 
     def _apply(
-        self, batch: _Batch, states: list[Tensor], new: list[tuple[Tensor, Tensor]], finite: Tensor | None
+        self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]], finite: Tensor | None
     ) -> bool:
         """One kernel call; False if it has changed nothing, because a gradient is not finite."""
         # The kernel checks what it is given before it changes anything, and far faster than a loop over hundreds of
-        # parameters here would: only when it refuses are they looked at one by one.
+        # parameters here would: only when it fails are they looked at one by one. It has refused what is not
+        # contiguous; where all was, it has failed otherwise, maybe in the middle.
         try:
             self._call(batch, states, finite)
         except RuntimeError:
-            batch = batch.checked()
+            contiguous = batch.checked()
+            if contiguous.is_of(batch):
+                raise
+            batch = contiguous
             self._call(batch, states, finite)
-        if finite is not None and not self.capturable and not finite:
+        if finite is not None and not self.capturable and _has_data(finite) and not finite:
             return False
-        for param, state in new:
-            self.state[param][_STATE] = state
+        for param, entry in new.items():
+            self.state[param].update(entry)
         torch.autograd.graph.increment_version(batch.params)
         for param, work in batch.copies:
             param.copy_(work)
@@ -221,41 +278,55 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def _call(self, batch: _Batch, states: list[Tensor], finite: Tensor | None) -> None:
         rule: Rule = batch.group["rule"]
         together = self._together.get(batch.number)
+        scale, decay, rate = _factors(batch.group, rule)
         self._backend(batch).step_(
             batch.params,
             batch.grads,
             [together.state] if together is not None and together.holds(states) else states,
-            rule.weights(),
+            _weights(rule, batch.params[0]),
             rule.text,
-            rule.config.output_scale * float(batch.group["lr"]),
+            scale,
             -1.0 if batch.group["maximize"] else 1.0,
             finite,
+            None,
+            decay,
+            rate,
         )
 
-    def _states(self, batch: _Batch) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """The parameters' states, and those among them that are new, to be kept when the step is done."""
-        kept = self.state
-        try:
-            if len(kept) == len(batch.owners) and all(map(operator.is_, kept, batch.owners)):
-                return [entry[_STATE] for entry in kept.values()], []  # faster: parameters are slow to look up
-            return [kept[param][_STATE] for param in batch.owners], []
-        except KeyError:
-            missing = [param for param in batch.owners if _STATE not in kept[param]]
-        for param in missing:
-            del kept[param]  # looking it up has made an entry
-        if _is_captured(batch.params[0].device):
+    def _states(self, batch: _Batch) -> tuple[list[Tensor], dict[Tensor, dict[str, Any]]]:
+        """The parameters' states, and what is to be kept, when the step is done, of those whose first one it is."""
+        entries, shapes = self._entries(batch.owners), [param.shape for param in batch.owners]
+        states: list[Any] = [entry.get(STATE) for entry in entries]
+        together = self._together.get(batch.number)
+        if together is not None and together.holds(states) and together.shapes == shapes:
+            return together.states, {}
+        for param, entry in zip(batch.owners, entries, strict=True):
+            if STATE in entry:
+                check_shape(entry, param)
+        missing = [param for param, state in zip(batch.owners, states, strict=True) if state is None]
+        if not missing:
+            return states, {}
+        batch.check()
+        if _is_captured(batch.device):
             raise RuntimeError(
                 "state: expected every parameter to have been stepped before a CUDA graph is captured, got "
                 f"{len(missing)} without; the graph would set their state to zero at every replay"
             )
-        together = _Together.of(batch.group["rule"], missing, self.state_dtype)
+        together = Together.of(batch.group["rule"], missing, self.state_dtype)
         self._together[batch.number] = together
-        new = dict(zip(missing, together.states, strict=True))
-        states = [new[param] if param in new else kept[param][_STATE] for param in batch.owners]
-        return states, list(new.items())
+        new = dict(zip(missing, together.entries(), strict=True))
+        fresh = iter(together.states)
+        return [next(fresh) if state is None else state for state in states], new
+
+    def _entries(self, params: list[Tensor]) -> Sequence[dict[str, Any]]:
+        """What is kept of parameters. Looking does not make entries."""
+        kept = self.state
+        if len(kept) == len(params) and all(map(operator.is_, kept, params)):
+            return list(kept.values())  # faster: parameters are slow to look up
+        return [kept.get(param, {}) for param in params]
 
     def _backend(self, batch: _Batch) -> Backend:
-        return select(self.backend, batch.params[0].device)
+        return select(self.backend, batch.device)
 
     def _refuse(self, batches: list[_Batch]) -> None:
         """Raise, or count, for gradients that are not finite."""
@@ -279,64 +350,111 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._together = {}
 
+    # Of all hooks, ours is the last before torch loads, and the first after it has saved or loaded: whatever the others
+    # see is whole, and their word stands.
+
     def state_dict(self) -> dict[str, Any]:
         """As for any torch optimizer; a group's rule is described (kind, configuration, fingerprint), not contained."""
-        saved = super().state_dict()
-        live = self.param_groups
-        saved["param_groups"] = [
-            {**group, "rule": _describe(mine["rule"])} for group, mine in zip(saved["param_groups"], live, strict=True)
-        ]
-        return saved
+        with self.register_state_dict_post_hook(_describe_rules, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave; the trajectory goes on to the bit if the rules are the same.
 
         Raises:
-            ValueError: it is of another kind of optimizer, or the groups' sizes, a rule's configuration, or a state's
-                shape or dtype differ from this optimizer's. Nothing has been changed then.
+            ValueError: it is of another kind of optimizer, or the groups' sizes, a rule's configuration, a parameter's
+                shape or a state's dtype differ from this optimizer's. Nothing has been changed then.
 
         Warns:
             UserWarning: a rule's weights differ from those that the state was made with.
         """
-        rules = [group["rule"] for group in self.param_groups]
-        saved_groups = state_dict["param_groups"]
-        if len(saved_groups) == len(rules):
-            for index, (group, rule) in enumerate(zip(saved_groups, rules, strict=True)):
-                _check_same_rule(index, group.get("rule"), rule)
-        found = self._match_states(state_dict) if len(saved_groups) == len(rules) else []
-        copies = [
-            _Together.of(rule, list(states), self.state_dtype) for rule, states in zip(rules, found, strict=False)
-        ]
-        super().load_state_dict(state_dict)
-        for group, rule in zip(self.param_groups, rules, strict=True):
-            group["rule"] = rule
-        # torch casts states to the parameter's dtype, but ours is the rule's: put back what was saved.
-        self._together = dict(enumerate(copies))
-        for together, states in zip(copies, found, strict=True):
-            for copy, (param, saved) in zip(together.states, states.items(), strict=True):
-                self.state[param] = {_STATE: copy.copy_(saved)}
+        loaded: list[_Loaded] = []
+        with (
+            self.register_load_state_dict_pre_hook(lambda _, saved: self._take_states(saved, loaded)),
+            self.register_load_state_dict_post_hook(lambda _: self._put_states(loaded), prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+        for index, group in enumerate(loaded):
+            if not group.same_weights:
+                warnings.warn(
+                    f"rule of group {index} has other weights than the one this state_dict was made with; "
+                    "the trajectory will not go on as it would have",
+                    stacklevel=2,
+                )
 
-    def _match_states(self, state_dict: dict[str, Any]) -> list[dict[Tensor, Tensor]]:
-        """The saved states of each group's parameters, as they are."""
-        matched: list[dict[Tensor, Tensor]] = []
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            matched.append({})
-            for param, key in zip(group["params"], saved_group["params"], strict=False):
-                if (saved := state_dict["state"].get(key)) is None:
-                    continue
-                expected, dtype = state_shape(group["rule"], param.numel()), self.state_dtype or group["rule"].dtype
-                found = saved[_STATE]
-                if tuple(found.shape) != expected or found.dtype != dtype:
-                    raise ValueError(
-                        f"state of parameter {key}: expected {list(expected)} of {dtype}, "
-                        f"got {list(found.shape)} of {found.dtype}"
-                    )
-                matched[-1][param] = found.detach()
-        return matched
+    def _take_states(self, saved: dict[str, Any], loaded: list[_Loaded]) -> dict[str, Any]:
+        """Check what is to be loaded, and keep from torch the states, which it would cast to the parameters' dtype."""
+        sizes = [[len(group["params"]) for group in groups] for groups in (self.param_groups, saved["param_groups"])]
+        if sizes[0] != sizes[1]:
+            return saved  # which torch refuses
+        entries = saved["state"]
+        for index, (group, saved_group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
+            rule = group["rule"]
+            same = _check_same_rule(index, saved_group.get("rule"), rule)
+            keys = zip(group["params"], saved_group["params"], strict=True)
+            found = {param: (key, entries[key]) for param, key in keys if _is_stepped(entries.get(key))}
+            for param, (key, entry) in found.items():
+                check_saved(key, entry, rule, param, self.state_dtype or rule.dtype)
+            together = Together.of(rule, found, self.state_dtype)
+            for copy, (_, entry) in zip(together.states, found.values(), strict=True):
+                copy.copy_(entry[STATE].detach())
+            loaded.append(_Loaded(rule, same, list(found), together))
+        return {**saved, "state": {key: _without_state(entry) for key, entry in entries.items()}}
+
+    def _put_states(self, loaded: list[_Loaded]) -> None:
+        for number, (group, (rule, _, params, together)) in enumerate(zip(self.param_groups, loaded, strict=True)):
+            group["rule"] = rule
+            self._together[number] = together
+            for param, entry in zip(params, together.entries(), strict=True):
+                self.state[param].update(entry)
+
+
+class _Loaded(NamedTuple):
+    """What load_state_dict keeps for a group while torch loads the rest."""
+
+    rule: Rule
+    same_weights: bool
+    params: list[Tensor]
+    together: Together
 
 
 def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():  # fake tensors
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _has_data(tensor: Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
+
+
+def _factors(group: dict[str, Any], rule: Rule) -> tuple[float, float, Tensor | None]:
+    """What multiplies the update, what is taken off the parameters, and a rate on the device that multiplies both.
+
+    A compiled or captured step reads the rate from there: a number would be part of the graph.
+    """
+    lr, scale, decay = group["lr"], rule.config.output_scale, group["weight_decay"]
+    if isinstance(lr, Tensor):
+        return scale, decay, lr.detach().to(rule.device, rule.dtype).reshape(())
+    if torch.compiler.is_compiling():
+        return scale, decay, torch.full((), lr, dtype=rule.dtype, device=rule.device)
+    return scale * lr, decay * lr, None
+
+
+def _weights(rule: Rule, like: Tensor) -> list[Tensor]:
+    """The rule's weights, as tensors that a step of `like` may be given: fake tensors want fake ones."""
+    weights = rule.weights()
+    if not isinstance(like, FakeTensor):
+        return weights
+    return [w if isinstance(w, FakeTensor) else like.fake_mode.from_tensor(w) for w in weights]
+
+
+def _check_parameter(param: Tensor, device: torch.device) -> None:
+    of = f"parameter of shape {list(param.shape)}: expected "
+    if param.dtype not in _PARAM_DTYPES:
+        raise RuntimeError(of + f"one of {', '.join(map(str, _PARAM_DTYPES))}, got {param.dtype}")
+    if param.device != device:
+        raise RuntimeError(of + f"a tensor on {device}, where its rule is, got one on {param.device}")
 
 
 def _check_gradient(param: Tensor, grad: Tensor) -> None:
@@ -347,68 +465,79 @@ def _check_gradient(param: Tensor, grad: Tensor) -> None:
         raise RuntimeError(of + f"{param.dtype} as the parameter is, got {grad.dtype}")
 
 
-def _check_group(group: dict[str, Any], params: list[Any], backend: str) -> None:
-    rule, lr = group["rule"], group["lr"]
+def _check_group(group: dict[str, Any], backend: str) -> None:
+    rule, lr, decay = group["rule"], group["lr"], group["weight_decay"]
     if not isinstance(rule, Rule):
-        raise TypeError(f"rule: expected an Rule for every parameter group, got {type(rule).__name__}")
-    if not isinstance(lr, (Tensor, int, float)) or not 0 <= float(lr) < math.inf:
-        raise ValueError(f"lr: expected a finite number >= 0, got {lr!r}")
-    if len({id(param) for param in params}) < len(params):
+        raise TypeError(f"rule: expected a rule for every parameter group, got {type(rule).__name__}")
+    _check_rule(rule)
+    if not _is_rate(lr):
+        raise ValueError(f"lr: expected a finite number >= 0, got {shortened(lr)}")
+    if isinstance(decay, Tensor) or not _is_rate(decay):
+        raise ValueError(f"weight_decay: expected a finite number >= 0, got {shortened(decay)}")
+    for name in _foreign_options():
+        if group.get(name):  # options that are off have no effect anywhere
+            raise ValueError(
+                f"{name}: expected {', '.join(GROUP_OPTIONS)} as the options of a group, got {name}={group[name]!r}, "
+                "which would have no effect"
+            )
+    if len(set(group["params"])) < len(group["params"]):
         raise ValueError("params: expected every parameter once, got one twice in a group")
-    device = rule.device
-    for param in params:
-        if not isinstance(param, Tensor):
-            raise TypeError(f"params: expected tensors, got {type(param).__name__}")
-        if param.dtype not in _DTYPES:
-            expected = ", ".join(str(dtype) for dtype in _DTYPES)
-            raise ValueError(f"params: expected one of {expected}, got {param.dtype} of shape {list(param.shape)}")
-        if param.device != device:
-            raise ValueError(f"params: expected tensors on {device}, where their rule is, got one on {param.device}")
-    select(backend, device)
+    select(backend, rule.device)
+
+
+def _check_rule(rule: Rule) -> None:
+    if rule.dtype not in DTYPES:
+        raise ValueError(f"rule: expected weights in torch.float32 or torch.float64, got {rule.dtype}")
+
+
+def _is_rate(lr: Any) -> bool:
+    try:
+        return isinstance(lr, (Tensor, numbers.Real)) and 0 <= float(lr) < math.inf
+    except (RuntimeError, ValueError, OverflowError):  # several numbers, or one that is too large
+        return False
+
+
+@functools.cache
+def _foreign_options() -> list[str]:
+    """Options of torch's optimizers, and of this one as a whole, that a group of it has not."""
+    theirs = [cls for cls in torch.optim.Optimizer.__subclasses__() if cls.__module__.startswith("torch.optim")]
+    names = {name for cls in (*theirs, FusedLSTMOptimizer) for name in inspect.signature(cls).parameters}
+    return sorted(names - {"params", "foreach", "fused", *GROUP_OPTIONS})
 
 
 def _check_state_dtype(dtype: torch.dtype | None, rule: Rule) -> None:
     if dtype is not None and rule.dtype != torch.float32:
         raise ValueError(f"state_dtype: expected None for a rule in {rule.dtype}, got {dtype}; float32 rules take it")
-
-
-def _allocate(rule: Rule, numel: int, dtype: torch.dtype | None) -> Tensor:
-    """Memory for new states."""
-    device = rule.device
-    try:
-        return new_state(rule, numel, device, dtype)
-    except RuntimeError as error:
-        # The CPU's allocator has no error of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        size = math.prod(state_shape(rule, numel)) * (dtype or rule.dtype).itemsize / 2**30
-        half = "state_dtype=torch.bfloat16 (half as much), " if dtype is None and rule.dtype == torch.float32 else ""
-        raise torch.OutOfMemoryError(
-            f"state of {numel:,} coordinates: expected {size:,.1f} GiB of free memory on {device}, got less; take "
-            f"{half}fewer parameters, fewer of them in a group (whose new states are one piece of memory) or a rule of "
-            "fewer units; nothing was changed"
-        ) from error
-
-
-def _describe(rule: Rule) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for weight in rule.weights():
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return {"kind": "lstm", "config": asdict(rule.config), "dtype": str(rule.dtype), "fingerprint": digest.hexdigest()}
-
-
-def _check_same_rule(index: int, saved: dict[str, Any] | None, rule: Rule) -> None:
-    if saved is None:
-        raise ValueError(f"rule of group {index}: expected a state_dict of FusedLSTMOptimizer, got one without a rule")
-    mine = _describe(rule)
-    for name in ("kind", "config", "dtype"):
-        if saved[name] != mine[name]:
-            raise ValueError(
-                f"rule of group {index}: expected {name} {mine[name]}, got {saved[name]} in the state_dict"
-            )
-    if saved["fingerprint"] != mine["fingerprint"]:
-        warnings.warn(
-            f"rule of group {index} has other weights than the one this state_dict was made with; "
-            "the trajectory will not go on as it would have",
-            stacklevel=3,
+    if dtype is not None and not rule.config.takes_bfloat16_state:
+        raise ValueError(
+            f"state_dtype: expected None for {rule.text}, whose means would lose their last bits, got {dtype}"
         )
+
+
+def _describe_rules(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    for group in saved["param_groups"]:
+        group["rule"] = group["rule"].describe()
+
+
+def _is_stepped(entry: Any) -> bool:
+    """Whether a state is among what is kept of a parameter, or under another key."""
+    return isinstance(entry, dict) and STATE in entry
+
+
+def _without_state(entry: Any) -> Any:
+    if not _is_stepped(entry):
+        return entry
+    return {name: value for name, value in entry.items() if name not in (STATE, SHAPE)}
+
+
+def _check_same_rule(index: int, saved: Any, rule: Rule) -> bool:
+    """Whether the weights are the same; the rest must be."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"rule of group {index}: expected a state_dict of FusedLSTMOptimizer, got one without a rule")
+    mine, theirs = rule.describe(), upgraded(saved)
+    for name in ("kind", "config", "dtype"):
+        if theirs.get(name) != mine[name]:
+            raise ValueError(
+                f"rule of group {index}: expected {name} {mine[name]}, got {shortened(theirs.get(name))} in the state_dict"
+            )
+    return saved.get("fingerprint") == mine["fingerprint"]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fastl2l.rule_config import RuleConfig, lstm_config, rnnprop_config
 
@@ -111,11 +112,14 @@ class Rule(nn.Module):
             "fingerprint": self.fingerprint(),
         }
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights' bytes."""
-        digest = hashlib.sha256()
-        for weight in self.weights():
-            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the weights' bytes; None where they have none, on meta or as fake tensors."""
+        digest, weights = hashlib.sha256(), self.weights()
+        if any(weight.is_meta or isinstance(weight, FakeTensor) for weight in weights):
+            return None
+        with unset_fake_temporarily():
+            for weight in weights:
+                digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rule:
@@ -259,6 +263,15 @@ def make_rule(
     rule = Rule.__new__(RULES.get(kind, Rule))
     Rule.__init__(rule, config, seed=seed, dtype=dtype)
     return rule
+
+
+def upgraded(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Rule.describe` gave, in the form that it has today; one that cannot be read stays as it is."""
+    try:
+        config = RuleConfig.from_description(description["config"])
+    except (KeyError, TypeError, ValueError):
+        return dict(description)
+    return {**description, "config": config.describe()}
 
 
 def _check_constants(config: RuleConfig, dtype: torch.dtype) -> None:

@@ -97,7 +97,10 @@ def test_the_reference_backend_is_the_reference(rule):
 BFLOAT16_CASES = [
     Case(rule, *size)
     for rule, size in itertools.product(
-        (*(lstm(pre, *shape) for pre in ("raw", "log_sign") for shape in SHAPES[:3]), "log_sign:5 elu:3 lstm:20 linear"),
+        (
+            *(lstm(pre, *shape) for pre in ("raw", "log_sign") for shape in SHAPES[:3]),
+            "log_sign:5 elu:3 lstm:20 linear",
+        ),
         ((1, 5, 32), (17, 5, 16), (200, 3, 4)),
     )
 ]
@@ -589,7 +592,9 @@ def test_decay_multiplies_parameters_and_a_rate_multiplies_both(backend, text, r
     assert bits_equal(step(3.0, decay=0.0), step(3.0))
     torch.testing.assert_close(step(3.0, decay=0.25), step(2.25), rtol=2 * eps, atol=0)
     rate = torch.tensor(0.5, dtype=rule_dtype)
-    torch.testing.assert_close(step(3.0, 0.3, decay=0.25, rate=rate), step(3.0, 0.15, decay=0.125), rtol=2 * eps, atol=0)
+    torch.testing.assert_close(
+        step(3.0, 0.3, decay=0.25, rate=rate), step(3.0, 0.15, decay=0.125), rtol=2 * eps, atol=0
+    )
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -702,7 +707,10 @@ def tensors_of(arguments):
         ({"weights": lambda x: [*x[:-1], x[-1].view(1)]}, r"weights\[7\]: expected shape \[\], got \[1\]"),
         ({"weights": lambda x: [*x[:-2], x[-2][:0], x[-1]]}, r"weights\[6\]: expected shape \[20\], got \[0\]"),
         ({"weights": lambda x: [w.double() for w in x]}, r"states\[0\]: expected float64, got float32"),
-        ({"rule": lambda x: "log:10 lstm:20,20 linear"}, "rule 'log:10 lstm:20,20 linear': expected the parts .*raw.log_sign.adam"),
+        (
+            {"rule": lambda x: "log:10 lstm:20,20 linear"},
+            "rule 'log:10 lstm:20,20 linear': expected the parts .*raw.log_sign.adam",
+        ),
         ({"rule": lambda x: lstm("raw")}, r"weights\[0\]: expected shape \[80, 1\], got \[80, 2\]"),
         ({"rule": lambda x: RNNPROP}, "weights: expected 10 tensors for adam.*, got 8"),
     ],
@@ -820,7 +828,9 @@ def test_update_has_the_gradients_of_the_reference(text, n, backend):
         return ((one.sin() + two) * weigh[0]).sum() + (to_rows(state) * weigh[1]).sum()
 
     outside = None if given is None else from_rows(given)
-    mine = objective(lambda g, s: update(rule, g, s, outside, backend=backend), from_rows(rows), lambda s: to_rows(s, n))
+    mine = objective(
+        lambda g, s: update(rule, g, s, outside, backend=backend), from_rows(rows), lambda s: to_rows(s, n)
+    )
     truth = objective(lambda g, s: reference.step(g, s, rule.weights(), *constants(rule), given), rows, lambda s: s)
     torch.testing.assert_close(mine, truth, rtol=1e-13, atol=1e-13)
     for found, expected in zip(torch.autograd.grad(mine, leaves), torch.autograd.grad(truth, leaves), strict=True):

@@ -10,17 +10,19 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import constants, detached, random_gradients, random_rule
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastl2l import FusedLSTMOptimizer, LSTMRule, optim, reference
+from fastl2l import FusedLSTMOptimizer, LSTMRule, load_rule, optim, optimizer_state, reference
 from fastl2l.ops import dispatch
 from fastl2l.ops import reference as reference_operators
 from fastl2l.ops.dispatch import select
-from fastl2l.ops.layout import new_state, to_rows
+from fastl2l.ops.layout import from_rows, new_state, to_rows
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = ((3, 5), (17,), (), (2, 1, 4, 3), (0, 2))
@@ -195,6 +197,8 @@ def test_lr_is_a_factor_on_the_update(rule):
     [
         lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
         lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10),
+        lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.1, 1.0, step_size_up=4),
         lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
             optimizer,
             [
@@ -219,9 +223,10 @@ def test_schedulers_work(rule, make):
     assert same(params, twins)
 
 
-def test_a_tensor_is_a_rate_too(rule):
+@pytest.mark.parametrize("rate", [torch.tensor(0.5), np.float32(0.5), np.float16(0.5), np.float64(0.5)], ids=type)
+def test_numbers_of_other_libraries_are_rates_too(rule, rate):
     params, twins = parameters(), parameters()
-    optimizer = FusedLSTMOptimizer(params, rule, lr=torch.tensor(0.5))
+    optimizer = FusedLSTMOptimizer(params, rule, lr=rate)
     assert same(run(optimizer, params, range(2)), run(FusedLSTMOptimizer(twins, rule, lr=0.5), twins, range(2)))
 
 
@@ -279,6 +284,7 @@ def test_a_group_may_come_later(rule):
     assert same(two, run(alone, twins, (1, 2)))
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize(
     ("group", "error", "message"),
     [
@@ -287,10 +293,20 @@ def test_a_group_may_come_later(rule):
         ({"params": parameters(seed=1), "lr": -1}, ValueError, "lr: expected a finite number >= 0, got -1"),
         ({"params": parameters(seed=1), "lr": NAN}, ValueError, "lr: expected a finite number >= 0, got nan"),
         ({"params": parameters(seed=1), "lr": "0.1"}, ValueError, "lr: expected a finite number >= 0, got '0.1'"),
-        ({"params": [torch.zeros(3, dtype=torch.int64)]}, ValueError, "params: expected one of torch.float32.*int64"),
-        ({"params": [nn.Parameter(torch.zeros(3, dtype=torch.complex64))]}, ValueError, "params: .*complex64"),
-        ({"params": [3.0]}, TypeError, "params: expected tensors, got float"),
-        ({"params": [torch.zeros(3, device="meta")]}, ValueError, "params: expected tensors on cpu.*got one on meta"),
+        ({"params": parameters(seed=1), "lr": 10**400}, ValueError, "lr: expected a finite number >= 0, got 1000"),
+        ({"params": parameters(seed=1), "lr": torch.ones(2)}, ValueError, "lr: expected a finite number >= 0, got te"),
+        ({"params": parameters(seed=1), "lr": np.float32(INF)}, ValueError, "lr: expected a finite number >= 0"),
+        (
+            {"params": parameters(seed=1), "rule": random_rule().half()},
+            ValueError,
+            "rule: expected weights in torch.float32 or torch.float64, got torch.float16",
+        ),
+        (
+            {"params": parameters(seed=1), "betas": (0.9, 0.999)},
+            ValueError,
+            r"betas: expected rule, lr, maximize as the options of a group, got betas=\(0.9, 0.999\), which would",
+        ),
+        ({"params": [3.0]}, TypeError, "one of the params is float"),
         ({"params": parameters(seed=1) * 2}, ValueError, "params: expected every parameter once"),
         ({"params": set(parameters(seed=1))}, TypeError, "ordered collections"),
         ({"params": [torch.ones(3, requires_grad=True) * 2]}, ValueError, "non-leaf"),
@@ -325,6 +341,55 @@ def test_bad_arguments_are_named(rule):
     params = parameters()
     with pytest.raises(ValueError, match="more than one parameter group"):
         FusedLSTMOptimizer([{"params": params}, {"params": params[:1]}], rule)
+
+
+@pytest.mark.parametrize("name", ["momentum", "eps", "nesterov", "ns_steps", "nonfinite", "capturable", "state_dtype"])
+def test_options_that_would_have_no_effect_are_refused_unless_they_are_off(rule, name):
+    with pytest.raises(ValueError, match=f"{name}: expected rule, lr, maximize.*which would have no effect"):
+        FusedLSTMOptimizer([{"params": parameters(), name: 1}], rule)
+    FusedLSTMOptimizer([{"params": parameters(), name: 0}], rule)
+
+
+def test_a_group_is_the_very_dict_that_was_given_and_carries_what_its_owner_likes(rule):
+    params, twins = parameters(), parameters()
+    group = {"params": iter(params), "name": "all", "lr_scale": 0.5, "initial_lr": 1.0}
+    optimizer, alone = FusedLSTMOptimizer([group], rule), FusedLSTMOptimizer(twins, rule, lr=0.25)
+    assert optimizer.param_groups[0] is group
+    assert group["name"] == "all"
+    group["lr"] = 0.25
+    assert same(run(optimizer, params, range(2)), run(alone, twins, range(2)))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "propagate"])
+def test_groups_may_be_empty_and_filled_later(rule, nonfinite, backend):
+    params, twins = parameters(), parameters()
+    optimizer = FusedLSTMOptimizer([{"params": []}, {"params": params[:2]}], rule, nonfinite=nonfinite, backend=backend)
+    optimizer.param_groups[0]["params"] += params[2:]
+    alone = FusedLSTMOptimizer(twins, rule, backend=backend)
+    assert same(run(optimizer, params, range(2)), run(alone, twins, range(2)))
+    empty = FusedLSTMOptimizer([{"params": []}], rule, nonfinite=nonfinite, backend=backend)
+    empty.step()
+    empty.load_state_dict(empty.state_dict())
+    assert empty.skipped_steps == 0
+
+
+def test_a_default_device_is_not_taken(rule):
+    params, twins = parameters(), parameters()
+    expected, fresh = load_rule("lstm-mnist").weights(), LSTMRule(seed=3).weights()
+    cells, output = [nn.LSTMCell(1, 3, bias=False)], nn.Linear(3, 1, bias=False)
+    with torch.device("meta"):
+        assert same(load_rule("lstm-mnist").weights(), expected)
+        assert same(LSTMRule(seed=3).weights(), fresh)
+        assert not LSTMRule.from_lstm(cells, output, preprocess="raw").bias_out.is_meta
+        optimizer, other = FusedLSTMOptimizer(params, rule), FusedLSTMOptimizer(params, rule)
+    for step in range(3):
+        set_gradients(params, step)
+        with torch.device("meta"):
+            optimizer.step()
+            other.load_state_dict(optimizer.state_dict())
+            optimizer, other = other, optimizer
+    assert same(params, run(FusedLSTMOptimizer(twins, rule), twins, range(3)))
 
 
 def test_rules_in_float64_take_no_state_in_bfloat16(rule):
@@ -373,6 +438,48 @@ def test_a_parameter_without_gradient_is_left_alone_until_it_has_one(rule):
     optimizer.zero_grad()
     optimizer.step()  # nothing has a gradient
     assert torch.equal(late, twin)
+
+
+STRANGE = {
+    "complex64": lambda: nn.Parameter(torch.zeros(3, dtype=torch.complex64)),
+    "meta": lambda: nn.Parameter(torch.zeros(3, device="meta")),
+    "int64": lambda: nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("of", STRANGE)
+def test_what_a_rule_cannot_take_is_refused_when_it_gets_a_gradient(rule, of, backend, several):
+    strange, params, twins = STRANGE[of](), parameters(), parameters()
+    groups = [{"params": params[1:]}, {"params": [params[0], strange]}] if several else [*params, strange]
+    optimizer = FusedLSTMOptimizer(groups, rule, backend=backend)
+    alone = FusedLSTMOptimizer(twins, rule, backend=backend)
+    assert same(run(optimizer, params, range(2)), run(alone, twins, range(2)))
+    optimizer.load_state_dict(optimizer.state_dict())
+    set_gradients(params, 2)
+    if of == "int64":
+        strange.grad_dtype = None
+    strange.grad = torch.ones_like(strange)
+    before = everything(optimizer)
+    with pytest.raises(RuntimeError, match=rf"parameter of shape \[3\]: expected .* got .*{of}"):
+        optimizer.step()
+    strange.grad = None
+    if of == "meta":
+        strange = optimizer.param_groups[-1]["params"].pop()
+        before[0].pop()
+    assert_unchanged(optimizer, before)
+
+
+def test_a_rule_that_was_halved_is_refused(rule):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, rule, backend="reference")
+    rule.half()
+    before = everything(optimizer)
+    set_gradients(params, 0)
+    with pytest.raises(ValueError, match=r"rule: expected weights in torch.float32 or .*, got torch.float16"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
 
 
 def test_zero_grad_and_closures_work_as_usual(rule):
@@ -462,25 +569,64 @@ def test_nonfinite_gradients_raise_or_skip_for_all_groups_at_once(rule, value, s
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("wrong", ["nonfinite", "sparse", "dtype"])
 @pytest.mark.parametrize("stepped", [0, 2])
-def test_one_group_alone_is_refused_as_a_whole(rule, wrong, stepped, backend):
+@pytest.mark.parametrize("first", [False, True])
+def test_one_group_alone_is_refused_as_a_whole(rule, wrong, stepped, backend, first):
     table = nn.Embedding(10, 3, sparse=True)
     params = [*parameters(), table.weight]
+    if first:
+        params.reverse()
     optimizer = FusedLSTMOptimizer(params, rule, backend=backend)
     run(optimizer, params, range(stepped))
     set_gradients(params, 5)
     if wrong == "nonfinite":
-        params[-1].grad[3, 1] = NAN
+        table.weight.grad[3, 1] = NAN
+        error, message = FloatingPointError, "gradient: expected finite numbers"
     elif wrong == "sparse":
-        params[-1].grad = None
+        table.weight.grad = None
         table(torch.tensor([1, 2])).sum().backward()
+        error, message = RuntimeError, r"gradient of a parameter of shape \[10, 3\]: expected a dense tensor"
     else:
-        params[-1].grad = None
-        params[-1].grad_dtype = torch.float64
-        params[-1].grad = torch.ones(10, 3, dtype=torch.float64)
+        table.weight.grad = None
+        table.weight.grad_dtype = torch.float64
+        table.weight.grad = torch.ones(10, 3, dtype=torch.float64)
+        error, message = RuntimeError, r"gradient of a parameter of shape \[10, 3\]: expected torch.float32"
     before = everything(optimizer)
-    with pytest.raises(FloatingPointError if wrong == "nonfinite" else RuntimeError, match="gradient"):
+    with pytest.raises(error, match=message):
         optimizer.step()
     assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_a_step_that_fails_in_the_middle_is_not_made_again(rule, layout, monkeypatch):
+    params = [nn.Parameter(LAYOUTS[layout](torch.ones(2, 3, 4, 5))) for _ in range(3)]
+    optimizer, calls, step = FusedLSTMOptimizer(params, rule, backend="reference"), [], reference.step
+
+    def little_memory(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return step(*args)
+
+    monkeypatch.setattr(reference, "step", little_memory)
+    set_gradients(params, 0)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        optimizer.step()
+    assert len(calls) == 3
+
+
+def test_a_kernel_that_fails_is_not_called_again(rule, monkeypatch):
+    params, calls = parameters(), []
+    optimizer = FusedLSTMOptimizer(params, rule, backend="native")
+
+    def fails(*args):
+        calls.append(args)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(dispatch._BACKENDS, "native", dataclasses.replace(select("native", "cpu"), step_=fails))
+    set_gradients(params, 0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
@@ -510,7 +656,7 @@ def test_without_memory_for_one_group_no_other_is_changed(rule, stepped, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return new_state(rule, numel, *rest)
 
-    monkeypatch.setattr(optim, "new_state", little_memory)
+    monkeypatch.setattr(optimizer_state, "new_state", little_memory)
     with pytest.raises(torch.OutOfMemoryError, match=r"state of \d+ coordinates: .*nothing was changed"):
         optimizer.step()
     assert_unchanged(optimizer, before)
@@ -554,6 +700,158 @@ def test_grad_scaler_skips_what_overflowed(rule):
     assert optimizer.skipped_steps == 0
 
 
+# Parameters whose data are exchanged, and rows that come and go
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("change", ["exchanged", "grown", "turned"])
+def test_data_of_another_shape_are_refused(rule, change, apart, backend):
+    params = parameters(shapes=[(3, 5), (4, 4), (50,)])
+    optimizer = FusedLSTMOptimizer(params, rule, backend=backend)
+    run(optimizer, params, [0])
+    if apart:
+        optimizer.state[params[0]]["lstm_state"] = optimizer.state[params[0]]["lstm_state"].clone()
+    for param in params:
+        param.grad = None
+    if change == "exchanged":
+        params[0].data, params[1].data = params[1].data, params[0].data
+        message = r"state of a parameter of shape \[4, 4\]: expected shape \[3, 5\]"
+    elif change == "grown":
+        params[2].data = torch.ones(60)
+        message = r"state of a parameter of shape \[60\]: expected shape \[50\].*replace_parameter keeps"
+    else:
+        params[0].data = params[0].data.T.contiguous()
+        message = r"state of a parameter of shape \[5, 3\]: expected shape \[3, 5\]"
+    set_gradients(params, 1)
+    before, saved = everything(optimizer), optimizer.state_dict()
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    with pytest.raises(ValueError, match=r"state of parameter \d: expected one of a parameter of shape"):
+        FusedLSTMOptimizer(params, rule).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["mask", "indices", "list", "same parameter"])
+def test_rows_that_stay_keep_their_state(rule, way, stored):
+    rows = torch.tensor([4, 0, 6]) if way == "indices" else torch.tensor([0, 4, 6])
+    old, new = nn.Parameter(torch.randn(7, 5, 1)), nn.Parameter(torch.zeros(5, 5, 1))
+    other = nn.Parameter(torch.randn(3))
+    half = None if stored == torch.float32 else stored
+    optimizer = FusedLSTMOptimizer([{"params": [other]}, {"params": [old]}], rule, state_dtype=half)
+    run(optimizer, [other, old], range(3))
+    optimizer.state[old]["mine"] = "kept"
+    before = to_rows(optimizer.state[old]["lstm_state"], 35).unflatten(1, (7, 5, 1)).clone()
+    if way == "same parameter":
+        new = old
+        old.grad, old.data = None, torch.zeros(5, 5, 1)
+    given = {"mask": torch.arange(7) % 4 == 0, "list": rows.tolist()}.get(way, rows)
+    if way == "mask":
+        given[6] = True
+    optimizer.replace_parameter(old, new, given)
+    assert optimizer.param_groups[1]["params"] == [new]
+    assert list(optimizer.state) == [other, new]
+    assert optimizer.state[new]["mine"] == "kept"
+    after = to_rows(optimizer.state[new]["lstm_state"], 25).unflatten(1, (5, 5, 1))
+    assert after.dtype == stored
+    assert torch.equal(after[:, :3], before[:, rows])
+    assert not after[:, 3:].any()
+    # As when those rows had been alone all the time, and the others begin.
+    twin = nn.Parameter(new.detach().clone())
+    alone = FusedLSTMOptimizer([twin], rule, state_dtype=half)
+    alone.state[twin] = {"lstm_state": from_rows(torch.cat([before[:, rows], after[:, 3:] * 0], 1).flatten(1))}
+    new.grad = twin.grad = torch.randn(5, 5, 1)
+    optimizer.step()
+    alone.step()
+    assert torch.equal(new, twin)
+    run(optimizer, [other, new], [5])
+    restored = FusedLSTMOptimizer([{"params": [other]}, {"params": [new]}], rule, state_dtype=half)
+    restored.load_state_dict(optimizer.state_dict())
+
+
+def test_all_rows_stay_where_none_are_named(rule):
+    old, new = nn.Parameter(torch.randn(7, 2)), nn.Parameter(torch.randn(9, 2))
+    optimizer = FusedLSTMOptimizer([old], rule)
+    run(optimizer, [old], range(2))
+    before = to_rows(optimizer.state[old]["lstm_state"], 14)
+    optimizer.replace_parameter(old, new)
+    after = to_rows(optimizer.state[new]["lstm_state"], 18)
+    assert torch.equal(after[:, :14], before)
+    assert not after[:, 14:].any()
+    optimizer.replace_parameter(new, old, [])
+    assert not optimizer.state[old]["lstm_state"].any()
+
+
+def test_a_parameter_that_has_not_been_stepped_is_just_replaced(rule):
+    old, new = nn.Parameter(torch.randn(7)), nn.Parameter(torch.randn(3, 2))
+    optimizer = FusedLSTMOptimizer([old], rule)
+    optimizer.replace_parameter(old, new)
+    assert optimizer.param_groups[0]["params"] == [new]
+    assert not optimizer.state
+    run(optimizer, [new], [0])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rows", "message"),
+    [
+        (2, (3, 4), None, "old: expected a parameter of this optimizer, got another"),
+        (0, "not a leaf", None, "new: expected a leaf tensor that is not optimized yet, got another"),
+        (1, "optimized", None, "new: expected a leaf tensor that is not optimized yet, got another"),
+        (0, (7, 5), None, r"new: expected the shape \[7, 4\] but for the number of rows, got \[7, 5\]"),
+        (0, (28,), None, r"new: expected the shape \[7, 4\] but for the number of rows, got \[28\]"),
+        (0, (3, 4), None, r"rows: expected at most 3, as many as new has, got \[7\]"),
+        (0, (3, 4), [0, 7], "rows: expected a mask or indices of 7 rows, as old has; "),
+        (0, (3, 4), torch.ones(8, dtype=torch.bool), "rows: expected a mask or indices of 7 rows, as old has; "),
+        (0, (3, 4), "all", "rows: expected a mask or indices of 7 rows, as old has; "),
+        (0, (3, 4), 5, r"rows: expected at most 3, as many as new has, got \[\]"),
+        (1, (), None, r"new: expected the shape \[\] but for the number of rows, got \[\]"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_and_nothing_is_changed(rule, old, new, rows, message):
+    params = parameters(shapes=[(7, 4), ()])
+    optimizer = FusedLSTMOptimizer(params, rule)
+    run(optimizer, params, [0])
+    before = everything(optimizer)
+    new = {"not a leaf": params[0] * 1, "optimized": params[0]}[new] if isinstance(new, str) else torch.zeros(new)
+    with pytest.raises(ValueError, match=message):
+        optimizer.replace_parameter([*params, torch.zeros(7, 4)][old], new, rows)
+    assert_unchanged(optimizer, before)
+    assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], params, strict=True))
+
+
+# Entries of other people
+
+
+def test_looking_for_a_state_changes_nothing(rule):
+    params, twins = parameters(), parameters()
+    optimizer, alone = FusedLSTMOptimizer(params, rule), FusedLSTMOptimizer(twins, rule)
+    assert not any(optimizer.state[param] for param in params)
+    restored = FusedLSTMOptimizer(params, rule)
+    restored.load_state_dict(through_file(optimizer.state_dict()))
+    run(restored, params[1:], [0])
+    restored.load_state_dict(through_file(restored.state_dict()))
+    run(alone, twins[1:], [0])
+    assert same(run(restored, params, [1, 2]), run(alone, twins, [1, 2]))
+
+
+def test_entries_beside_ours_are_kept_and_saved(rule):
+    params, twins = parameters(), parameters()
+    optimizer, alone = FusedLSTMOptimizer(params, rule), FusedLSTMOptimizer(twins, rule)
+    for param in params:
+        optimizer.state[param] |= {"mine": param.detach().clone(), "count": 3}
+    optimizer.state["epoch"] = 7
+    run(optimizer, params, [0])
+    restored = FusedLSTMOptimizer(params, rule)
+    restored.load_state_dict(through_file(optimizer.state_dict()))
+    for o in (optimizer, restored):
+        assert o.state["epoch"] == 7
+        assert [set(o.state[param]) for param in params] == [{"mine", "count", "lstm_state", "shape"}] * len(params)
+        assert same([o.state[param]["mine"] for param in params], parameters())
+    run(restored, params, [1, 2])
+    assert same(params, run(alone, twins, range(3)))
+
+
 # Autograd and hooks
 
 
@@ -583,6 +881,89 @@ def test_step_hooks_are_called(rule):
     run(optimizer, params, [0])
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["before", "after", "saved", "loading"]
+
+
+def test_hooks_see_what_is_saved_and_their_word_stands(rule):
+    params = parameters(torch.bfloat16)
+    optimizer, seen = FusedLSTMOptimizer(params, rule), []
+    run(optimizer, params, [0])
+
+    def saved(_, state):
+        seen.append(through_file(state))  # which takes no module
+        state["mine"] = 1
+        state["state"].pop(0)
+        return {**state, "param_groups": [{**group, "also": 2} for group in state["param_groups"]]}
+
+    optimizer.register_state_dict_post_hook(saved, prepend=True)
+    found = optimizer.state_dict()
+    assert found["mine"] == 1
+    assert found["param_groups"][0]["also"] == 2
+    assert 0 not in found["state"]
+    assert seen[0]["param_groups"][0]["rule"]["kind"] == "lstm"
+
+
+def test_hooks_before_loading_decide_what_is_loaded(rule):
+    params, twins = parameters(shapes=[(4,)] * 3), parameters(shapes=[(4,)] * 3)
+    optimizer = FusedLSTMOptimizer(zip("abc", params, strict=True), rule)
+    run(optimizer, params, range(2))
+    restored = FusedLSTMOptimizer(zip("cab", [twins[2], *twins[:2]], strict=True), rule)
+
+    def by_name(other, state):
+        keys = dict(zip(*(state["param_groups"][0][name] for name in ("param_names", "params")), strict=True))
+        names = other.param_groups[0]["param_names"]
+        states = {place: state["state"][keys[name]] for place, name in enumerate(names)}
+        groups = [{**state["param_groups"][0], "params": list(range(3)), "param_names": names}]
+        return {"state": states, "param_groups": groups}
+
+    restored.register_load_state_dict_pre_hook(by_name)
+    restored.load_state_dict(optimizer.state_dict())
+    for param, twin in zip(params, twins, strict=True):
+        assert torch.equal(optimizer.state[param]["lstm_state"], restored.state[twin]["lstm_state"])
+        twin.data.copy_(param)
+    assert restored.param_groups[0]["param_names"] == ["c", "a", "b"]
+    assert same(run(restored, twins, [2]), run(optimizer, params, [2]))
+
+
+def test_hooks_after_loading_see_an_optimizer_that_is_whole_and_their_word_stands(rule):
+    params = parameters(torch.float16)
+    optimizer, seen = FusedLSTMOptimizer(params, rule), []
+    run(optimizer, params, [0])
+    restored = FusedLSTMOptimizer(params, rule)
+
+    def loaded(other):
+        seen.append((other.param_groups[0]["rule"], [entry["lstm_state"].clone() for entry in other.state.values()]))
+        other.param_groups[0]["lr"] = 0.125
+        other.state.pop(params[0])
+        other.state[params[1]]["mine"] = 1
+
+    restored.register_load_state_dict_post_hook(loaded, prepend=True)
+    restored.load_state_dict(optimizer.state_dict())
+    assert seen[0][0] is rule
+    assert same(seen[0][1], [entry["lstm_state"] for entry in optimizer.state.values()])
+    assert restored.param_groups[0]["lr"] == 0.125
+    assert params[0] not in restored.state
+    assert restored.state[params[1]]["mine"] == 1
+    run(restored, params, [1])
+
+
+def test_a_hook_that_fails_before_loading_changes_nothing(rule):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, rule)
+    run(optimizer, params, [0])
+    before = everything(optimizer)
+
+    def fails(*_):
+        raise KeyError("no such name")
+
+    handle = optimizer.register_load_state_dict_pre_hook(fails)
+    with pytest.raises(KeyError, match="no such name"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert_unchanged(optimizer, before)
+    handle.remove()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_post_hooks
+    assert not optimizer._optimizer_state_dict_post_hooks
 
 
 def test_a_rule_s_own_weights_are_not_trained(rule):
@@ -631,6 +1012,38 @@ def test_a_restored_optimizer_goes_on_to_the_bit(dtype, rule_dtype, state_dtype,
     assert {state["lstm_state"].dtype for state in restored.state.values()} == {state_dtype or rule_dtype}
     expected = run(optimizer, params, range(3, 6))
     assert same(run(restored, twins, range(3, 6)), expected)
+
+
+def test_states_that_were_saved_without_shapes_are_loaded(rule):
+    params, twins = parameters(), parameters()
+    optimizer, restored = FusedLSTMOptimizer(params, rule), FusedLSTMOptimizer(twins, rule)
+    run(FusedLSTMOptimizer(twins, rule), twins, [0])
+    run(optimizer, params, [0])
+    saved = optimizer.state_dict()
+    saved["state"] = {key: {"lstm_state": entry["lstm_state"]} for key, entry in saved["state"].items()}
+    saved["param_groups"][0].pop("momentum")
+    restored.load_state_dict(saved)
+    assert restored.state[twins[0]]["shape"] == optimizer.state[params[0]]["shape"]
+    assert same(run(restored, twins, [1, 2]), run(optimizer, params, [1, 2]))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoints_hold_it_to_the_bit(rule, flat):
+    from torch.distributed.checkpoint import state_dict as checkpoints
+
+    options = checkpoints.StateDictOptions(flatten_optimizer_state_dict=flat)
+    models = []
+    for _ in range(2):
+        models.append(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+        models[-1].register_parameter("scale", nn.Parameter(torch.ones(())))
+    params, twins = (list(model.parameters()) for model in models)
+    optimizer, restored = FusedLSTMOptimizer(params, rule), FusedLSTMOptimizer(twins, rule)
+    run(optimizer, params, range(2))
+    saved = copy.deepcopy(checkpoints.get_optimizer_state_dict(models[0], optimizer, options=options))
+    checkpoints.set_optimizer_state_dict(models[1], restored, saved, options=options)
+    for param, twin in zip(params, twins, strict=True):
+        twin.data.copy_(param)
+    assert same(run(restored, twins, [2, 3]), run(optimizer, params, [2, 3]))
 
 
 def test_a_restored_optimizer_forgets_what_it_had(rule):
@@ -714,7 +1127,7 @@ def test_other_weights_are_warned_about(rule):
         ),
         (
             lambda params: FusedLSTMOptimizer(params[::-1], random_rule(hidden=7)),
-            r"state of parameter 0: expected \[0, 28, 16\] of torch.float32, got \[1, 28, 16\]",
+            r"state of parameter 0: expected one of a parameter of shape \[0, 2\], got \[3, 5\]",
         ),
     ],
 )
@@ -728,6 +1141,18 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(rule, make,
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(optimizer.state_dict())
     assert_unchanged(other, before)
+
+
+@pytest.mark.parametrize("damage", [{"lstm_state": 3.0}, {"shape": 15}])
+def test_a_damaged_state_is_refused_and_nothing_is_changed(rule, damage):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, rule)
+    run(optimizer, params, [0])
+    before, saved = everything(optimizer), optimizer.state_dict()
+    saved["state"][1] = {**saved["state"][1], **damage}
+    with pytest.raises(ValueError, match="state of parameter 1: expected a tensor and a dictionary of sizes, got "):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
 
 
 def test_the_state_of_another_kind_of_optimizer_is_refused(rule):
@@ -809,6 +1234,43 @@ def test_torch_compile_takes_the_step_without_a_break(rule, several, stepped):
         results.append((*params, *(entry["lstm_state"] for entry in optimizer.state.values())))
         assert optimizer.skipped_steps == 1
     assert same(*results)
+
+
+# Without numbers
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "propagate"])
+@pytest.mark.parametrize("mode", [FakeTensorMode, lambda: FakeTensorMode(allow_non_fake_inputs=True)])
+def test_fake_tensors_are_stepped(rule, mode, nonfinite, backend):
+    with mode():
+        model = nn.Linear(3, 2)
+        optimizer = FusedLSTMOptimizer(model.parameters(), rule, nonfinite=nonfinite, backend=backend)
+        for _ in range(2):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+    state = optimizer.state[model.weight]["lstm_state"]
+    assert isinstance(state, FakeTensor)
+    assert state.shape == new_state(rule, 6).shape
+    assert (
+        saved["param_groups"][0]["rule"]
+        == FusedLSTMOptimizer(parameters(), rule).state_dict()["param_groups"][0]["rule"]
+    )
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "propagate"])
+def test_parameters_and_a_rule_on_meta_are_stepped(rule, nonfinite):
+    rule.to("meta")
+    model = nn.Linear(3, 2, device="meta")
+    optimizer = FusedLSTMOptimizer(model.parameters(), rule, nonfinite=nonfinite)
+    for _ in range(2):
+        model(torch.ones(1, 3, device="meta")).sum().backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[model.weight]["lstm_state"].is_meta
 
 
 # Together

@@ -99,7 +99,15 @@ def described(config: RuleConfig) -> str:
 
 
 def test_both_readers_make_the_same_of_every_text(native):
-    features = ["", "raw:0.7 ", "raw:1e-30 ", "log_sign:0.1 ", "log_sign:87 ", "adam:0.9,0.999,1e-08 ", "adam:0.5,0.5,2 "]
+    features = [
+        "",
+        "raw:0.7 ",
+        "raw:1e-30 ",
+        "log_sign:0.1 ",
+        "log_sign:87 ",
+        "adam:0.9,0.999,1e-08 ",
+        "adam:0.5,0.5,2 ",
+    ]
     given, projections = ["", "given:1 ", "given:17 "], ["", "elu:1 ", "elu:20 "]
     layers, outputs = ["lstm:1 ", "lstm:20,20 ", "lstm:7,7,7 "], ["linear", "tanh", "none"]
     texts = ["".join(parts) for parts in itertools.product(features, given, projections, layers, outputs)]
@@ -205,7 +213,10 @@ def test_a_name_and_its_backend_do_not_depend_on_the_locale(native):
             locale.setlocale(locale.LC_NUMERIC, name)
             for text in RULES:
                 assert RuleConfig.parse(text).text == text
-                assert float(torch.ops.fastl2l.describe_rule("raw:0.7 lstm:1 none").split("constants ")[1].split()[0]) == 0.7
+                assert (
+                    float(torch.ops.fastl2l.describe_rule("raw:0.7 lstm:1 none").split("constants ")[1].split()[0])
+                    == 0.7
+                )
     finally:
         locale.setlocale(locale.LC_NUMERIC, before)
     assert dispatch.select("native", "cpu") is native

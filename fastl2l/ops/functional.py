@@ -67,7 +67,9 @@ def _backward_with_graph(
         outputs = reference.step(gradient, to_rows(state, numel), weights, ctx.rule, ctx.scale, rows)
         # A rule without an output has an update that depends on nothing.
         pairs = zip(outputs, (dupdate, to_rows(dstate, numel)), strict=True)
-        dependent, adjoints = zip(*((output, adjoint) for output, adjoint in pairs if output.requires_grad), strict=True)
+        dependent, adjoints = zip(
+            *((output, adjoint) for output, adjoint in pairs if output.requires_grad), strict=True
+        )
         needed = [tensor for tensor, need in zip(ctx.saved_tensors, needs, strict=True) if need]
         found = iter(torch.autograd.grad(dependent, needed, adjoints, create_graph=True, materialize_grads=True))
     return [next(found) if need else None for need in needs]

@@ -27,9 +27,7 @@ def state_shape(rule: Rule, numel: int) -> tuple[int, int, int]:
     return tiles_of(numel), rule.config.state_rows, TILE
 
 
-def new_state(
-    rule: Rule, numel: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Tensor:
+def new_state(rule: Rule, numel: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
     """State at the start of a trajectory: zeros, in the rule's dtype unless another is named."""
     return torch.zeros(state_shape(rule, numel), dtype=dtype or rule.dtype, device=device)
 

@@ -1,0 +1,125 @@
+"""What an optimizer keeps of a parameter: the state of its coordinates, and the shape that they were in."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastl2l.ops.layout import TILE, from_rows, new_state, state_shape, to_rows
+from fastl2l.rules import Rule
+
+STATE = "lstm_state"
+"""The entry of ``optimizer.state[parameter]`` that holds the state."""
+SHAPE = "shape"
+"""The one that holds the shape, as sizes by number: of what is not a tensor, distributed checkpoints take numbers and
+dictionaries of them."""
+
+
+class Together(NamedTuple):
+    """The states of a group's parameters side by side in one tensor, which the kernel takes in their place."""
+
+    states: list[Tensor]
+    shapes: list[torch.Size]  # of the parameters
+    state: Tensor
+
+    @classmethod
+    def of(cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None) -> Together:
+        """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory."""
+        shapes = [param.shape for param in params]
+        tiles = [state_shape(rule, shape.numel())[0] for shape in shapes]
+        state = _allocate(rule, sum(tiles) * TILE, dtype)
+        return cls(list(state.split(tiles)), shapes, state)
+
+    def holds(self, states: Sequence[Tensor | None]) -> bool:
+        return len(states) == len(self.states) and all(map(operator.is_, states, self.states))
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What is kept of each parameter."""
+        return [new_entry(state, shape) for state, shape in zip(self.states, self.shapes, strict=True)]
+
+
+def new_entry(state: Tensor, shape: Iterable[int]) -> dict[str, Any]:
+    return {STATE: state, SHAPE: {str(axis): size for axis, size in enumerate(shape)}}
+
+
+def kept_shape(entry: dict[str, Any], param: Tensor) -> tuple[int, ...]:
+    """The shape that a parameter had when its state was made. Those saved long ago do not say."""
+    return tuple(entry[SHAPE].values()) if SHAPE in entry else tuple(param.shape)
+
+
+def check_shape(entry: dict[str, Any], param: Tensor) -> None:
+    """That a state belongs to the coordinates of its parameter as it is now.
+
+    Raises:
+        RuntimeError: the parameter has got data of another shape.
+    """
+    if (shape := kept_shape(entry, param)) != tuple(param.shape):
+        raise RuntimeError(
+            f"state of a parameter of shape {list(param.shape)}: expected shape {list(shape)}, as when its state was "
+            "made; replace_parameter keeps the state of those rows that stay"
+        )
+
+
+def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, dtype: torch.dtype) -> None:
+    """That a saved state is one of this parameter.
+
+    Raises:
+        ValueError: its shape or dtype is another, its parameter had another shape, or it is something else.
+    """
+    found, sizes = entry[STATE], entry.get(SHAPE, {})
+    if not isinstance(found, Tensor) or not isinstance(sizes, dict):
+        got = f"{type(found).__name__} and {type(sizes).__name__}"
+        raise ValueError(f"state of parameter {key}: expected a tensor and a dictionary of sizes, got {got}")
+    if (shape := kept_shape(entry, param)) != tuple(param.shape):
+        raise ValueError(
+            f"state of parameter {key}: expected one of a parameter of shape {list(param.shape)}, got {list(shape)}"
+        )
+    expected = state_shape(rule, param.numel())
+    if tuple(found.shape) != expected or found.dtype != dtype:
+        raise ValueError(
+            f"state of parameter {key}: expected {list(expected)} of {dtype}, got {list(found.shape)} of {found.dtype}"
+        )
+
+
+def select_rows(entry: dict[str, Any], old: Tensor, new: Tensor, rows: Any) -> dict[str, Any]:
+    """What is kept of `new`, whose first rows go on from these rows of `old`, while those after them begin.
+
+    Raises:
+        ValueError: `old` has no rows, or not these, or `new` has rows of another shape, or fewer.
+    """
+    shape = kept_shape(entry, old)
+    if not shape or new.dim() != len(shape) or new.shape[1:] != shape[1:]:
+        raise ValueError(f"new: expected the shape {list(shape)} but for the number of rows, got {list(new.shape)}")
+    try:
+        index = torch.arange(shape[0], device=entry[STATE].device)[slice(None) if rows is None else rows]
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"rows: expected a mask or indices of {shape[0]} rows, as old has; {error}") from error
+    if index.dim() != 1 or len(index) > len(new):
+        raise ValueError(f"rows: expected at most {len(new)}, as many as new has, got {list(index.shape)}")
+    kept = to_rows(entry[STATE], math.prod(shape)).unflatten(1, shape)[:, index].flatten(1)
+    begun = kept.new_zeros(len(kept), new.numel() - kept.shape[1])
+    return new_entry(from_rows(torch.cat([kept, begun], 1)), new.shape)
+
+
+def _allocate(rule: Rule, numel: int, dtype: torch.dtype | None) -> Tensor:
+    """Memory for new states."""
+    device = rule.device
+    try:
+        return new_state(rule, numel, device, dtype)
+    except RuntimeError as error:
+        # The CPU's allocator has no error of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        size = math.prod(state_shape(rule, numel)) * (dtype or rule.dtype).itemsize / 2**30
+        halved = dtype is None and rule.dtype == torch.float32 and rule.config.takes_bfloat16_state
+        half = "state_dtype=torch.bfloat16 (half as much), " if halved else ""
+        raise torch.OutOfMemoryError(
+            f"state of {numel:,} coordinates: expected {size:,.1f} GiB of free memory on {device}, got less; take "
+            f"{half}fewer parameters, fewer of them in a group (whose new states are one piece of memory) or a rule of "
+            "fewer units; nothing was changed"
+        ) from error
