@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.optimizer_state import SHAPE, STATE, Together, check_saved, check_shape, select_rows
 from fastl2l.rule_config import shortened
-from fastl2l.rules import DTYPES, Rule, upgraded
+from fastl2l.rules import Rule, upgraded
 
 NONFINITE = ("raise", "skip", "propagate")
 GROUP_OPTIONS = ("rule", "lr", "weight_decay", "maximize")
@@ -54,9 +54,8 @@ class _Batch(NamedTuple):
         """That the rule can take all of it.
 
         Raises:
-            ValueError, RuntimeError: the rule, a parameter or a gradient is of a kind that it cannot.
+            RuntimeError: a parameter or a gradient is of a kind that it cannot.
         """
-        _check_rule(self.group["rule"])
         for param, grad in zip(self.owners, self.grads, strict=True):
             _check_parameter(param, self.device)
             _check_gradient(param, grad)
@@ -209,7 +208,6 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
             RuntimeError: a gradient is sparse or of another dtype than its parameter, a parameter is of a dtype or on a
                 device that its rule cannot take, or has got data of another shape since the step before.
-            ValueError: a rule has been cast to a dtype that it does not compute in.
             torch.OutOfMemoryError: there is no memory for the states of parameters that are stepped for the first time.
                 Nothing has been changed in any of these cases.
         """
@@ -438,7 +436,7 @@ def _factors(group: dict[str, Any], rule: Rule) -> tuple[float, float, Tensor | 
         return scale, decay, lr.detach().to(rule.device, rule.dtype).reshape(())
     if torch.compiler.is_compiling():
         return scale, decay, torch.full((), lr, dtype=rule.dtype, device=rule.device)
-    return scale * lr, decay * lr, None
+    return scale * float(lr), float(decay) * float(lr), None
 
 
 def _weights(rule: Rule, like: Tensor) -> list[Tensor]:
@@ -469,7 +467,6 @@ def _check_group(group: dict[str, Any], backend: str) -> None:
     rule, lr, decay = group["rule"], group["lr"], group["weight_decay"]
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a rule for every parameter group, got {type(rule).__name__}")
-    _check_rule(rule)
     if not _is_rate(lr):
         raise ValueError(f"lr: expected a finite number >= 0, got {shortened(lr)}")
     if isinstance(decay, Tensor) or not _is_rate(decay):
@@ -483,11 +480,6 @@ def _check_group(group: dict[str, Any], backend: str) -> None:
     if len(set(group["params"])) < len(group["params"]):
         raise ValueError("params: expected every parameter once, got one twice in a group")
     select(backend, rule.device)
-
-
-def _check_rule(rule: Rule) -> None:
-    if rule.dtype not in DTYPES:
-        raise ValueError(f"rule: expected weights in torch.float32 or torch.float64, got {rule.dtype}")
 
 
 def _is_rate(lr: Any) -> bool:
