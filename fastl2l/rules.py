@@ -265,6 +265,46 @@ def make_rule(
     return rule
 
 
+def rules_by_part(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
+    """Rules by the part of the problem that each of them steps: the one rule of all of it has the name "".
+
+    Raises:
+        TypeError: it is neither a rule nor a dict of rules by name.
+        ValueError: there is none, one stands for two parts, or they differ in dtype or device.
+    """
+    if isinstance(rule, Rule):
+        return {"": rule}
+    if not isinstance(rule, Mapping):
+        raise TypeError(f"rule: expected a rule or a dict of rules by part, got {type(rule).__name__}")
+    for part, one in rule.items():
+        if not isinstance(part, str) or not isinstance(one, Rule):
+            raise TypeError(f"rule: expected rules by the names of parts, got {part!r}: {type(one).__name__}")
+        if not part or "." in part:
+            raise ValueError(f"rule: expected names of parts without a point in them, got {part!r}")
+    if not rule or len({id(one) for one in rule.values()}) < len(rule):
+        raise ValueError(
+            f"rule: expected at least one part, and another rule for each, got {', '.join(rule) or 'none'}"
+        )
+    if len({(one.dtype, one.device) for one in rule.values()}) > 1:
+        got = ", ".join(f"{part}: {one.dtype} on {one.device}" for part, one in rule.items())
+        raise ValueError(f"rule: expected the same dtype and device for all parts, got {got}")
+    return dict(rule)
+
+
+def named_weights(rules: Mapping[str, Rule]) -> dict[str, Tensor]:
+    """The weights of all rules by name, with the part's name and a point before it where there are parts."""
+    return {
+        f"{part}.{name}" if part else name: weight
+        for part, rule in rules.items()
+        for name, weight in rule.named_parameters()
+    }
+
+
+def all_weights(rules: Mapping[str, Rule]) -> list[Tensor]:
+    """The weights of all rules, one after the other: the order of a meta-gradient."""
+    return [weight for rule in rules.values() for weight in rule.weights()]
+
+
 def upgraded(description: Mapping[str, Any]) -> dict[str, Any]:
     """What `Rule.describe` gave, in the form that it has today; one that cannot be read stays as it is."""
     try:

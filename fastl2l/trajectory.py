@@ -6,7 +6,9 @@ steps; state and theta go on from window to window, gradients do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.functional import update
 from fastl2l.ops.layout import new_state
-from fastl2l.rules import Rule
+from fastl2l.rules import Rule, all_weights, rules_by_part
 from fastl2l.tasks.base import Problem, value_and_grad
 
 
@@ -25,7 +27,8 @@ class Window(NamedTuple):
     losses: Tensor
     """[unroll]: f_t(theta_t) after each step, the mean over the problem's functions."""
     gradients: Tensor
-    """[weights]: gradient of the window's objective with respect to the rule's weights, flat, in their order."""
+    """[weights]: gradient of the window's objective with respect to the rule's weights, flat, in their order; of several
+    rules, one after the other. Of weights that do not require grad it is 0."""
 
 
 def step_weights(weights: Sequence[float] | str | None, unroll: int) -> list[float]:
@@ -50,41 +53,70 @@ def step_weights(weights: Sequence[float] | str | None, unroll: int) -> list[flo
     return numbers
 
 
+@dataclass
+class _Track:
+    """The way of one part of theta, under a rule of its own."""
+
+    rule: Rule
+    part: slice
+    state: Tensor
+
+    def arguments(self) -> tuple[list[Tensor], str, float]:
+        """The operators' arguments about the rule."""
+        weights = [weight.detach() for weight in self.rule.weights()]
+        return weights, self.rule.text, self.rule.config.output_scale
+
+
 class Trajectory:
-    """One problem being optimized by one rule.
+    """One problem being optimized by one rule, or by one for each of its parts.
 
     Args:
         problem: the optimizee; its theta_0 is in the rule's dtype and on its device.
-        rule: the rule. Its weights are read at every step, so they may change between windows.
+        rule: the rule, or a dict of rules by the names of the problem's parts. Their weights are read at every step, so
+            they may change between windows.
         backend: see :class:`fastl2l.FusedLSTMOptimizer`.
 
     Attributes:
         theta: [N], where the optimizee is.
-        state: the rule's state, [tiles, rows, 16].
+        states: the rules' states, [tiles, rows, 16] each, in the order of `rule`.
         steps: steps done, counted from the problem's first.
         loss: 0-d Tensor, f(theta) of the minibatch of step ``steps``, the mean over the problem's functions.
 
     Raises:
-        ValueError: dtypes or devices differ.
+        TypeError, ValueError: dtypes or devices differ, or a part has no rule or a rule no part.
     """
 
-    def __init__(self, problem: Problem, rule: Rule, *, backend: str = "auto") -> None:
-        theta0 = problem.theta0
-        if theta0.dtype != rule.dtype or theta0.device != rule.device:
+    def __init__(self, problem: Problem, rule: Rule | Mapping[str, Rule], *, backend: str = "auto") -> None:
+        self.problem, self.rules = problem, rules_by_part(rule)
+        theta0, first = problem.theta0, next(iter(self.rules.values()))
+        if theta0.dtype != first.dtype or theta0.device != first.device:
             raise ValueError(
-                f"problem: expected theta_0 in {rule.dtype} on {rule.device} as the rule is, "
+                f"problem: expected theta_0 in {first.dtype} on {first.device} as the rule is, "
                 f"got {theta0.dtype} on {theta0.device}"
             )
-        self.problem, self.rule = problem, rule
         self._backend_name, self._backend = backend, select(backend, theta0.device)
         self.theta, self._gradient = torch.empty_like(theta0), torch.empty_like(theta0)
-        self.state = new_state(rule, theta0.numel(), theta0.device)
+        self._tracks = [
+            _Track(self.rules[name], part, new_state(self.rules[name], part.stop - part.start, theta0.device))
+            for name, part in _slices(problem, self.rules).items()
+        ]
         self.restart()
+
+    @property
+    def states(self) -> list[Tensor]:
+        return [track.state for track in self._tracks]
+
+    @property
+    def state(self) -> Tensor:
+        """The state of the only rule."""
+        (state,) = self.states
+        return state
 
     def restart(self) -> None:
         """Start anew at the problem's theta_0, as it is now, in the same memory."""
         self.theta.copy_(self.problem.theta0)
-        self.state.zero_()
+        for track in self._tracks:
+            track.state.zero_()
         self.steps = 0
         self.loss = self._evaluate(self._gradient)
 
@@ -110,7 +142,7 @@ class Trajectory:
         return Window(torch.stack(losses), gradients / self.problem.functions)
 
     def _first_order_window(self, weights: Sequence[float]) -> tuple[list[Tensor], Tensor]:
-        unroll, first_state = len(weights), self.state.clone()
+        unroll, first_states = len(weights), [state.clone() for state in self.states]
         grads = self.theta.new_empty(unroll + 1, self.theta.numel())
         grads[0] = self._gradient
         losses = []
@@ -123,39 +155,72 @@ class Trajectory:
         for t in range(unroll - 2, -1, -1):
             torch.add(adjoints[t + 1], grads[t + 1], alpha=weights[t], out=adjoints[t])
         self._gradient.copy_(grads[unroll])
+        found = [
+            self._window_backward(track, first_state, grads[:unroll, track.part], adjoints[:, track.part])
+            for track, first_state in zip(self._tracks, first_states, strict=True)
+        ]
+        return losses, torch.cat(found) if len(found) > 1 else found[0]
+
+    def _window_backward(self, track: _Track, first_state: Tensor, grads: Tensor, adjoints: Tensor) -> Tensor:
+        """The gradient with respect to a rule's weights; 0 for those that are frozen."""
         dweights, *_ = self._backend.window_backward(
-            first_state, grads[:unroll], adjoints, *self._rule_arguments(), None, False, False
+            first_state, grads.contiguous(), adjoints.contiguous(), *track.arguments(), None, False, False
         )
-        return losses, dweights
+        weights = track.rule.weights()
+        for weight, part in zip(weights, dweights.split([weight.numel() for weight in weights]), strict=True):
+            if not weight.requires_grad:
+                part.zero_()
+        return dweights
 
     def _exact_window(self, weights: Sequence[float]) -> tuple[list[Tensor], Tensor]:
-        functions, losses = self.problem.functions, []
+        functions, losses, rule_weights = self.problem.functions, [], all_weights(self.rules)
+        trained = [weight for weight in rule_weights if weight.requires_grad]
+        in_theta = sorted(range(len(self._tracks)), key=lambda i: self._tracks[i].part.start)
         with torch.enable_grad():
-            theta, state, gradient = self.theta, self.state, self._gradient
+            theta, states, gradient = self.theta, self.states, self._gradient
             objective = theta.new_zeros(())
             for weight in weights:
-                change, state = update(self.rule, gradient, state, backend=self._backend_name)
-                theta = theta + change
+                changes = [
+                    update(track.rule, gradient[track.part], state, backend=self._backend_name)
+                    for track, state in zip(self._tracks, states, strict=True)
+                ]
+                states = [state for _, state in changes]
+                theta = theta + torch.cat([changes[i][0] for i in in_theta])
                 self.steps += 1
                 loss = self.problem.loss(theta, self.steps)
                 (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
                 objective = objective + weight * loss
                 losses.append(loss.detach() / functions)
-            dweights = torch.autograd.grad(objective, self.rule.weights())
-        self.theta, self.state, self.loss = theta.detach(), state.detach(), losses[-1]
+            found = iter(torch.autograd.grad(objective, trained))
+        self.theta, self.loss = theta.detach(), losses[-1]
+        for track, state in zip(self._tracks, states, strict=True):
+            track.state = state.detach()
         self._gradient.copy_(gradient.detach())
+        dweights = [next(found) if weight.requires_grad else torch.zeros_like(weight) for weight in rule_weights]
         return losses, torch.cat([part.reshape(-1) for part in dweights])
 
     def _step(self, gradient: Tensor) -> None:
-        self._backend.step_([self.theta], [gradient], [self.state], *self._rule_arguments(), 1.0)
+        for track in self._tracks:
+            self._backend.step_(
+                [self.theta[track.part]], [gradient[track.part]], [track.state], *track.arguments(), 1.0
+            )
         self.steps += 1
-
-    def _rule_arguments(self) -> tuple[list[Tensor], str, float]:
-        weights = [weight.detach() for weight in self.rule.weights()]
-        return weights, self.rule.text, self.rule.config.output_scale
 
     def _evaluate(self, gradient: Tensor) -> Tensor:
         """The loss at theta, whose gradient is written to `gradient`."""
         loss, found = value_and_grad(self.problem, self.theta, self.steps)
         gradient.copy_(found)
         return loss / self.problem.functions
+
+
+def _slices(problem: Problem, rules: Mapping[str, Rule]) -> dict[str, slice]:
+    """By the name of each rule, in their order, which coordinates of theta it steps."""
+    if rules.keys() == {""}:  # one rule for all parts
+        return {"": slice(0, problem.theta0.numel())}
+    parts = problem.parts
+    for part in sorted(parts.keys() ^ rules.keys()):
+        what = "a rule for every part" if part in parts else "rules for parts of the problem alone"
+        got = "none" if part in parts else "one"
+        raise ValueError(f"rule: expected {what} ({', '.join(parts) or 'it has none'}), got {got} for {part!r}")
+    ends = dict(zip(parts, itertools.accumulate(parts.values()), strict=True))
+    return {name: slice(ends[name] - parts[name], ends[name]) for name in rules}

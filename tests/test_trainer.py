@@ -282,7 +282,7 @@ def refused(path, message, **changes):
         ({"step_weights": "last"}, r"step_weights: expected \[0.0, 0.0, 0.0, 1.0\], got \[1.0"),
         ({"second_derivatives": True}, "second_derivatives: expected True, got False"),
         ({"task": Quadratic(dim=4, batch=4)}, "task: expected .*'dim': 4.*got .*'dim': 3"),
-        ({"rule": small_rule(hidden_size=5)}, "rule: expected .*'hidden_size': 5.*got .*'hidden_size': 4"),
+        ({"rule": small_rule(hidden_size=5)}, "rule: expected .*lstm:5 .*got .*lstm:4 "),
         ({"meta_lr": 0.02, "seed": 1, "trajectories": 9}, "meta_lr: expected 0.02, got 0.01 .and 2 more"),
     ],
 )
@@ -399,7 +399,7 @@ def test_a_loss_that_is_no_scalar_is_refused():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"rule": torch.nn.Linear(1, 1)}, TypeError, "rule: expected an LSTMRule, got Linear"),
+        ({"rule": torch.nn.Linear(1, 1)}, TypeError, "rule: expected a rule or a dict of rules by part, got Linear"),
         ({"task": "quadratic"}, TypeError, "task: expected a fastl2l.tasks.Task, got str"),
         ({"task": Quadratic(dtype=torch.float64)}, ValueError, "problem: expected theta_0 in torch.float32"),
         ({"unroll": 3}, ValueError, "unroll: expected a divisor of the horizon 8, got 3"),

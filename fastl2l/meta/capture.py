@@ -12,13 +12,13 @@ This has not run on a GPU yet; all but `record` and pinned memory is tested on t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fastl2l.meta.step import meta_step
-from fastl2l.rules import Rule
+from fastl2l.rules import Rule, rules_by_part
 from fastl2l.tasks.base import Problem, PureProblem, is_pure
 from fastl2l.tasks.batch import alike
 from fastl2l.trajectory import Trajectory
@@ -52,9 +52,9 @@ RECORDERS: dict[str, Callable[[Work, torch.device], Work]] = {"cuda": record}
 """By the type of device, what makes a graph of work that has no arguments."""
 
 
-def check(rule: Rule, problem: Problem, *, second_derivatives: bool) -> None:
+def check(rule: Rule | Mapping[str, Rule], problem: Problem, *, second_derivatives: bool) -> None:
     """Raise a ValueError unless windows of `rule` on problems like this one can be captured."""
-    device = rule.device
+    device = next(iter(rules_by_part(rule).values())).device
     if device.type not in RECORDERS:
         raise ValueError(f"capture: expected a rule on a {' or '.join(RECORDERS)} device, got one on {device}")
     if second_derivatives:
@@ -66,7 +66,7 @@ class CapturedWindow:
     """A window of meta-training, in fixed memory.
 
     Args:
-        rule: trained in place.
+        rule: the rule, or the rules by part, trained in place.
         adam: steps on its weights: fused and capturable, with a Tensor as learning rate, which may be filled with
             another number between trajectories. Its states are not to be replaced.
         problem: one like those to come.
@@ -77,7 +77,7 @@ class CapturedWindow:
 
     def __init__(
         self,
-        rule: Rule,
+        rule: Rule | Mapping[str, Rule],
         adam: torch.optim.Adam,
         problem: Problem,
         *,
@@ -86,15 +86,16 @@ class CapturedWindow:
         clip_norm: float | None,
         backend: str,
     ) -> None:
-        device = rule.device
-        self._rule, self._adam, self._windows = rule, adam, windows
+        self._rules, self._adam, self._windows = rules_by_part(rule), adam, windows
+        first = next(iter(self._rules.values()))
+        device = first.device
         self._weights, self._clip_norm = weights, clip_norm
         self._problem = _Slots(_pure(problem), len(weights) + 1)
         self._trajectory = Trajectory(self._problem, rule, backend=backend)
         # Up until a trajectory begins: recording must change neither rule nor meta-optimizer.
         self._stopped = torch.ones((), device=device)
         self._adam.found_inf = self._stopped  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
-        self._outcome = torch.zeros(2, dtype=rule.dtype, device=device)
+        self._outcome = torch.zeros(2, dtype=first.dtype, device=device)
         self._replay = RECORDERS[device.type](self._window, device)
 
     def train(self, problems: Iterable[Problem]) -> tuple[Tensor, int]:
@@ -126,7 +127,7 @@ class CapturedWindow:
         window = self._trajectory.window(self._weights)
         norm, loss = torch.linalg.vector_norm(window.gradients), window.losses.mean()
         self._stopped.masked_fill_(~(norm.isfinite() & loss.isfinite()), 1.0)
-        meta_step(self._rule, self._adam, window.gradients, norm, self._clip_norm)
+        meta_step(self._rules, self._adam, window.gradients, norm, self._clip_norm)
         self._outcome[0] = loss
         self._outcome[1] = self._stopped
 
@@ -136,6 +137,7 @@ class _Slots(PureProblem):
 
     def __init__(self, problem: PureProblem, slots: int) -> None:
         self.task, self.functions, self.function = problem.task, problem.functions, problem.function
+        self.parts = problem.parts
         self.theta0 = problem.theta0.clone()
         self.constants = tuple(constant.clone() for constant in problem.constants)
         self._drawn = [drawn.to(self.theta0.device) for drawn in _draw(problem, range(slots))]

@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from fastl2l.meta import capture as capture_module
 from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.meta.step import meta_step
 from fastl2l.progress import Progress
-from fastl2l.rules import Rule
+from fastl2l.rules import Rule, all_weights, named_weights, rules_by_part
 from fastl2l.tasks.base import Problem, Task, check_start, integer, problem_seed
 from fastl2l.tasks.batch import batch as side_by_side
 from fastl2l.trajectory import Trajectory
@@ -60,7 +60,8 @@ class MetaTrainer:
     goes on from its last finished epoch and ends with the same bits as one that was not.
 
     Args:
-        rule: trained in place.
+        rule: trained in place; or a dict of rules by the names of the problems' parts, which are trained together: one
+            window, one step, one norm of all their gradients. Weights that do not require grad stay as they are.
         task: gives the problems.
         horizon: steps of a trajectory.
         unroll: steps of a window; divides `horizon`.
@@ -103,7 +104,7 @@ class MetaTrainer:
 
     def __init__(
         self,
-        rule: Rule,
+        rule: Rule | Mapping[str, Rule],
         task: Task,
         *,
         horizon: int = 100,
@@ -123,7 +124,8 @@ class MetaTrainer:
         checkpoint: str | os.PathLike[str] | None = None,
         tensorboard: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.rule, self.task, self.seed = rule, task, integer("seed", seed, least=0)
+        self.rule, self._rules = rule, rules_by_part(rule)
+        self.task, self.seed = task, integer("seed", seed, least=0)
         self.horizon, self.unroll = integer("horizon", horizon), integer("unroll", unroll)
         self.trajectories, self.batch = integer("trajectories", trajectories), integer("batch", batch)
         self.validation_problems = integer("validation_problems", validation_problems)
@@ -138,11 +140,12 @@ class MetaTrainer:
 
         self.history: list[Epoch] = []
         self.best_loss = math.inf
-        device = rule.device
+        device = next(iter(self._rules.values())).device
         # A graph reads the learning rate from memory, as float32.
         self._lr = torch.tensor(meta_lr, dtype=torch.float32, device=device) if capture else meta_lr
         fused = device.type in ("cpu", "cuda")
-        self._adam = torch.optim.Adam(rule.weights(), lr=self._lr, fused=fused, capturable=capture)
+        trained = [weight for weight in all_weights(self._rules) if weight.requires_grad]
+        self._adam = torch.optim.Adam(trained, lr=self._lr, fused=fused, capturable=capture)
         self._current = self._best = self._copy_weights()
         self._adam_state = self._copy_adam()
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -151,8 +154,8 @@ class MetaTrainer:
         self._writer = None if tensorboard is None else _summary_writer(tensorboard)
 
     def _check(self) -> None:
-        if not isinstance(self.rule, Rule):
-            raise TypeError(f"rule: expected a rule, got {type(self.rule).__name__}")
+        if not any(weight.requires_grad for weight in all_weights(self._rules)):
+            raise ValueError("rule: expected weights to train, got none that require grad")
         if not isinstance(self.task, Task):
             raise TypeError(f"task: expected a fastl2l.tasks.Task, got {type(self.task).__name__}")
         if self.horizon % self.unroll:
@@ -175,7 +178,7 @@ class MetaTrainer:
         names += ["second_derivatives", "clip_norm", "schedule"]
         return {
             "task": self.task.spec(),
-            "rule": {"kind": self.rule.kind, "config": self.rule.config.describe(), "dtype": str(self.rule.dtype)},
+            "rule": _identity(self._rules),
             **{name: getattr(self, name) for name in names},
         }
 
@@ -239,7 +242,7 @@ class MetaTrainer:
             if not (math.isfinite(norm) and math.isfinite(mean)):
                 return False
             losses.append(mean)
-            meta_step(self.rule, self._adam, window.gradients, norm, self.clip_norm)
+            meta_step(self._rules, self._adam, window.gradients, norm, self.clip_norm)
         return True
 
     def _captured(self) -> capture_module.CapturedWindow:
@@ -269,10 +272,12 @@ class MetaTrainer:
         return side_by_side([self.task.sample(seed) for seed in seeds])
 
     def _copy_weights(self) -> dict[str, Tensor]:
-        return {name: weight.detach().clone() for name, weight in self.rule.named_parameters()}
+        return {name: weight.detach().clone() for name, weight in named_weights(self._rules).items()}
 
+    @torch.no_grad()
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        self.rule.load_state_dict(weights)
+        for name, weight in named_weights(self._rules).items():
+            weight.copy_(weights[name])
 
     def _copy_adam(self) -> dict[str, Any]:
         """Adam's state, without how it is run: captured and eager runs take each other's."""
@@ -313,6 +318,17 @@ class MetaTrainer:
         for name, value in epoch._asdict().items():
             self._writer.add_scalar(f"meta/{name}", value, epoch.epoch)
         self._writer.flush()
+
+
+def _identity(rules: Mapping[str, Rule]) -> Any:
+    """What the rules are but for their weights; with the names of the weights that are not trained."""
+
+    def of(rule: Rule) -> dict[str, Any]:
+        frozen = [name for name, weight in rule.named_parameters() if not weight.requires_grad]
+        known = {"kind": rule.kind, "config": rule.config.describe(), "dtype": str(rule.dtype)}
+        return known | ({"frozen": frozen} if frozen else {})
+
+    return of(rules[""]) if "" in rules else {part: of(rule) for part, rule in rules.items()}
 
 
 def _return_freed_memory() -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -29,11 +30,14 @@ class Problem(ABC):
         task: name of the task it was sampled from, for messages.
         theta0: the start, [N]: floating, one-dimensional, contiguous, without requires_grad. Not to be written to.
         functions: how many independent functions lie side by side in theta, N / functions coordinates each.
+        parts: sizes of the parts of theta that may have rules of their own, by name, in their order; empty where all is
+            one. They cover theta. In a batch of problems each part holds that part of all of them.
     """
 
     task: str
     theta0: Tensor
     functions: int = 1
+    parts: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def loss(self, theta: Tensor, step: int) -> Tensor:
