@@ -1,4 +1,4 @@
-"""The same LSTM rule as others would write it: PyTorch's own modules, eager and compiled, and JAX if installed.
+"""The papers' rules as others would write them: PyTorch's own modules, eager and compiled, and JAX if installed.
 
 Each competitor is a pair of functions of one rule and N coordinates: `step` (one update of all coordinates, without
 gradient) and `meta_gradient` (T steps on given gradients, and the gradient of sum(adjoints * updates) with respect to
@@ -18,11 +18,20 @@ from torch import Tensor, nn
 
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.layout import new_state
-from fastl2l.rules import LSTMRule
+from fastl2l.rule_config import Adam, LogSign
+from fastl2l.rules import LSTMRule, RNNpropRule, Rule
 
-MULTIPLY_ADDS = {"step": 4980, "meta-gradient": 4 * 4980}
-"""A coordinate and step: the step; and for the meta-gradient the step, its recomputation, and the backward to the
-inputs and to the weights."""
+RULES: dict[str, type[Rule]] = {"lstm": LSTMRule, "rnnprop": RNNpropRule}
+PER_STEP = {"lstm": 4980, "rnnprop": 6460}
+"""Multiply-adds a coordinate, by rule."""
+
+
+def multiply_adds(what: str, kind: str = "lstm") -> int:
+    """A coordinate and step: the step; and for the meta-gradient the step, its recomputation, and the backward to the
+    inputs and to the weights."""
+    return PER_STEP[kind] * (1 if what == "step" else 4)
+
+
 STATE_BYTES = 2 * 80 * 4
 """A coordinate and step: the state, read and written in float32."""
 BYTES = {"step": STATE_BYTES + 12, "meta-gradient": STATE_BYTES + 12 + 8 + 320 / 20}
@@ -37,16 +46,18 @@ class Workload:
     in memory as they are between two steps of training.
     """
 
-    rule: LSTMRule
+    rule: Rule
     gradients: Tensor
     adjoints: Tensor
     turns: int = 1
 
     @classmethod
-    def of(cls, numel: int, steps: int, device: torch.device | str = "cpu", turns: int = 1) -> Workload:
+    def of(
+        cls, numel: int, steps: int, device: torch.device | str = "cpu", turns: int = 1, kind: str = "lstm"
+    ) -> Workload:
         random = torch.Generator(device).manual_seed(numel)
         gradients, adjoints = (torch.randn(steps, numel, generator=random, device=device) for _ in range(2))
-        return cls(LSTMRule(seed=0).to(device), gradients.mul_(1e-2), adjoints, turns)
+        return cls(RULES[kind](seed=0).to(device), gradients.mul_(1e-2), adjoints, turns)
 
     @property
     def numel(self) -> int:
@@ -70,64 +81,85 @@ class Runner:
 
 
 class PyTorchRule(nn.Module):
-    """The rule of nn.LSTMCell and nn.Linear, coordinates as the batch."""
+    """The rule of nn.Linear and nn.LSTMCell, coordinates as the batch."""
 
-    def __init__(self, rule: LSTMRule) -> None:
+    def __init__(self, rule: Rule) -> None:
         super().__init__()
         config = rule.config
-        self.p, self.output_scale = config.p, config.output_scale
+        self.part, self.output_scale, self.tanh = config.features, config.output_scale, config.output == "tanh"
+        width = config.inputs
+        self.projection = None
+        if config.projection is not None:
+            self.projection, width = nn.Linear(width, config.projection.units), config.projection.units
         self.cells = nn.ModuleList(
-            nn.LSTMCell(config.features if layer == 0 else config.hidden_size, config.hidden_size)
+            nn.LSTMCell(config.hidden_size if layer else width, config.hidden_size)
             for layer in range(config.num_layers)
         )
         self.output = nn.Linear(config.hidden_size, 1)
         with torch.no_grad():
-            for layer, cell in enumerate(self.cells):
-                cell.weight_ih.copy_(getattr(rule, f"weight_ih_l{layer}"))
-                cell.weight_hh.copy_(getattr(rule, f"weight_hh_l{layer}"))
-                cell.bias_ih.copy_(getattr(rule, f"bias_l{layer}"))
+            for mine, theirs in zip(self._weights(), rule.weights(), strict=True):
+                mine.copy_(theirs.view_as(mine))
+            for cell in self.cells:
                 cell.bias_hh.zero_()
-            self.output.weight.copy_(rule.weight_out.unsqueeze(0))
-            self.output.bias.copy_(rule.bias_out)
 
-    def state(self, numel: int) -> list[tuple[Tensor, Tensor]]:
+    def _weights(self) -> list[Tensor]:
+        """In the order of RuleConfig.weight_shapes."""
+        first = [] if self.projection is None else [self.projection.weight, self.projection.bias]
+        cells = [weight for cell in self.cells for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih)]
+        return [*first, *cells, self.output.weight, self.output.bias]
+
+    def state(self, numel: int) -> list[tuple[Tensor, ...]]:
         zeros = self.output.weight.new_zeros
-        return [(zeros(numel, cell.hidden_size), zeros(numel, cell.hidden_size)) for cell in self.cells]
+        cells = [(zeros(numel, cell.hidden_size), zeros(numel, cell.hidden_size)) for cell in self.cells]
+        means = [(zeros(numel), zeros(numel), zeros(()))] if isinstance(self.part, Adam) else []
+        return [*cells, *means]
 
     def features(self, gradient: Tensor) -> Tensor:
-        """[...] -> [..., 2]."""
-        large = gradient.abs() >= torch.e**-self.p
+        """Of log_sign, [...] -> [..., 2]."""
+        large = gradient.abs() >= torch.e**-self.part.p
         return torch.stack(
             [
-                torch.where(large, gradient.abs().clamp_min(1e-38).log() / self.p, -1.0),
-                torch.where(large, gradient.sign(), gradient * torch.e**self.p),
+                torch.where(large, gradient.abs().clamp_min(1e-38).log() / self.part.p, -1.0),
+                torch.where(large, gradient.sign(), gradient * torch.e**self.part.p),
             ],
             -1,
         )
 
+    def moments(self, gradient: Tensor, means: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Of adam, [N] -> [N, 2] and the new means."""
+        m, v, age = means
+        m = torch.lerp(gradient, m, self.part.beta1)
+        v = torch.lerp(gradient.square(), v, self.part.beta2)
+        age = 1 - self.part.beta1 * (1 - age)
+        unit = (v / age).sqrt() + self.part.epsilon
+        return torch.stack([m / age / unit, gradient / unit], -1), (m, v, age)
+
     def forward(
-        self, gradient: Tensor, state: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        x, new_state = self.features(gradient), []
-        for cell, before in zip(self.cells, state, strict=True):
+        self, gradient: Tensor, state: list[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:  # fmt: skip
+        means: list[tuple[Tensor, ...]] = []
+        if isinstance(self.part, Adam):
+            x, new_means = self.moments(gradient, state[-1])
+            means = [new_means]
+        else:
+            x = self.features(gradient)
+        if self.projection is not None:
+            x = nn.functional.elu(self.projection(x))
+        new_state: list[tuple[Tensor, ...]] = []
+        for cell, before in zip(self.cells, state, strict=False):
             x, c = cell(x, before)
             new_state.append((x, c))
-        return self.output_scale * self.output(x).squeeze(1), new_state
+        out = self.output(x).squeeze(1)
+        return self.output_scale * (out.tanh() if self.tanh else out), [*new_state, *means]
 
     def flat_gradient(self) -> Tensor:
-        """In the order of LSTMConfig.weight_shapes."""
-        parts = [p.grad for cell in self.cells for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih)]
-        return torch.cat([part.flatten() for part in (*parts, self.output.weight.grad, self.output.bias.grad)])
+        """In the order of RuleConfig.weight_shapes."""
+        return torch.cat([weight.grad.flatten() for weight in self._weights()])
 
 
 def fastl2l(work: Workload, backend: str = "native", state_dtype: torch.dtype = torch.float32) -> Runner:
-    chosen, config = select(backend, work.gradients.device), work.rule.config
-    arguments = (
-        [weight.detach() for weight in work.rule.weights()],
-        config.preprocess,
-        config.preprocess_constant,
-        config.output_scale,
-    )
+    chosen, rule = select(backend, work.gradients.device), work.rule
+    arguments = [weight.detach() for weight in rule.weights()], rule.text, rule.config.output_scale
     thetas, next_turn = work.parameters(), work.in_turn()
 
     def fresh() -> Tensor:
@@ -182,14 +214,14 @@ def _pytorch(work: Workload, prepare: Callable[[Any], Any]) -> Runner:
 
 
 def whole_lstm(work: Workload) -> Runner:
-    """nn.LSTM, which is cuDNN's on a GPU.
+    """nn.LSTM, which is cuDNN's on a GPU, for the LSTM rule.
 
     It gets more than the others: the features have been computed already, and the meta-gradient sees all gradients at
     once, as no optimizer does.
     """
     module, device = PyTorchRule(work.rule).to(work.gradients.device), work.gradients.device
     config = work.rule.config
-    lstm = nn.LSTM(config.features, config.hidden_size, config.num_layers, device=device)
+    lstm = nn.LSTM(config.inputs, config.hidden_size, config.num_layers, device=device)
     with torch.no_grad():
         for layer, cell in enumerate(module.cells):
             for name, weight in cell.named_parameters():
@@ -227,26 +259,43 @@ def jax(work: Workload) -> Runner:
     import jax.numpy as jnp
 
     config = work.rule.config
-    hidden, p, scale = config.hidden_size, config.p, config.output_scale
+    hidden, scale, part = config.hidden_size, config.output_scale, config.features
     weights = [jnp.asarray(weight.detach().numpy()) for weight in work.rule.weights()]
     gradients, adjoints = jnp.asarray(work.gradients.numpy()), jnp.asarray(work.adjoints.numpy())
 
+    def features(means: Any, gradient: Any) -> Any:
+        if isinstance(part, LogSign):
+            large = jnp.abs(gradient) >= jnp.exp(-part.p)
+            first = jnp.where(large, jnp.log(jnp.where(large, jnp.abs(gradient), 1.0)) / part.p, -1.0)
+            return means, jnp.stack([first, jnp.where(large, jnp.sign(gradient), gradient * jnp.exp(part.p))], 1)
+        m, v, age = means
+        m = part.beta1 * m + (1 - part.beta1) * gradient
+        v = part.beta2 * v + (1 - part.beta2) * gradient**2
+        age = part.beta1 * age + (1 - part.beta1)
+        unit = jnp.sqrt(v / age) + part.epsilon
+        return (m, v, age), jnp.stack([m / age / unit, gradient / unit], 1)
+
     def one_step(weights: Any, state: Any, gradient: Any) -> Any:
-        large = jnp.abs(gradient) >= jnp.exp(-p)
-        first = jnp.where(large, jnp.log(jnp.where(large, jnp.abs(gradient), 1.0)) / p, -1.0)
-        x = jnp.stack([first, jnp.where(large, jnp.sign(gradient), gradient * jnp.exp(p))], 1)
+        means, cells = state
+        means, x = features(means, gradient)
+        if config.projection is not None:
+            w, b, *weights = weights
+            x = jax.nn.elu(x @ w.T + b)
         new = []
-        for layer, (h, c) in enumerate(state):
+        for layer, (h, c) in enumerate(cells):
             w_ih, w_hh, bias = weights[3 * layer : 3 * layer + 3]
             i, f, g, o = jnp.split(x @ w_ih.T + h @ w_hh.T + bias, 4, axis=1)
             c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
             x = jax.nn.sigmoid(o) * jnp.tanh(c)
             new.append((x, c))
-        return new, scale * (x @ weights[-2] + weights[-1])
+        out = x @ weights[-2] + weights[-1]
+        return (means, new), scale * (jnp.tanh(out) if config.output == "tanh" else out)
 
     def fresh() -> Any:
         zeros = jnp.zeros((gradients.shape[1], hidden))
-        return [(zeros, zeros) for _ in range(config.num_layers)]
+        mean = jnp.zeros(gradients.shape[1])
+        means = () if isinstance(part, LogSign) else (mean, mean, jnp.zeros(()))
+        return means, [(zeros, zeros) for _ in range(config.num_layers)]
 
     def objective(weights: Any, gradients: Any, adjoints: Any) -> Any:
         _, updates = jax.lax.scan(lambda state, gradient: one_step(weights, state, gradient), fresh(), gradients)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from competitors import BYTES, MULTIPLY_ADDS
+from competitors import BYTES, multiply_adds
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -31,7 +31,7 @@ def draw(axes: Axes, what: str, rows: list[dict[str, Any]]) -> None:
             axes.plot(
                 *zip(*mine, strict=True), "o-", color=colour, linewidth=width, markersize=4, label=LABELS.get(who, who)
             )
-    sgemm = MULTIPLY_ADDS[what] / rows[0]["sgemm_multiply_adds_per_ns"]
+    sgemm = multiply_adds(what) / rows[0]["sgemm_multiply_adds_per_ns"]
     copy = BYTES[what] / rows[0]["copy_bytes_per_ns"]
     axes.axhline(
         sgemm, color="black", linewidth=1, linestyle="--", label=f"sgemm, as many multiply-adds: {sgemm:.0f} ns"
@@ -47,7 +47,7 @@ def main(source: str, target: str) -> None:
     """Draw the figure."""
     results = json.loads(Path(source).read_text())
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, what in zip(figure.subplots(1, 2), MULTIPLY_ADDS, strict=True):
+    for axes, what in zip(figure.subplots(1, 2), BYTES, strict=True):
         draw(axes, what, results["rows"])
     about = results["about"]
     figure.suptitle(f"{about['processor']}, {about['threads']} threads, {about['instruction_set']}", fontsize=10)
