@@ -183,11 +183,6 @@ def test_weights_are_read_only_when_their_shapes_are_right(tmp_path, monkeypatch
     path, rows = tmp_path / "a", 10**9
     config = json.dumps({"num_layers": 1})
     metadata = {"format": "fastl2l-rule", "format_version": "1", "rule": "lstm", "config": config}
-        "format": "fastl2l-rule",
-        "format_version": "1",
-        "rule": "lstm",
-        "config": json.dumps({"num_layers": 1}),
-    }
     entry = {"dtype": "F32", "shape": [rows], "data_offsets": [0, 4 * rows]}
     header = json.dumps({"__metadata__": metadata, "weight_out": entry}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
