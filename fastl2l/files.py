@@ -36,7 +36,8 @@ LARGEST_TEXT = 2**24
 DEEPEST = 64
 """Levels of JSON: every other function that walks over a value may then recurse."""
 
-_MISMATCH = "its content does not match its checksum"
+_DAMAGED = "is damaged: its content does not match its checksum"
+_UNSEALED = "is damaged or of an older version: it has no checksum"
 
 T = TypeVar("T")
 
@@ -194,7 +195,7 @@ def read_record(
     if digest is None and record.keys() == set(unsealed):
         return record
     if digest != _digest(record):
-        raise FileError(f"{path}: is damaged: {_MISMATCH if digest else 'it has no digest'}")
+        raise FileError(f"{path}: {_DAMAGED if digest else _UNSEALED}")
     return record
 
 
@@ -267,8 +268,7 @@ class StoredTensors:
             raise _damaged(self.path, error) from error
         checksum = _checksum(self.metadata, tensors)
         if self.metadata.get("checksum", "" if sealed else checksum) != checksum:
-            reason = _MISMATCH if "checksum" in self.metadata else "it has no checksum"
-            raise FileError(f"{self.path}: is damaged: {reason}")
+            raise FileError(f"{self.path}: {_DAMAGED if 'checksum' in self.metadata else _UNSEALED}")
         return tensors
 
 

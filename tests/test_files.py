@@ -145,7 +145,7 @@ def test_the_version_is_looked_at_first_and_a_digest_is_wanted(tmp_path):
         ('{"format": 2, "digest": 3}', "expected format 1, got 2"),
         ("[1]", "expected a record with a format"),
         ("{}", "expected a record with a format"),
-        ('{"format": 1, "rate": 1}', "is damaged: it has no digest"),
+        ('{"format": 1, "rate": 1}', "is damaged or of an older version: it has no checksum"),
         ('{"format": 1, "rate": 1, "digest": "0"}', "is damaged: its content does not match"),
     ):
         path.write_text(text)
@@ -153,7 +153,7 @@ def test_the_version_is_looked_at_first_and_a_digest_is_wanted(tmp_path):
             files.read_record(path, 1)
     path.write_text('{"format": 1, "rate": 1}')
     assert files.read_record(path, 1, unsealed={"format", "rate"}) == {"format": 1, "rate": 1}
-    with pytest.raises(files.FileError, match="is damaged: it has no digest"):
+    with pytest.raises(files.FileError, match="is damaged or of an older version: it has no checksum"):
         files.read_record(path, 1, unsealed={"format", "rate", "more"})
 
 
@@ -219,7 +219,7 @@ def test_no_wrong_bit_of_a_tensor_comes_back(tmp_path):
 def test_tensors_without_checksum_are_read_only_if_asked_for(tmp_path):
     path = files.write_bytes(tmp_path / "a", safetensors.torch.save(TENSORS))
     assert read_tensors(path, sealed=False)[1].keys() == TENSORS.keys()
-    with pytest.raises(files.FileError, match="is damaged: it has no checksum"):
+    with pytest.raises(files.FileError, match="is damaged or of an older version: it has no checksum"):
         read_tensors(path)
 
 
