@@ -27,7 +27,7 @@ from fastl2l.tasks.base import Task, check_start, fingerprint, integer, problem_
 
 FORMAT = 1
 """Of the saved files."""
-LARGEST_RESULTS = 2**28
+LARGEST_RESULTS = 2**26
 """Bytes of results.json, which has a number for every run."""
 _UNSEALED = {"format", "metadata", "final", "losses"}
 """What is in a results.json from before it had a digest."""

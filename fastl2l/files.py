@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastl2l.build import cache_folder
 
-LARGEST_TEXT = 2**24
+LARGEST_TEXT = 2**22
 """Bytes of JSON that are parsed: of a file, unless its reader allows more, or of the header of one."""
 DEEPEST = 64
 """Levels of JSON: every other function that walks over a value may then recurse."""

@@ -251,7 +251,7 @@ def test_a_header_is_bounded(tmp_path):
     os.truncate(path, 2**41)
     with pytest.raises(files.FileError, match="a header of more than"):
         read_tensors(path)
-    with pytest.raises(ValueError, match="metadata: expected at most 16777216 bytes, got "):
+    with pytest.raises(ValueError, match="metadata: expected at most 4194304 bytes, got "):
         files.write_tensors(tmp_path / "b", TENSORS, {"x": "y" * files.LARGEST_TEXT})
     assert names(tmp_path) == ["a"]
 

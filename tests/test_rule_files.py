@@ -197,7 +197,7 @@ def test_a_recipe_that_could_not_be_read_is_not_written(tmp_path):
     deep = {"x": json.loads("[" * 100 + "]" * 100)}
     for recipe, message in (
         (deep, "recipe: expected JSON of at most 64 levels"),
-        ({"x": "y" * 2**24}, "metadata: expected"),
+        ({"x": "y" * files.LARGEST_TEXT}, "metadata: expected"),
     ):
         with pytest.raises(ValueError, match=message):
             save_rule(random_rule(hidden=3), tmp_path / "a", recipe=recipe)
