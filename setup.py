@@ -48,9 +48,8 @@ def native():
             """Of a build inside the checkout, keep in mind what it was built from."""
             super().copy_extensions_to_source()
             for extension in self.extensions:
-                build.stamp_file(build.PACKAGE / Path(self.get_ext_filename(extension.name)).name).write_text(
-                    build.fingerprint()
-                )
+                library = build.PACKAGE / Path(self.get_ext_filename(extension.name)).name
+                build.stamp_file(library).write_text(build.stamp_text(library))
 
     os.environ.update(build.build_environment())
     parameters = build.parameters()

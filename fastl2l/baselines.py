@@ -6,7 +6,6 @@ fresh problems of the task, which are never those of a test.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastl2l.files import cache_file, write_json
+from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.tasks.base import Problem, Task, check_start, evaluate_loss, integer, problem_seed, value_and_grad
 
 FORMAT = 1
@@ -128,7 +127,7 @@ def tune(
     Divergence counts as inf, and no rate is tried above one that ends far above where it started.
 
     The result is kept in FASTL2L_CACHE (~/.cache/fastl2l), with all rates tried and their losses, under a hash of
-    everything it depends on. A file that is damaged is ignored and written anew.
+    everything it depends on. A file that is damaged is warned of and written anew.
 
     Args:
         task: what to tune on.
@@ -149,19 +148,26 @@ def tune(
     integer("steps", steps)
     integer("runs", runs)
     integer("seed", seed, least=0)
-    request = {
-        "format": FORMAT,
-        "task": task.spec(),
-        "baseline": {"name": baseline.name, **baseline.options},
-        "steps": steps,
-        "runs": runs,
-        "seed": seed,
-    }
-    path = cache_file("tuning", request, ".json")
-    known = _read(path, request) if cache else None
-    if known is not None:
-        return known
-    check_start(task.sample(problem_seed(seed, "tune", 0)))
+    request = plain(
+        {
+            "format": FORMAT,
+            "task": task.spec(),
+            "baseline": {"name": baseline.name, **baseline.options},
+            "steps": steps,
+            "runs": runs,
+            "seed": seed,
+        }
+    )
+
+    def search() -> dict[str, Any]:
+        check_start(task.sample(problem_seed(seed, "tune", 0)))
+        tried = _search(try_rate)
+        best = min(tried, key=lambda lr: tried[lr])
+        if tried[best] == math.inf:
+            rates = f"every learning rate, even {min(tried):.0e}"
+            raise ValueError(f"task {task.name!r}: {baseline.name} diverges at {rates}")
+        record = [{"lr": lr, "loss": loss if loss < math.inf else "inf"} for lr, loss in sorted(tried.items())]
+        return request | {"lr": best, "tried": record}
 
     def try_rate(lr: float) -> tuple[float, float]:
         start, final = _mean_losses(task, baseline.with_lr(lr), steps, runs, seed)
@@ -169,14 +175,10 @@ def tune(
             report(lr, final)
         return start, final
 
-    tried = _search(try_rate)
-    best = min(tried, key=lambda lr: tried[lr])
-    if tried[best] == math.inf:
-        raise ValueError(f"task {task.name!r}: {baseline.name} diverges at every learning rate, even {min(tried):.0e}")
-    if cache:
-        record = [{"lr": lr, "loss": loss if loss < math.inf else "inf"} for lr, loss in sorted(tried.items())]
-        write_json(path, request | {"lr": best, "tried": record})
-    return best
+    path = cache_file("tuning", request, ".json")
+    answer = cached(path, lambda path: _read(path, request), search, write_record) if cache else search()
+    lr: float = answer["lr"]
+    return lr
 
 
 def _mean_losses(task: Task, baseline: Baseline, steps: int, runs: int, seed: int) -> tuple[float, float]:
@@ -218,12 +220,12 @@ def _rate(number: int) -> float:
     return float(f"{10 ** (number / 12):.4g}")
 
 
-def _read(path: Path, request: dict[str, Any]) -> float | None:
-    """The learning rate that the cache holds for this request; None where it holds none that can be read."""
-    try:
-        record = json.loads(path.read_text())
-        lr = record["lr"]
-        is_answer = record == request | {"lr": lr, "tried": record["tried"]} and 0 < lr < math.inf
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return lr if is_answer else None
+def _read(path: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """What the cache holds for this request."""
+    record = read_record(path, FORMAT)
+    lr = record.get("lr")
+    if record != request | {"lr": lr, "tried": record.get("tried")}:
+        raise FileError(f"{path}: is the answer to another request")
+    if not isinstance(lr, float) or not 0 < lr < math.inf:
+        raise FileError(f"{path}: expected a learning rate, got {shown(lr)}")
+    return record

@@ -101,16 +101,36 @@ def cache_folder() -> Path:
 
 
 def stamp_file(library: Path) -> Path:
-    """The file beside a library built in a checkout that holds the fingerprint of its sources."""
+    """The file beside a library built in a checkout that says what it was built from, and what came of it."""
     return library.with_name(library.name + ".fingerprint")
 
 
+def stamp_text(library: Path) -> str:
+    """What the stamp of a whole library of these sources holds."""
+    return f"{fingerprint()}\n{_digest(library)}\n"
+
+
 def prebuilt() -> Path | None:
-    """The library that setup.py built, unless it did so in this checkout and the sources have changed since."""
+    """The library that setup.py built, unless it did so in this checkout and sources or library have changed since."""
     library = PACKAGE / "_C.abi3.so"
     stamp = stamp_file(library)
-    stale = stamp.exists() and stamp.read_text() != fingerprint()
-    return library if library.exists() and not stale else None
+    if not library.is_file():
+        return None
+    words, expected = _text(stamp).split(), stamp_text(library).split()
+    stale = stamp.exists() and words not in (expected, expected[:1])  # older stamps have no digest
+    return None if stale else library
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _text(path: Path) -> str:
+    """Of a file that we wrote; nothing where it is missing or something else."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
 
 
 @functools.cache
@@ -162,26 +182,39 @@ def _build_and_load() -> None:
         raise RuntimeError(f"there are no C++ sources in {source_folder()}")
     key = hashlib.sha256(f"{fingerprint()} {build.sources} {sysconfig.get_platform()}".encode()).hexdigest()[:16]
     folder = cache_folder().absolute() / "native" / f"torch-{torch.__version__}-{key}"
-    finished = folder / "finished"
-    if not finished.exists():
-        with _locked(folder.with_name(folder.name + ".lock")):
-            if not finished.exists():
+    library = folder / f"{LIBRARY}.so"
+    if not _is_finished(library):
+        with locked(folder.with_name(folder.name + ".lock")):
+            if not _is_finished(library):
                 # What a killed build left: half a library, or torch's own lock, which is never given back.
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 _compile_and_load(build, folder)
-                finished.touch()
-    torch.ops.load_library(str(folder / f"{LIBRARY}.so"))
+                _finished_file(library).write_text(_digest(library))
+    torch.ops.load_library(str(library))
+
+
+def _finished_file(library: Path) -> Path:
+    """The mark beside a library that was built on first use: its digest. One that was cut would end the process."""
+    return library.with_name("finished")
+
+
+def _is_finished(library: Path) -> bool:
+    return library.is_file() and _text(_finished_file(library)) == _digest(library)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes out; the system gives the lock back when its holder ends, however it ends."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep others out; the system gives the lock back when its holder ends, however it ends.
+
+    Raises:
+        BlockingIOError: another has the lock, and `wait` is False.
+    """
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 

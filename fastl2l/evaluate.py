@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import io
-import json
 import math
 import os
 import platform
@@ -14,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from rich.table import Table
 from scipy.special import stdtrit  # quantile of Student's t distribution
 from torch import Tensor, nn
 
 from fastl2l.baselines import Baseline, descend, tune
-from fastl2l.files import write_bytes, write_json, write_text
+from fastl2l.files import open_tensors, read_record, shown, write_record, write_tensors, write_text
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.progress import Progress
 from fastl2l.rules import Rule
@@ -29,6 +27,10 @@ from fastl2l.tasks.base import Task, check_start, fingerprint, integer, problem_
 
 FORMAT = 1
 """Of the saved files."""
+LARGEST_RESULTS = 2**26
+"""Bytes of results.json, which has a number for every run."""
+_UNSEALED = {"format", "metadata", "final", "losses"}
+"""What is in a results.json from before it had a digest."""
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -123,10 +125,9 @@ class Curves:
         last; it names the losses that it belongs to, so that `load` never mixes two evaluations.
         """
         path = Path(folder)
-        losses = safetensors.torch.save({name: losses.contiguous() for name, losses in self.losses.items()})
-        write_bytes(path / "losses.safetensors", losses)
+        write_tensors(path / "losses.safetensors", self.losses)
         write_text(path / "curves.csv", self._csv())
-        write_json(path / "results.json", self._results())
+        write_record(path / "results.json", self._results())
         return path
 
     @classmethod
@@ -139,15 +140,24 @@ class Curves:
         """
         path = Path(folder)
         try:
-            results = json.loads((path / "results.json").read_text())
-            if results["format"] != FORMAT:
-                raise ValueError(f"expected format {FORMAT}, got {results['format']}")
-            metadata = results["metadata"]
-            losses = safetensors.torch.load((path / "losses.safetensors").read_bytes())
-            losses = {name: losses[name] for name in metadata["optimizers"]}
+            results = read_record(path / "results.json", FORMAT, largest=LARGEST_RESULTS, unsealed=_UNSEALED)
+            metadata, shape = results["metadata"], results.get("shape")
+            names = list(metadata["optimizers"])
+            if not all(isinstance(about, dict) for about in metadata["optimizers"].values()):
+                raise TypeError(f"optimizers are {shown(metadata['optimizers'])}")
+            with open_tensors(path / "losses.safetensors") as stored:
+                if stored.shapes.keys() != set(names):
+                    raise ValueError(f"expected losses of {shown(names)}, got {shown(stored.shapes)}")
+                if shape is not None and any(list(found) != shape for found in stored.shapes.values()):
+                    raise ValueError(f"expected losses of shape {shown(shape)}, got {shown(stored.shapes)}")
+                losses = stored.load(sealed=shape is not None)
+            losses = {name: losses[name] for name in names}
             if fingerprint(*losses.values()) != results["losses"]:
                 raise ValueError("losses.safetensors is not the one that results.json was written with")
-        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
+            reason = f"other content in results.json: {error}"
+            raise ValueError(f"folder: expected curves saved by fastl2l in {path}, got {reason}") from error
+        except ValueError as error:
             raise ValueError(f"folder: expected curves saved by fastl2l in {path}, got: {error}") from error
         return cls(losses, metadata)
 
@@ -187,6 +197,7 @@ class Curves:
             "metadata": metadata,
             "final": final,
             "losses": fingerprint(*self.losses.values()),
+            "shape": [self.runs, self.steps + 1],
         }
 
 

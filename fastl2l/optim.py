@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastl2l.files import shown
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.optimizer_state import SHAPE, STATE, Together, check_saved, check_shape, select_rows
-from fastl2l.rule_config import shortened
 from fastl2l.rules import Rule, upgraded
 
 NONFINITE = ("raise", "skip", "propagate")
@@ -468,9 +468,9 @@ def _check_group(group: dict[str, Any], backend: str) -> None:
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a rule for every parameter group, got {type(rule).__name__}")
     if not _is_rate(lr):
-        raise ValueError(f"lr: expected a finite number >= 0, got {shortened(lr)}")
+        raise ValueError(f"lr: expected a finite number >= 0, got {shown(lr)}")
     if isinstance(decay, Tensor) or not _is_rate(decay):
-        raise ValueError(f"weight_decay: expected a finite number >= 0, got {shortened(decay)}")
+        raise ValueError(f"weight_decay: expected a finite number >= 0, got {shown(decay)}")
     for name in _foreign_options():
         if group.get(name):  # options that are off have no effect anywhere
             raise ValueError(
@@ -530,6 +530,6 @@ def _check_same_rule(index: int, saved: Any, rule: Rule) -> bool:
     for name in ("kind", "config", "dtype"):
         if theirs.get(name) != mine[name]:
             raise ValueError(
-                f"rule of group {index}: expected {name} {mine[name]}, got {shortened(theirs.get(name))} in the state_dict"
+                f"rule of group {index}: expected {name} {mine[name]}, got {shown(theirs.get(name))} in the state_dict"
             )
     return saved.get("fingerprint") == mine["fingerprint"]

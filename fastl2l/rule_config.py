@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fastl2l.files import shown
+
 MOST_UNITS = 1 << 15
 MOST_LAYERS = 64
 """Far beyond what is of use, and small enough that no size that is computed from them overflows."""
@@ -36,7 +38,7 @@ def number_text(value: float) -> str:
 
 def require_int(name: str, value: object, least: int, most: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name}: expected an integer of at least {least} and at most {most}, got {shortened(value)}")
+        raise ValueError(f"{name}: expected an integer of at least {least} and at most {most}, got {shown(value)}")
     return value
 
 
@@ -48,17 +50,8 @@ def require_positive(name: str, value: object, below: float = math.inf) -> float
         number = math.nan
     if not 0 < number < below:
         limit = "" if below == math.inf else f" below {below:g}"
-        raise ValueError(f"{name}: expected a finite positive number{limit}, got {shortened(value)}")
+        raise ValueError(f"{name}: expected a finite positive number{limit}, got {shown(value)}")
     return number
-
-
-def shortened(value: object) -> str:
-    """`value` for a message, however long it is."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of too many digits
-        text = f"a {type(value).__name__} too long to print"
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,7 @@ class Projection:
 
     def __post_init__(self) -> None:
         if self.activation not in PROJECTIONS:
-            raise ValueError(f"projection: expected one of {', '.join(PROJECTIONS)}, got {shortened(self.activation)}")
+            raise ValueError(f"projection: expected one of {', '.join(PROJECTIONS)}, got {shown(self.activation)}")
         require_int("projection units", self.units, 1, MOST_UNITS)
 
     def __str__(self) -> str:
@@ -177,15 +170,15 @@ class RuleConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.features, (*FEATURES.values(), type(None))):
-            raise ValueError(f"features: expected one of {', '.join(FEATURES)}, got {shortened(self.features)}")
+            raise ValueError(f"features: expected one of {', '.join(FEATURES)}, got {shown(self.features)}")
         if not isinstance(self.layers, tuple) or not 1 <= len(self.layers) <= MOST_LAYERS:
-            raise ValueError(f"layers: expected 1 to {MOST_LAYERS} numbers of units, got {shortened(self.layers)}")
+            raise ValueError(f"layers: expected 1 to {MOST_LAYERS} numbers of units, got {shown(self.layers)}")
         for units in self.layers:
             require_int("units", units, 1, MOST_UNITS)
         if len(set(self.layers)) > 1:
             raise ValueError(f"layers: expected as many units in every layer, got {self.layers}")
         if self.output not in OUTPUTS:
-            raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {shortened(self.output)}")
+            raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {shown(self.output)}")
         require_int("given", self.given, 0, MOST_UNITS)
         if self.features is None and self.given == 0:
             raise ValueError("features: expected features of the gradient, given rows or both, got neither")
@@ -207,7 +200,7 @@ class RuleConfig:
             ValueError: it is no rule's text; the message holds the text and what is wrong with it.
         """
         if not isinstance(text, str) or len(text) > MOST_TEXT:
-            raise ValueError(f"rule: expected a text of at most {MOST_TEXT} characters, got {shortened(text)}")
+            raise ValueError(f"rule: expected a text of at most {MOST_TEXT} characters, got {shown(text)}")
         return _parse(text)
 
     @property
@@ -283,7 +276,7 @@ class RuleConfig:
         if description.keys() == {"preprocess", "p", "scale", "output_scale", "hidden_size", "num_layers"}:
             return lstm_config(**description)
         if description.keys() != {"text", "output_scale"}:
-            raise ValueError(f"expected text and output_scale, got {shortened(sorted(map(str, description)))}")
+            raise ValueError(f"expected text and output_scale, got {shown(sorted(map(str, description)))}")
         return dataclasses.replace(cls.parse(description["text"]), output_scale=description["output_scale"])
 
 
@@ -292,7 +285,7 @@ def lstm_config(
 ) -> RuleConfig:
     """The configuration of an `LSTMRule`, whose arguments these are."""
     if preprocess not in (Raw.name, LogSign.name):
-        raise ValueError(f"preprocess: expected one of raw, log_sign, got {shortened(preprocess)}")
+        raise ValueError(f"preprocess: expected one of raw, log_sign, got {shown(preprocess)}")
     features = LogSign(p), Raw(scale)  # both are checked
     return RuleConfig(
         features[0] if preprocess == LogSign.name else features[1],

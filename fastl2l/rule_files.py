@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from fastl2l import files
 from fastl2l.rule_config import RuleConfig
-from fastl2l.rules import Rule, make_rule
+from fastl2l.rules import RULES, Rule, make_rule
 
 FORMAT = "fastl2l-rule"
-VERSION = 1
+VERSION = 2
+_READ = ("1", "2")
+"""Versions that are read. The first had configurations of its one kind of rule in place of a text."""
 _SHIPPED = Path(__file__).parent / "shipped"
 _METADATA = {"format", "format_version", "rule", "config", "recipe", "checksum"}
+_DTYPES = {"F32": torch.float32, "F64": torch.float64}
 
 
 class RuleFileError(ValueError):
@@ -36,6 +36,7 @@ def save_rule(rule: Rule, path: str | os.PathLike[str], *, recipe: dict[str, Any
 
     Raises:
         TypeError: `rule` is not a rule, or `recipe` holds something JSON cannot.
+        ValueError: `recipe` is longer or deeper than what would be read.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a rule, got {type(rule).__name__}")
@@ -46,9 +47,8 @@ def save_rule(rule: Rule, path: str | os.PathLike[str], *, recipe: dict[str, Any
         "config": json.dumps(rule.config.describe()),
         "recipe": json.dumps(recipe or {}),
     }
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in rule.named_parameters()}
-    metadata["checksum"] = _checksum(metadata, weights)
-    return files.write_bytes(path, save(weights, metadata))
+    files.parse_json(metadata["recipe"], "recipe")
+    return files.write_tensors(path, dict(rule.named_parameters()), metadata)
 
 
 def shipped() -> dict[str, Path]:
@@ -67,21 +67,10 @@ def load_rule(path: str | os.PathLike[str]) -> Rule:
         RuleFileError: it is damaged, a pickle, of another format or version, or its weights do not fit its
             configuration.
     """
-    metadata, weights = _read(path)
+    kind, config, dtype, _, weights = _read(path)
     try:
-        config = RuleConfig.from_description(json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise RuleFileError(f"{path}: its configuration cannot be used: {error}") from error
-    # Before a rule is made: a wrong size in the configuration could ask for any amount of memory.
-    expected = dict(config.weight_shapes)
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    dtypes = {weight.dtype for weight in weights.values()}
-    if found != expected or dtypes not in ({torch.float32}, {torch.float64}):
-        got = " and ".join(sorted(map(str, dtypes)))
-        raise RuleFileError(f"{path}: expected weights {expected}, all float32 or all float64, got {found} of {got}")
-    try:
-        rule = make_rule(metadata.get("rule", ""), config, dtype=dtypes.pop())
-    except ValueError as error:
+        rule = make_rule(kind, config, dtype=dtype)
+    except ValueError as error:  # a constant that is no number of this dtype
         raise RuleFileError(f"{path}: {error}") from error
     rule.load_weights(weights)
     return rule
@@ -89,45 +78,71 @@ def load_rule(path: str | os.PathLike[str]) -> Rule:
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The recipe that a rule file or a shipped rule carries. Raises as :func:`load_rule` does."""
-    recipe: dict[str, Any] = json.loads(_read(path)[0].get("recipe", "{}"))
-    return recipe
+    return _read(path).recipe
 
 
-def _read(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+class _Content(NamedTuple):
+    """What a rule file holds, all of it checked."""
+
+    kind: str
+    config: RuleConfig
+    dtype: torch.dtype
+    recipe: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+
+def _read(name_or_path: str | os.PathLike[str]) -> _Content:
     path = shipped().get(os.fspath(name_or_path), Path(name_or_path))
     if not path.is_file():
         names = ", ".join(shipped())
         raise FileNotFoundError(f"{path}: expected a rule file or one of {names}, and there is no such file")
-    with path.open("rb") as file:
-        start = file.read(4)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        if start[:1] == b"\x80" or start == b"PK\x03\x04":  # looked at only now: a safetensors file may begin so too
+        with files.open_tensors(path) as stored:
+            return _checked(stored)
+    except files.FileError as error:
+        if _is_pickle(path):  # looked at only now: a safetensors file may begin so too
             raise RuleFileError(
                 f"{path}: expected a safetensors file, got a pickle, which could run any code; it was not unpickled"
             ) from error
-        raise RuleFileError(
-            f"{path}: expected a safetensors file, and it is damaged or something else: {error}"
-        ) from error
+        raise RuleFileError(str(error)) from error
+
+
+def _checked(stored: files.StoredTensors) -> _Content:
+    """The version first, then what the file says of itself, and only then the weights, which may be large."""
+    path, metadata, shown = stored.path, stored.metadata, files.shown
     if metadata.get("format") != FORMAT:
-        raise RuleFileError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
-    if metadata.get("format_version") != str(VERSION):
-        raise RuleFileError(f"{path}: expected format version {VERSION}, got {metadata.get('format_version')}")
-    expected = _checksum(metadata, weights)
-    if metadata.get("checksum", expected) != expected or not metadata.keys() <= _METADATA:
-        raise RuleFileError(f"{path}: is damaged: its content does not match its checksum")
-    return metadata, weights
+        raise RuleFileError(f"{path}: expected format {FORMAT!r}, got {shown(metadata.get('format'))}")
+    if metadata.get("format_version") not in _READ:
+        version = str(metadata.get("format_version"))[:80]
+        raise RuleFileError(f"{path}: expected format version {VERSION}, got {version}")
+    if unknown := metadata.keys() - _METADATA:
+        raise RuleFileError(f"{path}: is damaged: it holds unknown metadata {shown(sorted(unknown))}")
+    kind = metadata.get("rule", "")
+    if kind not in (*RULES, Rule.kind):
+        raise RuleFileError(f"{path}: expected a rule of kind {', '.join(RULES)} or {Rule.kind}, got {shown(kind)}")
+    config = _configuration(stored)
+    expected = dict(config.weight_shapes)
+    if stored.shapes != expected or len(stored.dtypes) != 1 or not stored.dtypes <= _DTYPES.keys():
+        wanted, got = shown(expected), f"{shown(stored.shapes)} of {shown(sorted(stored.dtypes))}"
+        raise RuleFileError(f"{path}: expected weights {wanted}, all float32 or all float64, got {got}")
+    (dtype,) = stored.dtypes
+    weights = stored.load(sealed="checksum" in metadata)
+    recipe = files.parse_json(metadata.get("recipe", "{}"), f"{path}: its recipe")
+    if not isinstance(recipe, dict):
+        raise RuleFileError(f"{path}: expected a recipe with names, got {shown(recipe)}")
+    return _Content(kind, config, _DTYPES[dtype], recipe, weights)
 
 
-def _checksum(metadata: dict[str, str], weights: dict[str, torch.Tensor]) -> str:
-    """Of all that a file holds. Safetensors has none of its own, and a wrong bit in a weight is not seen otherwise."""
-    digest = hashlib.sha256()
-    for name in sorted(metadata.keys() - {"checksum"}):
-        digest.update(f"{name} {metadata[name]}\n".encode())
-    for name in sorted(weights):
-        digest.update(f"{name} {weights[name].dtype} {list(weights[name].shape)}\n".encode())
-        digest.update(weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _configuration(stored: files.StoredTensors) -> RuleConfig:
+    """What the metadata say of the rule; its sizes are bounded (rule_config.py)."""
+    path = stored.path
+    try:
+        return RuleConfig.from_description(files.parse_json(stored.metadata["config"], "config"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RuleFileError(f"{path}: its configuration cannot be used: {str(error)[:400]}") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start[:1] == b"\x80" or start == b"PK\x03\x04"

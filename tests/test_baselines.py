@@ -10,6 +10,7 @@ import torch
 
 from fastl2l import baselines
 from fastl2l.baselines import NAG, SGD, Adam, RMSprop, descend, tune
+from fastl2l.files import write_record
 from fastl2l.tasks import Quadratic
 from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
 
@@ -154,17 +155,37 @@ def test_rates_are_kept_and_damage_is_repaired(cache):
     arguments = {"runs": 1, "report": lambda lr, loss: calls.append(lr)}
     lr = tune(Parabola(1.0), SGD(), 3, **arguments)
     (file,) = cache.iterdir()
-    record = json.loads(file.read_text())
+    whole = file.read_text()
+    record = json.loads(whole)
     assert record["lr"] == lr
     assert sorted(calls) == [entry["lr"] for entry in record["tried"]]
     calls.clear()
     assert tune(Parabola(1.0), SGD(), 3, **arguments) == lr
     assert calls == []
-    others = [json.dumps(record | change) for change in ({"lr": -1}, {"lr": "1"}, {"steps": 9})]
-    for damaged in ("", "{}", "[]", file.read_text()[:50], *others):
+    del record["digest"]
+    others = [record | change for change in ({"lr": -1.0}, {"lr": "1"}, {"lr": [1]}, {"steps": 9}, {"tried": []})]
+    sealed = [write_record(cache / "other", other).read_text() for other in others[:-1]]
+    (cache / "other").unlink()
+    unsealed = [json.dumps(other) for other in others]
+    flipped = whole.replace(f'"lr": {lr}', f'"lr": {lr * 2}')
+    for damaged in ("", "{}", "[]", whole[:50], "[" * 10**6, flipped, *sealed, *unsealed):
+        assert damaged != whole
         file.write_text(damaged)
-        assert tune(Parabola(1.0), SGD(), 3, **arguments) == lr
-        assert json.loads(file.read_text()) == record
+        with pytest.warns(RuntimeWarning, match=f"{file.name}: .*; it is computed anew"):
+            assert tune(Parabola(1.0), SGD(), 3, **arguments) == lr
+        assert file.read_text() == whole
+
+
+class Wide(Parabola):
+    """Says what it is with a tuple, which JSON does not have."""
+
+    def spec(self):
+        return {"name": self.name, "hidden": (20, 20)}
+
+
+def test_rates_of_a_task_with_a_tuple_in_its_spec_are_found():
+    tune(Wide(1.0), SGD(), 3, runs=1)
+    tune(Wide(1.0), SGD(), 3, runs=1, report=pytest.fail)
 
 
 def test_every_part_of_the_request_has_a_file_of_its_own(cache):

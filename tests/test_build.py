@@ -250,6 +250,15 @@ def test_build_in_place_is_stamped_and_used_until_sources_change(package, no_too
     assert load_copy(package).prebuilt() == library
     assert use(package, PATH=no_tools) == "42"
 
+    stamp, whole = build.stamp_file(library), library.read_bytes()
+    stamp.write_text(load_copy(package).fingerprint())  # as older versions did
+    assert load_copy(package).prebuilt() == library
+    stamp.write_text(load_copy(package).stamp_text(library))
+    library.write_bytes(whole[:-1000])  # by a build that was killed, say
+    assert load_copy(package).prebuilt() is None
+    assert use(package) == "42"
+    library.write_bytes(whole)
+
     source = package / "csrc" / "cpu" / "answer.cpp"
     source.write_text(source.read_text().replace("42", "43"))
     assert load_copy(package).prebuilt() is None
@@ -335,6 +344,22 @@ def test_build_that_was_killed_does_not_stop_the_next(package):
     (folder / "finished").unlink()
     (folder / "lock").touch()  # what torch leaves behind when it is killed
     (folder / "fastl2l_C.so").write_bytes(b"half a library")
+    assert use(package, FASTL2L_REQUIRE_EXT=1) == "42"
+
+
+def test_a_library_that_is_damaged_or_missing_beside_the_mark_is_built_anew(package):
+    assert use(package) == "42"
+    library = next(package.glob("cache/native/*/fastl2l_C.so"))
+    flipped = bytearray(library.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    for content in (library.read_bytes()[:10_000], bytes(flipped), None):
+        library.unlink()  # not written over: a process that has it mapped would end
+        if content is not None:
+            library.write_bytes(content)
+        again = run_python(USE, package, FASTL2L_REQUIRE_EXT=1)
+        assert again.stdout.strip() == "42", (again.returncode, again.stderr)
+        assert BUILDING in again.stderr
+    (library.parent / "finished").write_text("")
     assert use(package, FASTL2L_REQUIRE_EXT=1) == "42"
 
 

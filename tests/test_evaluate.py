@@ -7,11 +7,13 @@ import json
 import math
 
 import pytest
+import safetensors.torch
 import torch
 from rich.console import Console
 from scipy import stats
 from torch import nn
 
+from fastl2l import files
 from fastl2l.baselines import SGD, Adam, descend
 from fastl2l.evaluate import Curves, comparisons, evaluate, with_half_width
 from fastl2l.optim import FusedLSTMOptimizer
@@ -247,3 +249,52 @@ def test_damaged_and_mixed_files_are_refused(curves, tmp_path):
             Curves.load(one)
     with pytest.raises(FileNotFoundError):
         Curves.load(tmp_path / "nowhere")
+
+
+def test_nothing_that_is_printed_is_taken_from_a_damaged_file(curves, tmp_path):
+    path = curves.save(tmp_path) / "results.json"
+    whole = path.read_text()
+    for before, after in (
+        ('"lr": 0.01', '"lr": 0.03'),
+        ('"kind": "baseline"', '"kind": "cbseline"'),
+        ('"name": "quadratic"', '"name": "quadratib"'),
+        ('"seed": 3', '"seed": 2'),
+        ('"digest"', '"digess"'),
+        (whole, "[" * 10**6),
+        (whole, '{"format": 1, "metadata": {"optimizers": {}}, "final": {}, "losses": ""}'),
+        (whole, '{"format": 1, "metadata": 3, "final": {}, "losses": ""}'),
+        (whole, '{"format": 1, "metadata": {"optimizers": {"sgd": 3}}, "final": {}, "losses": ""}'),
+        (whole, "[1]"),
+    ):
+        damaged = whole.replace(before, after)
+        assert damaged != whole
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"folder: expected curves saved by fastl2l in .*(results.json|losses)"):
+            Curves.load(tmp_path)
+
+
+def test_losses_of_another_shape_are_not_read(curves, tmp_path, monkeypatch):
+    curves.save(tmp_path)
+    other = {name: torch.zeros(6, 14, dtype=torch.float64) for name in curves.losses}
+    files.write_tensors(tmp_path / "losses.safetensors", other)
+    monkeypatch.setattr(files.StoredTensors, "load", pytest.fail)
+    with pytest.raises(ValueError, match=r"expected losses of shape \[6, 13\], got .*\(6, 14\)"):
+        Curves.load(tmp_path)
+
+
+def test_curves_from_before_there_were_digests_are_read(curves, tmp_path):
+    curves.save(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    older = {name: results[name] for name in ("format", "metadata", "final", "losses")}
+    (tmp_path / "results.json").write_text(json.dumps(older))
+    (tmp_path / "losses.safetensors").write_bytes(safetensors.torch.save(curves.losses))
+    loaded = Curves.load(tmp_path)
+    assert loaded.metadata == curves.metadata
+    assert all(torch.equal(loaded.losses[name], curves.losses[name]) for name in curves.losses)
+
+
+def test_the_same_curves_are_the_same_bytes(curves, tmp_path):
+    for name in ("one", "two"):
+        curves.save(tmp_path / name)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import random_rule
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastl2l import MetaTrainer, baselines, cli, evaluate, experiments
+from fastl2l import MetaTrainer, baselines, cli, evaluate, experiments, files
 from fastl2l.evaluate import Curves
 from fastl2l.experiments import experiment, losses, recipes
 from fastl2l.experiments.experiment import Budget, Experiment, Panel
@@ -148,13 +149,31 @@ def test_a_damaged_file_is_computed_anew(tmp_path, followed):
     first = losses.curves(SMALL, optimizers, **options)
     (path,) = (tmp_path / "cache" / "losses").iterdir()
     good = path.read_bytes()
-    for damaged in (b"", good[:-9], b"x" * 100, good.replace(b'\\"steps\\": 4', b'\\"steps\\": 9')):
+    flipped = bytearray(good)
+    flipped[-3] ^= 1  # of a loss
+    deep = safetensors.torch.save({"losses": first.losses["sgd"]}, {"request": "[" * 10**6})
+    other = good.replace(b'\\"steps\\": 4', b'\\"steps\\": 9')
+    for damaged in (b"", good[:-9], b"x" * 100, other, bytes(flipped), deep):
         assert damaged != good
         path.write_bytes(damaged)
-        again = losses.curves(SMALL, optimizers, **options)
+        with pytest.warns(RuntimeWarning, match=f"{path.name}: .*; it is computed anew"):
+            again = losses.curves(SMALL, optimizers, **options)
         assert torch.equal(again.losses["sgd"], first.losses["sgd"])
         assert path.read_bytes() == good
-    assert len(followed) == 5
+    assert len(followed) == 7
+
+
+def test_kept_losses_of_another_size_are_not_read(tmp_path, followed, monkeypatch):
+    optimizers, options = {"sgd": baselines.SGD(0.02)}, {"steps": 4, "runs": 10, "tuning_runs": 1}
+    losses.curves(SMALL, optimizers, **options)
+    (path,) = (tmp_path / "cache" / "losses").iterdir()
+    with files.open_tensors(path) as stored:
+        request = {"request": stored.metadata["request"]}
+    files.write_tensors(path, {"losses": torch.zeros(10, 50, dtype=torch.float64)}, request)
+    monkeypatch.setattr(files.StoredTensors, "load", pytest.fail)
+    with pytest.warns(RuntimeWarning, match="expected float64"):
+        losses.curves(SMALL, optimizers, **options)
+    assert len(followed) == 2
 
 
 def test_runs_come_in_tens():

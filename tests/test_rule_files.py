@@ -13,7 +13,7 @@ import torch
 from helpers import random_rule
 from safetensors.torch import save
 
-from fastl2l import LSTMRule, RuleFileError, load_rule, save_rule
+from fastl2l import LSTMRule, RuleFileError, files, load_rule, save_rule
 from fastl2l.rule_files import read_recipe
 
 
@@ -148,6 +148,60 @@ def test_other_files_and_versions_are_refused(tmp_path, metadata, message):
     (tmp_path / "a").write_bytes(by_hand(random_rule(hidden=3), **metadata))
     with pytest.raises(RuleFileError, match=message):
         load_rule(tmp_path / "a")
+
+
+def test_nothing_in_a_file_takes_time_memory_or_a_long_message(tmp_path):
+    rule, path = random_rule(hidden=3), tmp_path / "a"
+    for metadata in (
+        {"config": json.dumps(asdict(rule.config) | {"num_layers": 10**9})},
+        {"config": json.dumps(asdict(rule.config) | {"num_layers": 10**4000})},
+        {"config": json.dumps(asdict(rule.config) | {"preprocess": "x" * 10**6})},
+        {"config": "[" * 10**6},
+        {"config": json.dumps({"x" * 10**6: 1})},
+        {"format": "x" * 10**6},
+        {"format_version": "x" * 10**6},
+        {"rule": "x" * 10**6},
+        {"x" * 10**6: "unknown"},
+        {"recipe": "[" * 10**6},
+        {"recipe": "[1]"},
+        {"recipe": "x"},
+    ):
+        path.write_bytes(by_hand(rule, **metadata))
+        for read in (load_rule, read_recipe):
+            with pytest.raises(RuleFileError) as caught:
+                read(path)
+            assert str(path) in str(caught.value)
+            assert len(str(caught.value)) < 1500
+    many = {f"weight_{number}": torch.zeros(1) for number in range(10_000)}
+    path.write_bytes(by_hand(rule, many))
+    with pytest.raises(RuleFileError, match="expected weights") as caught:
+        load_rule(path)
+    assert len(str(caught.value)) < 1500
+
+
+def test_weights_are_read_only_when_their_shapes_are_right(tmp_path, monkeypatch):
+    path, rows = tmp_path / "a", 10**9
+    config = json.dumps({"num_layers": 1})
+    metadata = {"format": "fastl2l-rule", "format_version": "1", "rule": "lstm", "config": config}
+    entry = {"dtype": "F32", "shape": [rows], "data_offsets": [0, 4 * rows]}
+    header = json.dumps({"__metadata__": metadata, "weight_out": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + 4 * rows)  # takes no place on the disk
+    monkeypatch.setattr(files.StoredTensors, "load", pytest.fail)
+    for read in (load_rule, read_recipe):
+        with pytest.raises(RuleFileError, match=r"expected weights .*, got {'weight_out': \(1000000000,\)}"):
+            read(path)
+
+
+def test_a_recipe_that_could_not_be_read_is_not_written(tmp_path):
+    deep = {"x": json.loads("[" * 100 + "]" * 100)}
+    for recipe, message in (
+        (deep, "recipe: expected JSON of at most 64 levels"),
+        ({"x": "y" * files.LARGEST_TEXT}, "metadata: expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_rule(random_rule(hidden=3), tmp_path / "a", recipe=recipe)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

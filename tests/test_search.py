@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import optuna
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from fastl2l import LSTMRule, MetaTrainer, cli
+from fastl2l.build import locked
 from fastl2l.meta import search_meta_lr
 from fastl2l.tasks import Quadratic
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_trainer(meta_lr, checkpoint):
@@ -21,13 +30,6 @@ def make_trainer(meta_lr, checkpoint):
 
 def search(folder, **options):
     return search_meta_lr(make_trainer, folder, **{"trials": 4, "epochs": 2, "progress": False, **options})
-
-
-set_state = optuna.storages.JournalStorage.set_trial_state_values
-
-
-def only_running(storage, trial_id, state, values=None):
-    return state == optuna.trial.TrialState.FAIL or set_state(storage, trial_id, state, values)
 
 
 def test_the_best_comes_first_and_is_what_training_gives(tmp_path):
@@ -43,30 +45,101 @@ def test_the_best_comes_first_and_is_what_training_gives(tmp_path):
     assert search(tmp_path / "c", seed=9) != found
 
 
-@pytest.mark.parametrize("way", ["interrupted", "killed"])
-def test_a_search_goes_on_in_the_middle_of_a_trial(tmp_path, monkeypatch, way):
-    expected = search(tmp_path / "whole")
-    epochs, epoch = [], MetaTrainer._epoch
+@pytest.fixture
+def epochs(monkeypatch):
+    """Every epoch that is really done; the run is interrupted when as many are as `epochs[0]` says."""
+    done, epoch = [None], MetaTrainer._epoch
 
-    def stopped(trainer, *args):
-        if len(epochs) == 5:
+    def counted(trainer, *args):
+        if len(done) - 1 == done[0]:
             raise KeyboardInterrupt
-        epochs.append(1)
+        done.append(trainer.meta_lr)
         return epoch(trainer, *args)
 
-    monkeypatch.setattr(MetaTrainer, "_epoch", stopped)
-    with monkeypatch.context() as patch:
-        if way == "killed":  # then nobody tells the study that the trial has failed
-            patch.setattr(optuna.storages.JournalStorage, "set_trial_state_values", only_running)
-        with pytest.raises(KeyboardInterrupt):
-            search(tmp_path / "cut")
-    monkeypatch.setattr(MetaTrainer, "_epoch", lambda *args: epochs.append(1) or epoch(*args))
-    found = search(tmp_path / "cut")
-    assert len(epochs) == 8  # none was done twice
-    assert len(found) == 4
-    assert {trial.meta_lr for trial in expected[:2]} & {trial.meta_lr for trial in found}
-    assert search(tmp_path / "cut") == found
-    assert len(epochs) == 8
+    monkeypatch.setattr(MetaTrainer, "_epoch", counted)
+    return done
+
+
+@pytest.mark.parametrize("stopped_after", range(8))
+def test_a_search_that_was_stopped_anywhere_is_the_same_search(tmp_path, epochs, stopped_after):
+    expected = search(tmp_path / "whole")
+    epochs[:] = [stopped_after]
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "cut")
+    epochs[0] = None
+    assert search(tmp_path / "cut") == expected
+    assert len(epochs) - 1 == 8  # none was done twice
+    assert search(tmp_path / "cut") == expected
+    assert len(epochs) - 1 == 8
+
+
+SEARCH = f"""
+import sys
+sys.path.insert(0, {os.fspath(Path(__file__).parent)!r})
+import torch
+from test_search import search
+torch.set_num_threads(1)
+print("ready", flush=True)
+for trial in search(sys.argv[1], trials=6, epochs=40):
+    print(trial, flush=True)
+"""
+
+
+def start(folder, cwd):
+    command, environment = [sys.executable, "-c", SEARCH, folder], os.environ | {"PYTHONPATH": os.fspath(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd, env=environment)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def found_by(process):
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0
+    return output.splitlines()
+
+
+def test_searches_that_are_killed_or_share_a_folder_find_the_same(tmp_path):
+    expected = [str(trial) for trial in search(tmp_path / "alone", trials=6, epochs=40)]
+    for delay in (0.05, 0.2, 0.4):  # with a relative folder, as on the command line
+        killed = start("shared", tmp_path)
+        time.sleep(delay)
+        killed.kill()
+        killed.communicate()
+    together = [start("shared", tmp_path) for _ in range(3)]
+    assert [found_by(one) for one in together] == [expected] * 3
+
+
+def test_searches_at_once_share_the_trials(tmp_path, epochs):
+    with locked(tmp_path / "trial-0.lock"):  # somebody else is at it
+        other = threading.Thread(target=search, args=(tmp_path,))
+        other.start()
+        while len(epochs) - 1 < 6:
+            time.sleep(0.01)
+            assert other.is_alive()
+        assert {path.name for path in tmp_path.glob("*.pt")} == {f"trial-{number}.pt" for number in (1, 2, 3)}
+    other.join()
+    assert len(epochs) - 1 == 8
+    assert len(search(tmp_path)) == 4
+    assert len(epochs) - 1 == 8
+
+
+def test_a_damaged_settings_file_is_named_with_the_cure(tmp_path):
+    found, path = search(tmp_path, trials=1), tmp_path / "search.json"
+    whole = path.read_text()
+    for damaged in ("", "[" * 10**6, whole.replace('"epochs": 2', '"epochs": 3'), whole[:99]):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"folder: .*search.json: .*; remove it to go on"):
+            search(tmp_path, trials=1)
+    path.unlink()
+    assert search(tmp_path, trials=1) == found
+
+
+def test_what_an_older_version_left_is_named_and_not_read(tmp_path):
+    (tmp_path / "study.journal").write_text('{"op_code": 0, "work')  # cut
+    (tmp_path / "study.journal.lock").symlink_to("nowhere/study.journal")
+    with pytest.warns(RuntimeWarning, match="study.journal is of an older version's search"):
+        found = search(tmp_path, trials=1)
+    assert search(tmp_path, trials=1) == found
 
 
 def test_more_trials_may_be_asked_for(tmp_path):
@@ -74,12 +147,20 @@ def test_more_trials_may_be_asked_for(tmp_path):
     more = search(tmp_path, trials=3)
     assert len(more) == 3
     assert set(first) < set(more)
+    assert search(tmp_path, trials=2) == first
 
 
-@pytest.mark.parametrize("other", [{"epochs": 3}, {"high": 0.2}])
-def test_a_search_with_other_settings_is_refused(tmp_path, other):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"epochs": 3}, "epochs: expected 3, got 2"),
+        ({"high": 0.2}, r"meta_lr: expected \[0.0001, 0.2\], got \[0.0001, 0.1\]"),
+        ({"seed": 1}, "search_seed: expected 1, got 0"),
+    ],
+)
+def test_a_search_with_other_settings_is_refused(tmp_path, other, message):
     search(tmp_path, trials=1)
-    with pytest.raises(ValueError, match=r"folder: .* holds a search with other settings: .*'epochs': 2"):
+    with pytest.raises(ValueError, match=f"folder: .* holds a search with other settings; {message}"):
         search(tmp_path, trials=1, **other)
 
 
@@ -89,6 +170,10 @@ def test_a_search_with_other_settings_is_refused(tmp_path, other):
         ({"trials": 0}, "trials: expected an integer >= 1, got 0"),
         ({"epochs": 0}, "epochs: expected an integer >= 1, got 0"),
         ({"low": 0.1, "high": 0.01}, "low, high: expected 0 < low < high, got 0.1 and 0.01"),
+        ({"high": float("inf")}, "high: expected a finite number, got inf"),
+        ({"high": float("nan")}, "low, high: expected 0 < low < high, got 0.0001 and nan"),
+        ({"seed": 2**32}, r"seed: expected an integer below 2\^32, got 4294967296"),
+        ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_written(tmp_path, options, message):

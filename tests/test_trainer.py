@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import io
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -311,7 +315,94 @@ def test_other_files_are_refused(saved, monkeypatch):
     with monkeypatch.context() as later:
         later.setattr(checkpoint_module, "VERSION", 99)
         trainer(checkpoint=saved).fit(1, progress=False)
-    refused(saved, "expected checkpoint version 1, got 99")
+    refused(saved, "expected checkpoint version 2, got 99")
+
+
+def sealed(path, content, line=b"fastl2l checkpoint 2\n"):
+    """A checkpoint as save writes it, of any content."""
+    if not isinstance(content, bytes):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getvalue()
+    path.write_bytes(line + hashlib.sha256(content).digest() + content)
+
+
+def content(path):
+    return torch.load(io.BytesIO(path.read_bytes().split(b"\n", 1)[1][32:]))
+
+
+def test_a_checkpoint_of_the_first_version_is_read_on(saved):
+    sealed(saved, {"version": 1} | content(saved), b"fastl2l checkpoint\n")
+    assert finished(trainer(checkpoint=saved), 4) == finished(trainer(), 4)
+
+
+def test_the_version_is_looked_at_before_anything_else(saved):
+    saved.write_bytes(b"fastl2l checkpoint 3\nof another kind")
+    refused(saved, "expected checkpoint version 2, got 3")
+    sealed(saved, {"version": 7, "settings": {}, "state": {}}, b"fastl2l checkpoint\n")
+    refused(saved, "got other content .*version 7")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one: [],
+        lambda one: {},
+        lambda one: 3,
+        lambda one: one | {"settings": 3},
+        lambda one: {"settings": one["settings"]},
+        lambda one: one | {"state": None},
+        lambda one: one | {"state": {}},
+        lambda one: one | {"state": one["state"] | {"history": 3}},
+        lambda one: one | {"state": one["state"] | {"history": [3]}},
+        lambda one: one | {"state": one["state"] | {"history": [(1, 2)]}},
+        lambda one: one | {"state": one["state"] | {"history": [("1", 2, 3, 4, 5)]}},
+        lambda one: one | {"state": one["state"] | {"best_loss": "1"}},
+        lambda one: one | {"state": one["state"] | {"current": {}}},
+        lambda one: one | {"state": one["state"] | {"best": one["state"]["best"] | {"more": torch.zeros(1)}}},
+        lambda one: one | {"state": one["state"] | {"best": dict.fromkeys(one["state"]["best"], torch.zeros(7))}},
+        lambda one: one | {"state": one["state"] | {"best": dict.fromkeys(one["state"]["best"], 1.0)}},
+        lambda one: one | {"state": one["state"] | {"adam": {}}},
+        lambda one: one | {"state": one["state"] | {"adam": {"state": {0: {}}, "param_groups": [{}]}}},
+        lambda one: one | {"state": one["state"] | {"adam": {"state": {0: 1}, "param_groups": [{}]}}},
+        lambda one: one | {"state": "x" * 10**6},
+        lambda one: one | {"settings": one["settings"] | {"seed": "x" * 10**6}},
+        lambda one: one | {"settings": one["settings"] | {"seed": torch.zeros(3)}},
+        lambda one: b"",
+        lambda one: b"x" * 1000,
+        lambda one: pickle.dumps(one["settings"]),
+        lambda one: deflated(one),
+    ],
+)
+def test_sealed_checkpoints_of_other_content_are_refused(saved, change):
+    sealed(saved, change(content(saved)))
+    refused(saved, "checkpoint: ")
+
+
+def deflated(one):
+    """What torch.save makes of `one` and of 100 MB of zeros, packed."""
+    buffer, packed = io.BytesIO(), io.BytesIO()
+    torch.save(one | {"more": torch.zeros(25_000_000)}, buffer)
+    with zipfile.ZipFile(buffer) as before, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as after:
+        for entry in before.infolist():
+            after.writestr(entry.filename, before.read(entry))
+    assert len(packed.getvalue()) < 1_000_000
+    return packed.getvalue()
+
+
+def test_messages_do_not_grow_with_a_checkpoint(saved):
+    one = content(saved)
+    for other in (one | {"state": "x" * 10**6}, one | {"settings": one["settings"] | {"seed": "x" * 10**6}}):
+        sealed(saved, other)
+        with pytest.raises(CheckpointError) as caught:
+            trainer(checkpoint=saved)
+        assert len(str(caught.value)) < 1500
+
+
+def test_a_checkpoint_larger_than_its_run_is_not_read(saved):
+    os.truncate(saved, 2**40)  # takes no place on the disk
+    with pytest.raises(CheckpointError, match=r"checkpoint: expected at most \d+ bytes, got more"):
+        trainer(checkpoint=saved)
 
 
 # What is not finite

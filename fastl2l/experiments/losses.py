@@ -11,15 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from fastl2l import baselines
 from fastl2l.baselines import Baseline
 from fastl2l.evaluate import Curves, describe, describe_optimizer, follow
-from fastl2l.files import cache_file, write_bytes
+from fastl2l.files import FileError, cache_file, cached, open_tensors, parse_json, plain, shown, write_tensors
 from fastl2l.rules import Rule
 from fastl2l.tasks import Task
 
@@ -74,31 +72,30 @@ def curves(
 
 def _kept(task: Task, optimizer: Rule | Baseline, steps: int, first: int, seed: int) -> Tensor:
     """Losses of problems number first ... first + 9, from the cache or into it."""
-    request = {
-        "format": FORMAT,
-        "task": task.spec(),
-        "optimizer": describe_optimizer(optimizer),
-        "steps": steps,
-        "seed": seed,
-        "first": first,
-        "problems": PROBLEMS,
-    }
-    path = cache_file("losses", request, ".safetensors")
-    known = _read(path, request)
-    if known is not None:
-        return known
-    losses = follow(task, optimizer, steps, range(first, first + PROBLEMS), seed=seed)
-    write_bytes(path, safetensors.torch.save({"losses": losses}, {"request": json.dumps(request)}))
-    return losses
+    request = plain(
+        {
+            "format": FORMAT,
+            "task": task.spec(),
+            "optimizer": describe_optimizer(optimizer),
+            "steps": steps,
+            "seed": seed,
+            "first": first,
+            "problems": PROBLEMS,
+        }
+    )
+    return cached(
+        cache_file("losses", request, ".safetensors"),
+        lambda path: _read(path, request),
+        lambda: follow(task, optimizer, steps, range(first, first + PROBLEMS), seed=seed),
+        lambda path, losses: write_tensors(path, {"losses": losses}, {"request": json.dumps(request)}),
+    )
 
 
-def _read(path: Path, request: dict[str, Any]) -> Tensor | None:
-    """What the file holds, or None where it holds nothing that can be read, or something else."""
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            if json.loads(file.metadata()["request"]) != request:
-                return None
-            losses: Tensor = file.get_tensor("losses")
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
-        return None
-    return losses if losses.shape == (PROBLEMS, request["steps"] + 1) else None
+def _read(path: Path, request: dict[str, Any]) -> Tensor:
+    with open_tensors(path) as stored:
+        if parse_json(stored.metadata.get("request", ""), f"{path}: its request") != request:
+            raise FileError(f"{path}: is the answer to another request")
+        expected = {"losses": (PROBLEMS, request["steps"] + 1)}
+        if stored.shapes != expected or stored.dtypes != {"F64"}:
+            raise FileError(f"{path}: expected float64 {expected}, got {shown(stored.shapes)}")
+        return stored.load()["losses"]

@@ -1,16 +1,30 @@
-"""Random search of the meta learning rate (Andrychowicz et al. 2016, section 3), by optuna."""
+"""Random search of the meta learning rate (Andrychowicz et al. 2016, section 3), by optuna.
+
+A search is its settings: optuna's sampler draws the same rates by number from the same seed, so that a search which is
+taken up again, or shared by several processes, tries the same ones. What a trial has found is in its checkpoint, and
+nothing else is kept: no study that a killed process could leave locked, cut or at odds with the checkpoints.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastl2l.meta.checkpoint import BEFORE
+from fastl2l import files
+from fastl2l.build import locked
+from fastl2l.meta.checkpoint import difference
 from fastl2l.meta.trainer import MetaTrainer
 from fastl2l.progress import Progress
 from fastl2l.tasks.base import integer
+
+FORMAT = 1
+"""Of search.json."""
 
 
 class Trial(NamedTuple):
@@ -34,10 +48,13 @@ def search_meta_lr(
 ) -> list[Trial]:
     """Train with random learning rates, log-uniform from `low` to `high`; the best validation loss comes first.
 
+    Trial number n tries the same rate whatever has happened before. Processes that search in one folder at once share
+    the trials, and all of them return all.
+
     Args:
         make_trainer: a fresh trainer of this learning rate, which keeps its checkpoint in this file.
-        folder: for the optuna study (study.journal) and the checkpoints. A search that was killed goes on from them, in
-            the middle of a trial too.
+        folder: for the checkpoints, one a trial, and search.json, the settings. A search that was killed goes on from
+            them, in the middle of a trial too.
         trials: learning rates in all, counting those of an earlier search in `folder`.
         epochs: of each.
         low, high: bounds of the learning rate.
@@ -48,52 +65,58 @@ def search_meta_lr(
         ImportError: optuna is not installed.
         TypeError, ValueError: an argument is not as above, or `folder` holds a search with other settings.
     """
-    optuna = _optuna()
     integer("trials", trials)
     integer("epochs", epochs)
+    if integer("seed", seed, least=0) >= 2**32:
+        raise ValueError(f"seed: expected an integer below 2^32, got {seed}")
     if not 0 < low < high:
         raise ValueError(f"low, high: expected 0 < low < high, got {low} and {high}")
+    if high == math.inf:
+        raise ValueError(f"high: expected a finite number, got {high}")
+    rates = _rates(trials, low, high, seed)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
-    study = optuna.create_study(
-        study_name="meta_lr", storage=optuna.storages.JournalStorage(backend), load_if_exists=True
-    )
-    settings = make_trainer(low, folder / "none.pt").settings() | {"meta_lr": [low, high], "epochs": epochs}
-    if BEFORE | study.user_attrs.get("settings", settings) != settings:
-        raise ValueError(f"folder: {folder} holds a search with other settings: {study.user_attrs['settings']}")
-    study.set_user_attr("settings", settings)
-    _enqueue_unfinished(study)
-    # By the number of trials so far: a sampler that begins anew would draw the first rates again.
-    study.sampler = optuna.samplers.RandomSampler(seed=seed + len(study.trials))
-    states = optuna.trial.TrialState
-    finished = len(study.get_trials(states=[states.COMPLETE]))
-    with Progress("searching the meta learning rate", trials, done=min(finished, trials), shown=progress) as shown:
-
-        def objective(trial: Any) -> float:
-            meta_lr = trial.suggest_float("meta_lr", low, high, log=True)
-            shown.note(f"{meta_lr:.3g}")
-            trainer = make_trainer(meta_lr, folder / f"{meta_lr:.6g}.pt")
-            trainer.fit(epochs, progress=False)
-            shown.advance(f"{meta_lr:.3g}: {trainer.best_loss:.4g}")
-            return trainer.best_loss
-
-        study.optimize(objective, n_trials=max(0, trials - finished))
-    done = study.get_trials(states=[states.COMPLETE])
-    return sorted((Trial(one.params["meta_lr"], one.value) for one in done), key=lambda trial: trial.validation_loss)
+    settings = make_trainer(rates[0], folder / "none.pt").settings()
+    _claim(folder, settings | {"meta_lr": [low, high], "epochs": epochs, "search_seed": seed})
+    found: dict[int, Trial] = {}
+    with Progress("searching the meta learning rate", trials, shown=progress) as shown:
+        # First those that nobody else is at; then the others, which are finished by now or left in the middle.
+        for wait, number in itertools.product((False, True), range(trials)):
+            if number in found:
+                continue
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(locked(folder / f"trial-{number}.lock", wait=wait))
+                except BlockingIOError:
+                    continue
+                shown.note(f"{rates[number]:.3g}")
+                trainer = make_trainer(rates[number], folder / f"trial-{number}.pt")
+                trainer.fit(epochs, progress=False)
+                found[number] = Trial(rates[number], trainer.best_loss)
+                shown.advance(f"{rates[number]:.3g}: {trainer.best_loss:.4g}")
+    return sorted(found.values(), key=lambda trial: trial.validation_loss)
 
 
-def _enqueue_unfinished(study: Any) -> None:
-    """Once more, with their rates, for the trials in whose middle an earlier search was stopped."""
-    states = _optuna().trial.TrialState
-    for trial in study.get_trials(states=[states.RUNNING]):  # killed: nobody has said that they failed
-        study.tell(trial.number, state=states.FAIL)
-    settled = [trial.params for trial in study.get_trials(states=[states.COMPLETE])]
-    settled += [trial.system_attrs["fixed_params"] for trial in study.get_trials(states=[states.WAITING])]
-    for trial in study.get_trials(states=[states.FAIL]):
-        if trial.params and trial.params not in settled:
-            study.enqueue_trial(trial.params)
-            settled.append(trial.params)
+def _rates(trials: int, low: float, high: float, seed: int) -> list[float]:
+    optuna = _optuna()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return [study.ask().suggest_float("meta_lr", low, high, log=True) for _ in range(trials)]
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make `folder` that of a search with these settings, unless it is one's with others."""
+    path, settings = folder / "search.json", files.plain(settings)
+    with locked(folder / "search.lock"):
+        if not path.exists():
+            if (folder / "study.journal").exists():
+                message = f"{folder}: study.journal is of an older version's search, which begins anew"
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
+            files.write_record(path, {"format": FORMAT, "settings": settings})
+        try:
+            found = dict(files.read_record(path, FORMAT)["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"folder: {error}; remove it to go on with the settings it was made with") from error
+    if different := difference(settings, found):
+        raise ValueError(f"folder: {folder} holds a search with other settings; {different}")
 
 
 def _optuna() -> Any:

@@ -150,7 +150,7 @@ class MetaTrainer:
         self._adam_state = self._copy_adam()
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         if self._checkpoint is not None and self._checkpoint.exists():
-            self._restore(checkpoint_module.load(self._checkpoint, self.settings()))
+            self._restore(checkpoint_module.load(self._checkpoint, self.settings(), self._current, Epoch))
         self._writer = None if tensorboard is None else _summary_writer(tensorboard)
 
     def _check(self) -> None:
