@@ -81,9 +81,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A group may have its own ``rule``,
-            ``lr``, ``weight_decay`` and ``maximize``, and what it is to carry besides; options of torch's optimizers that would have no
-            effect are refused. Parameters that get a gradient: float32, float64, float16 or bfloat16, any strides; the
-            rule computes in its own dtype whatever theirs.
+            ``lr``, ``weight_decay`` and ``maximize``, and what it is to carry besides; options of torch's optimizers
+            that would have no effect are refused. Parameters that get a gradient: float32, float64, float16 or
+            bfloat16, any strides; the rule computes in its own dtype whatever theirs.
         rule: the rule of groups that do not name their own; on the parameters' device.
         lr: factor on the update; learning-rate schedulers work on it. A tensor is read where the rule is, without
             waiting for the device: in a CUDA graph too, where a number would be the same at every replay. The momentum

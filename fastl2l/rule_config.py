@@ -7,8 +7,8 @@ A rule is the network of one coordinate, from its gradient to its update, and is
 
     [features] [given:rows] [projection:units] lstm:units,... output
 
-This text goes to the operators of every backend (``ops/schema.py``), into rule files and into messages; csrc/rule_text.h
-reads it for C++. ``reference.py`` says what each part computes.
+This text goes to the operators of every backend (``ops/schema.py``), into rule files and into messages;
+csrc/rule_text.h reads it for C++. ``reference.py`` says what each part computes.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class RuleConfig:
 
     @property
     def takes_bfloat16_state(self) -> bool:
-        """Whether the state may be rounded to bfloat16: means that move by a twentieth a step would stand still."""
+        """Whether the state may be rounded to bfloat16: not means, whose cost has not been measured."""
         return self.state_rows == self.lstm_rows
 
     @functools.cached_property

@@ -138,7 +138,9 @@ class Rule(nn.Module):
 
 
 class LSTMRule(Rule):
-    """The per-coordinate LSTM of Andrychowicz et al. 2016, section 2.1 and appendix A::
+    """The per-coordinate LSTM of Andrychowicz et al. 2016, section 2.1 and appendix A.
+
+    Every coordinate runs this, with its own state::
 
         features  = preprocess(gradient)                     # 1 (raw) or 2 (log_sign) numbers
         h, c      = LSTM(features, h, c)                     # num_layers layers of hidden_size units
@@ -206,7 +208,9 @@ class LSTMRule(Rule):
 
 
 class RNNpropRule(Rule):
-    """RNNprop (Lv et al. 2017, section 4): the LSTM sees Adam's direction and the gradient in Adam's units::
+    """RNNprop (Lv et al. 2017, section 4), whose LSTM sees Adam's direction and the gradient in Adam's units.
+
+    Every coordinate runs this, with its own state::
 
         m, v      = means of the gradient and its square, their bias corrected
         features  = m / (sqrt(v) + epsilon), gradient / (sqrt(v) + epsilon)

@@ -27,8 +27,8 @@ class Window(NamedTuple):
     losses: Tensor
     """[unroll]: f_t(theta_t) after each step, the mean over the problem's functions."""
     gradients: Tensor
-    """[weights]: gradient of the window's objective with respect to the rule's weights, flat, in their order; of several
-    rules, one after the other. Of weights that do not require grad it is 0."""
+    """[weights]: gradient of the window's objective with respect to the rule's weights, flat, in their order; of
+    several rules, one after the other. Of weights that do not require grad it is 0."""
 
 
 def step_weights(weights: Sequence[float] | str | None, unroll: int) -> list[float]:

@@ -6,18 +6,17 @@ import json
 import os
 import pickle
 import random
-from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import random_rule
+from helpers import GIVEN, RULES, random_rule, rule_of
 from safetensors.torch import save
 
-from fastl2l import LSTMRule, RuleFileError, files, load_rule, save_rule
+from fastl2l import LSTMRule, RNNpropRule, Rule, RuleFileError, files, load_rule, save_rule
 from fastl2l.rule_files import read_recipe
 
 
-def same(one: LSTMRule, other: LSTMRule) -> bool:
+def same(one: Rule, other: Rule) -> bool:
     pairs = zip(one.weights(), other.weights(), strict=True)
     return one.config == other.config and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
@@ -111,13 +110,17 @@ def test_pickles_are_refused_and_not_opened(tmp_path, protocol):
     assert not trap.exists()
 
 
+OLD = '{"preprocess": "log_sign", "p": 10.0, "scale": 1.0, "output_scale": 0.1, "hidden_size": 20, "num_layers": 2}'
+"""A configuration as the first version wrote it."""
+
+
 def by_hand(made, weights=None, **metadata):
     """A safetensors file as save_rule would write it, but without a checksum and with other metadata."""
     standard = {
         "format": "fastl2l-rule",
-        "format_version": "1",
-        "rule": "lstm",
-        "config": json.dumps(asdict(made.config)),
+        "format_version": "2",
+        "rule": made.kind,
+        "config": json.dumps(made.config.describe()),
     }
     weights = weights or {name: weight.detach() for name, weight in made.named_parameters()}
     return save(weights, {name: text for name, text in (standard | metadata).items() if text is not None})
@@ -129,19 +132,62 @@ def test_a_file_without_checksum_is_read(tmp_path):
     assert same(load_rule(tmp_path / "a"), rule)
 
 
+def test_a_file_of_the_first_version_is_read(tmp_path):
+    rule = random_rule("raw", 7, 3, scale=0.25, output_scale=2.0)
+    config = {"preprocess": "raw", "p": 10.0, "scale": 0.25, "output_scale": 2.0, "hidden_size": 7, "num_layers": 3}
+    (tmp_path / "a").write_bytes(by_hand(rule, format_version="1", config=json.dumps(config)))
+    loaded = load_rule(tmp_path / "a")
+    assert same(loaded, rule)
+    assert type(loaded) is LSTMRule
+
+
+@pytest.mark.parametrize("text", RULES + GIVEN)
+def test_a_rule_of_any_parts_comes_back_to_the_bit(tmp_path, text):
+    rule = rule_of(text)
+    loaded = load_rule(save_rule(rule, tmp_path / "a"))
+    assert same(loaded, rule)
+    assert (type(loaded), loaded.text) == (Rule, text)
+
+
+def test_rnnprop_comes_back_as_what_it_is(tmp_path):
+    rule = RNNpropRule(seed=3)
+    loaded = load_rule(save_rule(rule, tmp_path / "a"))
+    assert same(loaded, rule)
+    assert type(loaded) is RNNpropRule
+
+
+def test_a_constant_that_is_no_number_of_the_weights_dtype_is_refused(tmp_path):
+    rule = LSTMRule("raw", scale=1e39, dtype=torch.float64)
+    weights = {name: weight.detach().float() for name, weight in rule.named_parameters()}
+    (tmp_path / "a").write_bytes(by_hand(rule, weights))
+    with pytest.raises(RuleFileError, match=r"a: scale: expected a normal number of torch.float32, got 1e\+39"):
+        load_rule(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({"format": "other"}, "expected format 'fastl2l-rule', got 'other'"),
         ({"format": None}, "expected format 'fastl2l-rule', got None"),
-        ({"format_version": "2"}, "expected format version 1, got 2"),
-        ({"rule": "rnnprop"}, "expected a rule of kind lstm, got 'rnnprop'"),
+        ({"format_version": "3"}, "expected format version 2, got 3"),
+        ({"rule": "gac"}, "expected a rule of kind lstm, rnnprop or rule, got 'gac'"),
         ({"config": None}, "its configuration cannot be used"),
         ({"config": "{"}, "its configuration cannot be used"),
         ({"config": "[]"}, "its configuration cannot be used"),
-        ({"config": '{"p": -1}'}, "its configuration cannot be used: p: expected a finite positive number"),
+        (
+            {"config": OLD.replace("10.0", "-1")},
+            "its configuration cannot be used: p: expected a finite positive number",
+        ),
+        (
+            {"config": '{"text": "raw:1 lstm:3", "output_scale": 1}'},
+            "its configuration cannot be used: rule 'raw:1 lstm:3'",
+        ),
         ({"config": '{"units": 20}'}, "its configuration cannot be used"),
-        ({"config": '{"hidden_size": 100000000}'}, "expected weights"),
+        ({"config": OLD.replace("20", "30000")}, "expected weights"),
+        (
+            {"config": OLD.replace("20", "100000000")},
+            "hidden_size: expected an integer of at least 1 and at most 32768",
+        ),
     ],
 )
 def test_other_files_and_versions_are_refused(tmp_path, metadata, message):
@@ -153,9 +199,11 @@ def test_other_files_and_versions_are_refused(tmp_path, metadata, message):
 def test_nothing_in_a_file_takes_time_memory_or_a_long_message(tmp_path):
     rule, path = random_rule(hidden=3), tmp_path / "a"
     for metadata in (
-        {"config": json.dumps(asdict(rule.config) | {"num_layers": 10**9})},
-        {"config": json.dumps(asdict(rule.config) | {"num_layers": 10**4000})},
-        {"config": json.dumps(asdict(rule.config) | {"preprocess": "x" * 10**6})},
+        {"config": OLD.replace("2}", "1000000000}")},
+        {"config": OLD.replace("2}", "1" + "0" * 4000 + "}")},
+        {"config": OLD.replace("log_sign", "x" * 10**6)},
+        {"config": json.dumps({"text": "x" * 10**6, "output_scale": 1.0})},
+        {"config": json.dumps({"text": "raw:1 lstm:1" + ",1" * 10**6 + " linear", "output_scale": 1.0})},
         {"config": "[" * 10**6},
         {"config": json.dumps({"x" * 10**6: 1})},
         {"format": "x" * 10**6},
@@ -181,8 +229,8 @@ def test_nothing_in_a_file_takes_time_memory_or_a_long_message(tmp_path):
 
 def test_weights_are_read_only_when_their_shapes_are_right(tmp_path, monkeypatch):
     path, rows = tmp_path / "a", 10**9
-    config = json.dumps({"num_layers": 1})
-    metadata = {"format": "fastl2l-rule", "format_version": "1", "rule": "lstm", "config": config}
+    config = json.dumps({"text": "raw:1 lstm:3 linear", "output_scale": 1.0})
+    metadata = {"format": "fastl2l-rule", "format_version": "2", "rule": "lstm", "config": config}
     entry = {"dtype": "F32", "shape": [rows], "data_offsets": [0, 4 * rows]}
     header = json.dumps({"__metadata__": metadata, "weight_out": entry}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -236,7 +284,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, whole):
     path = tmp_path / "whole"
-    with pytest.raises(TypeError, match="rule: expected an LSTMRule, got Linear"):
+    with pytest.raises(TypeError, match="rule: expected a rule, got Linear"):
         save_rule(torch.nn.Linear(1, 1), path)
     with pytest.raises(TypeError):
         save_rule(random_rule(hidden=4), path, recipe={"task": object()})

@@ -2,8 +2,8 @@
 
 ``fastl2l::step_`` and so on are those of the native backend, ``fastl2l_triton::step_`` those of Triton.
 
-``rule`` is a rule's text (rule_config.py) and ``weights`` its weights in their order; all tensors are contiguous, states
-have the layout of layout.py. Arguments are checked before anything is changed.
+``rule`` is a rule's text (rule_config.py) and ``weights`` its weights in their order; all tensors are contiguous,
+states have the layout of layout.py. Arguments are checked before anything is changed.
 
 step_
     One step of every coordinate of several parameters. ``params``: float32, float64, float16 or bfloat16, any shape,
@@ -11,12 +11,12 @@ step_
     one that holds those of all parameters one after the other; in the weights' dtype, or all of them in bfloat16 if
     that is float32, changed in place. Everything is computed in the weights' dtype, the update from the new state, and
     only then is that rounded to bfloat16: to the nearest, and halfway to the even one; NaN stays NaN. A rule whose
-    features have a state (means) takes none in bfloat16. ``grad_scale`` multiplies the gradients first. ``finite``: None, or a bool
-    [1] that becomes False if a gradient is not finite; while it is False, from before the call or since, nothing else
-    is changed. ``given``: [tiles, rows, 16] in the weights' dtype, as if all parameters were one, for a rule that has
-    given rows. ``decay``: parameters are multiplied by ``1 - decay`` before they are updated. ``rate``: None, or a
-    scalar in the weights' dtype on their device, which multiplies both update_scale and decay. A rule whose output is
-    none changes states alone; its params only say how many coordinates there are.
+    features have a state (means) takes none in bfloat16. ``grad_scale`` multiplies the gradients first. ``finite``:
+    None, or a bool [1] that becomes False if a gradient is not finite; while it is False, from before the call or
+    since, nothing else is changed. ``given``: [tiles, rows, 16] in the weights' dtype, as if all parameters were one,
+    for a rule that has given rows. ``decay``: parameters are multiplied by ``1 - decay`` before they are updated.
+    ``rate``: None, or a scalar in the weights' dtype on their device, which multiplies both update_scale and decay. A
+    rule whose output is none changes states alone; its params only say how many coordinates there are.
 
 window_backward
     Gradients of ``sum(adjoints * updates)`` over a window of T steps, by recomputation from its first state.
