@@ -221,6 +221,12 @@ def check_start(problem: Problem) -> None:
             f"task {problem.task!r}: theta0: expected a contiguous, non-empty Tensor [N] that does not require grad, "
             f"got shape {list(theta0.shape)}, strides {list(theta0.stride())}, requires_grad={theta0.requires_grad}"
         )
+    sizes = list(problem.parts.values())
+    if sizes and (min(sizes) < 1 or sum(sizes) != theta0.numel()):
+        raise ValueError(
+            f"task {problem.task!r}: parts: expected sizes that add up to the {theta0.numel()} coordinates of theta0, "
+            f"got {dict(problem.parts)}"
+        )
     loss, _ = value_and_grad(problem, theta0, 0)
     if not torch.isfinite(loss):
         raise ValueError(f"task {problem.task!r}: loss at theta0: expected a finite number, got {loss.item()}")
