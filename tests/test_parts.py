@@ -1,4 +1,4 @@
-"""Several rules on one problem: meta-trained together, side by side, taken up again, and with parts that stay as they are."""
+"""Several rules on one problem: meta-trained together, side by side, taken up again, and with weights that stay."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_other_parts_is_refused(tmp_path):
     trained(rules(), 1, checkpoint=tmp_path / "run.pt")
     other = rules()
     other["left"] = rule_of(lstm("raw", 3, 1), seed=2)
-    with pytest.raises(CheckpointError, match="rule: expected .*"):
+    with pytest.raises(CheckpointError, match="rule: expected"):
         trained(other, 2, checkpoint=tmp_path / "run.pt")
 
 
@@ -153,7 +153,7 @@ def test_a_rule_without_anything_to_train_is_refused():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"left": 5, "middle": 17, "right": 3}, {"left": 5, "middle": 19}, {"left": 24, "middle": 0}]
+    "sizes", [{"left": 5, "middle": 17, "right": 3}, {"left": 5, "middle": 18}, {"left": 24, "middle": 0}]
 )
 def test_parts_must_cover_theta(sizes):
     problem = Bowl(0, F64)
