@@ -164,6 +164,25 @@ def test_the_switch_of_log_sign_is_where_the_reference_has_it(native, dtype, isa
     assert not torch.allclose(expected[0], expected[1], rtol=0.1)
 
 
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_gradient_of_nothing_takes_the_linear_branch_where_denormals_are_flushed_too(backend, flush):
+    rule, grad = random_rule(p=87.0), torch.tensor([0.0, -0.0, 1.0])
+    results = []
+    try:
+        for flushed in (False, flush):
+            assert torch.set_flush_denormal(flushed)
+            param = torch.zeros(3)
+            dispatch.select(backend, "cpu").step_(
+                [param], [grad], [new_state(rule, 3)], detached(rule), *constants(rule), 1.0
+            )  # fmt: skip
+            results.append(param)
+    finally:
+        torch.set_flush_denormal(False)
+    assert results[0].isfinite().all()
+    torch.testing.assert_close(*results, rtol=1e-5, atol=0)
+
+
 # What is not asked for, empty, or beside the numbers
 
 
