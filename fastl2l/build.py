@@ -207,14 +207,17 @@ def _is_finished(library: Path) -> bool:
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Keep others out; the system gives the lock back when its holder ends, however it ends.
 
+    Where the system has no such locks (Windows), nobody is kept out.
+
     Raises:
         BlockingIOError: another has the lock, and `wait` is False.
     """
-    import fcntl
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 

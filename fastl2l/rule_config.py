@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,16 +38,17 @@ def number_text(value: float) -> str:
 
 
 def require_int(name: str, value: object, least: int, most: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+    """`value` as an int, of any library's kind."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{name}: expected an integer of at least {least} and at most {most}, got {shown(value)}")
-    return value
+    return int(value)
 
 
 def require_positive(name: str, value: object, below: float = math.inf) -> float:
     """`value` as a float."""
     try:
-        number = float(value) if not isinstance(value, (bool, str)) else math.nan  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
         number = math.nan
     if not 0 < number < below:
         limit = "" if below == math.inf else f" below {below:g}"
@@ -139,7 +141,7 @@ class Projection:
     def __post_init__(self) -> None:
         if self.activation not in PROJECTIONS:
             raise ValueError(f"projection: expected one of {', '.join(PROJECTIONS)}, got {shown(self.activation)}")
-        require_int("projection units", self.units, 1, MOST_UNITS)
+        object.__setattr__(self, "units", require_int("projection units", self.units, 1, MOST_UNITS))
 
     def __str__(self) -> str:
         return f"{self.activation}:{self.units}"
@@ -173,13 +175,12 @@ class RuleConfig:
             raise ValueError(f"features: expected one of {', '.join(FEATURES)}, got {shown(self.features)}")
         if not isinstance(self.layers, tuple) or not 1 <= len(self.layers) <= MOST_LAYERS:
             raise ValueError(f"layers: expected 1 to {MOST_LAYERS} numbers of units, got {shown(self.layers)}")
-        for units in self.layers:
-            require_int("units", units, 1, MOST_UNITS)
+        object.__setattr__(self, "layers", tuple(require_int("units", units, 1, MOST_UNITS) for units in self.layers))
         if len(set(self.layers)) > 1:
             raise ValueError(f"layers: expected as many units in every layer, got {self.layers}")
         if self.output not in OUTPUTS:
             raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {shown(self.output)}")
-        require_int("given", self.given, 0, MOST_UNITS)
+        object.__setattr__(self, "given", require_int("given", self.given, 0, MOST_UNITS))
         if self.features is None and self.given == 0:
             raise ValueError("features: expected features of the gradient, given rows or both, got neither")
         object.__setattr__(self, "output_scale", require_positive("output_scale", self.output_scale))

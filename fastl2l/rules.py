@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from fastl2l.rule_config import RuleConfig, lstm_config, rnnprop_config
+from fastl2l.rule_config import RuleConfig, lstm_config, require_int, rnnprop_config
 
 DTYPES = (torch.float32, torch.float64)
 """What rules compute in."""
@@ -30,7 +30,7 @@ class Rule(nn.Module):
 
     Args:
         config: the parts and constants.
-        seed: seed of the initial weights; the global random state is not touched.
+        seed: seed of the initial weights, below 2^64; the global random state is not touched.
         dtype: ``torch.float32`` or ``torch.float64``: what the rule computes in, whatever the parameters' dtype.
 
     Raises:
@@ -45,6 +45,7 @@ class Rule(nn.Module):
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
         _check_constants(config, dtype)
+        require_int("seed", seed, 0, 2**64 - 1)
         self.config = config
         self.text = config.text  # asked for at every step
         for name, shape in config.weight_shapes:

@@ -27,6 +27,8 @@ _BYTES_BESIDE_WEIGHTS = 2**26
 """What the settings and the history of a run may take."""
 BEFORE = {"batch": 1}
 """Settings that older files do not name, and what they were."""
+_UNKNOWN_BEFORE = ("backend",)
+"""Those that older files do not name, and that may have been anything."""
 
 
 class CheckpointError(ValueError):
@@ -81,6 +83,7 @@ def difference(expected: dict[str, Any], saved: dict[str, Any]) -> str:
     saved = BEFORE | saved
     if isinstance(saved.get("rule"), dict):
         saved["rule"] = upgraded(saved["rule"])
+    saved |= {name: expected[name] for name in _UNKNOWN_BEFORE if name in expected and name not in saved}
     different = [name for name in sorted(expected.keys() | saved.keys()) if expected.get(name) != saved.get(name)]
     if not different:
         return ""

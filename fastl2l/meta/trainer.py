@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastl2l.build import locked
 from fastl2l.meta import capture as capture_module
 from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.meta.step import meta_step
+from fastl2l.ops.dispatch import select
 from fastl2l.progress import Progress
 from fastl2l.rules import Rule, all_weights, named_weights, rules_by_part
-from fastl2l.tasks.base import Problem, Task, check_start, integer, problem_seed
+from fastl2l.tasks.base import Problem, Task, check_start, fingerprint, integer, problem_seed
 from fastl2l.tasks.batch import batch as side_by_side
 from fastl2l.trajectory import Trajectory
 from fastl2l.trajectory import step_weights as _step_weights
@@ -148,6 +151,7 @@ class MetaTrainer:
         self._adam = torch.optim.Adam(trained, lr=self._lr, fused=fused, capturable=capture)
         self._current = self._best = self._copy_weights()
         self._adam_state = self._copy_adam()
+        self._first = _fingerprint(self._current)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         if self._checkpoint is not None and self._checkpoint.exists():
             self._restore(checkpoint_module.load(self._checkpoint, self.settings(), self._current, Epoch))
@@ -179,6 +183,7 @@ class MetaTrainer:
         return {
             "task": self.task.spec(),
             "rule": _identity(self._rules),
+            "backend": select(self.backend, next(iter(self._rules.values())).device).name,
             **{name: getattr(self, name) for name in names},
         }
 
@@ -192,9 +197,34 @@ class MetaTrainer:
             progress: show how far it is, with an estimate of the time left.
 
         Returns:
-            ``history``.
+            ``history``. When it is stopped (Ctrl-C) the rule has the weights that it would have ended with after the
+            last finished epoch; another call goes on from there.
+
+        Raises:
+            RuntimeError: another run is at this checkpoint.
         """
         epochs = integer("epochs", epochs, least=0)
+        with self._alone():
+            try:
+                self._fit(epochs, progress)
+            finally:
+                self._load_weights(self._best if self.keep == "best" else self._current)
+        return self.history
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While others are kept from the checkpoint; whether it can be written shows before there is work to lose."""
+        if self._checkpoint is None:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self._checkpoint.with_name(self._checkpoint.name + ".lock"), wait=False))
+            except BlockingIOError as error:
+                raise RuntimeError(f"checkpoint: {self._checkpoint} is another run's at this moment") from error
+            yield
+
+    def _fit(self, epochs: int, progress: bool) -> None:
         # As they were after the last finished epoch: one that was interrupted has left both somewhere else.
         self._load_weights(self._current)
         self._load_adam(self._adam_state)
@@ -208,8 +238,6 @@ class MetaTrainer:
                 self._save()
                 shown.advance(f"validation {self.history[-1].validation_loss:.4g}, best {self.best_loss:.4g}")
                 _return_freed_memory()
-        self._load_weights(self._best if self.keep == "best" else self._current)
-        return self.history
 
     @property
     def kept_loss(self) -> float:
@@ -299,6 +327,7 @@ class MetaTrainer:
         if self._checkpoint is None:
             return
         state = {
+            "first": self._first,
             "history": [tuple(epoch) for epoch in self.history],
             "best_loss": self.best_loss,
             "current": self._current,
@@ -311,6 +340,12 @@ class MetaTrainer:
         self.history = [Epoch(*epoch) for epoch in state["history"]]
         self.best_loss, self._current, self._best = state["best_loss"], state["current"], state["best"]
         self._adam_state = state["adam"]
+        mine, self._first = self._first, state.get("first", self._first)  # older ones do not know
+        if mine not in (self._first, _fingerprint(self._current), _fingerprint(self._best)):
+            raise checkpoint_module.CheckpointError(
+                f"{self._checkpoint}: is of a run from other first weights; expected a rule as that began (its seed, or "
+                "the rule it was trained from) or as that has left it, or another checkpoint"
+            )
 
     def _log(self, epoch: Epoch) -> None:
         if self._writer is None:
@@ -318,6 +353,10 @@ class MetaTrainer:
         for name, value in epoch._asdict().items():
             self._writer.add_scalar(f"meta/{name}", value, epoch.epoch)
         self._writer.flush()
+
+
+def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+    return fingerprint(*weights.values())
 
 
 def _identity(rules: Mapping[str, Rule]) -> Any:
