@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastl2l import baselines, environment, experiments, files, plots, rule_files, tasks
+from fastl2l.build import locked
 from fastl2l.evaluate import comparisons, evaluate
 from fastl2l.meta import MetaTrainer, search_meta_lr
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import RULES, LSTMRule, Rule
+from fastl2l.tasks.base import integer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +38,7 @@ Activation = Annotated[str | None, typer.Option(help="Of the network: sigmoid, r
 BatchSize = Annotated[int | None, typer.Option(help="Images in a minibatch.")]
 SecondDerivatives = Annotated[bool, typer.Option("--second-derivatives", help="Exact meta-gradients.")]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
+Kind = Annotated[str, typer.Option("--rule", help=f"What is trained: {' or '.join(RULES)}.")]
 
 
 def _task(name: str, hidden: str | None, activation: str | None, batch_size: int | None) -> tasks.Task:
@@ -58,8 +66,9 @@ def train(
     hidden: Hidden = None,
     activation: Activation = None,
     batch_size: BatchSize = None,
+    rule: Kind = LSTMRule.kind,
     preprocess: Annotated[
-        str | None, typer.Option(help="Of gradients: log_sign or raw; by default the task's.")
+        str | None, typer.Option(help="Of gradients, for lstm: log_sign or raw; by default the task's.")
     ] = None,
     output_scale: Annotated[float | None, typer.Option(help="Factor on updates; by default the task's.")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="LSTM units a layer; 20 by default.")] = None,
@@ -76,14 +85,16 @@ def train(
     """
     changed = {"preprocess": preprocess, "output_scale": output_scale, "hidden_size": hidden_size, "num_layers": layers}
     changed = {name: value for name, value in changed.items() if value is not None}
+    integer("epochs", epochs)
     if init is None:
-        rule = LSTMRule(**dict(experiments.RULE_OPTIONS.get(task, {})) | changed, seed=seed)
-    elif changed:
-        raise ValueError(f"{next(iter(changed))}: expected none beside init, whose rule has its own")
+        trained = experiments.fresh_rule(rule, task, seed=seed, **changed)
+    elif changed or rule != LSTMRule.kind:
+        raise ValueError(f"{next(iter(changed), 'rule')}: expected none beside init, whose rule has its own")
     else:
-        rule = rule_files.load_rule(init)
+        trained = rule_files.load_rule(init)
+    _check_folder(out)
     trainer = MetaTrainer(
-        rule,
+        trained,
         _task(task, hidden, activation, batch_size),
         horizon=horizon,
         unroll=unroll,
@@ -100,14 +111,20 @@ def train(
     )
     if trainer.history:
         console.print(f"going on after epoch {len(trainer.history)} of {out / 'checkpoint.pt'}")
-    history = trainer.fit(epochs)
-    recipe_made = {
-        "command": shlex.join(["fastl2l", *sys.argv[1:]]),
-        "epochs": len(history),
-        **trainer.settings(),
-        "keep": keep,
-    }
-    rule_files.save_rule(rule, out / "rule.safetensors", recipe={**recipe_made, "validation_loss": trainer.kept_loss})
+    with _alone(out):
+        try:
+            history = trainer.fit(epochs)
+        except KeyboardInterrupt:
+            console.print(f"stopped after epoch {len(trainer.history)}; the same command goes on from there")
+            raise
+        recipe_made = {
+            "command": shlex.join(["fastl2l", *sys.argv[1:]]),
+            "epochs": len(history),
+            **trainer.settings(),
+            "keep": keep,
+            "validation_loss": trainer.kept_loss,
+        }
+        rule_files.save_rule(trained, out / "rule.safetensors", recipe=recipe_made)
     plots.plot_history(history, out / "training.png", title=f"Meta-training on {task}")
     console.print(f"validation loss {trainer.kept_loss:.4g} ({keep} epoch)")
     console.print(f"rule:   {out / 'rule.safetensors'}\nfigure: {out / 'training.png'}", highlight=False)
@@ -135,31 +152,59 @@ def evaluate_command(
 
     Example: fastl2l evaluate --task digits --rule runs/demo/rule.safetensors --out runs/demo/evaluation
     """
-    named = dict(_named(entry) for entry in rule)
-    optimizers: dict[str, Any] = {name: rule_files.load_rule(path) for name, path in named.items()}
+    optimizers: dict[str, Any] = _by_name("rule", map(_named_rule, rule))
     if baseline != "none":
-        optimizers |= {name: baselines.by_name(name) for name in baseline.split(",")}
-    curves = evaluate(
-        _task(task, hidden, activation, batch_size),
-        optimizers,
-        steps=steps,
-        runs=runs,
-        seed=seed,
-        backend=backend,
-        progress=True,
-    )
-    curves.save(out)
-    files.write_text(out / "table.md", curves.markdown() + "\n")
-    figure = plots.plot_curves(curves, out / "curves.png")
+        tuned = [(name, baselines.by_name(name)) for name in baseline.split(",")]
+        optimizers = _by_name("rule and baseline", [*optimizers.items(), *tuned])
+    problems = _task(task, hidden, activation, batch_size)
+    _check_folder(out)
+    with _alone(out):
+        curves = evaluate(problems, optimizers, steps=steps, runs=runs, seed=seed, backend=backend, progress=True)
+        curves.save(out)
+        files.write_text(out / "table.md", curves.markdown() + "\n")
+        figure = plots.plot_curves(curves, out / "curves.png")
     console.print(curves.table())
     for line in comparisons(curves):
         console.print(line, highlight=False)
     console.print(f"figure: {figure}\nnumbers: {out}", highlight=False)
 
 
-def _named(entry: str) -> tuple[str, str]:
+def _named_rule(entry: str) -> tuple[str, Rule]:
+    """A rule and its name: what comes before the first =, unless that is in the name of a file, or its kind."""
     name, separator, path = entry.partition("=")
-    return (name, path) if separator else ("lstm", entry)
+    if not separator or Path(entry).exists():
+        rule = rule_files.load_rule(entry)
+        return rule.kind, rule
+    return name, rule_files.load_rule(path)
+
+
+def _by_name(what: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """As a dict, in which nothing takes another's place."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{what}: expected another name for each, got {name!r} twice; NAME=FILE names a rule")
+        found[name] = value
+    return found
+
+
+def _check_folder(out: Path) -> None:
+    """That results can go there, before there are any."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "a folder that cannot be written to" if there.is_dir() else "a file"
+        raise ValueError(f"out: expected a folder, new or to be written to, got {out}, where {there} is {what}")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """While no other command writes to the folder."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out / ".lock", wait=False))
+        except BlockingIOError as error:
+            raise ValueError(f"out: {out} is another command's at this moment; wait, or name another folder") from error
+        yield
 
 
 @app.command()
@@ -174,6 +219,7 @@ def tune(
     high: Annotated[float, typer.Option(help="Highest rate.")] = 1e-1,
     trajectories: Annotated[int, typer.Option(help="Trajectories an epoch.")] = 20,
     schedule: Annotated[str, typer.Option(help="Of the meta learning rate: constant or cosine.")] = "cosine",
+    rule: Kind = LSTMRule.kind,
     second_derivatives: SecondDerivatives = False,
     seed: Seed = 0,
     hidden: Hidden = None,
@@ -185,11 +231,11 @@ def tune(
     Example: fastl2l tune --task quadratic --trials 10 --epochs 20
     """
     problems = _task(task, hidden, activation, batch_size)
+    _check_folder(out)
 
     def make_trainer(meta_lr: float, checkpoint: Path) -> MetaTrainer:
-        rule = LSTMRule(**experiments.RULE_OPTIONS.get(task, {}), seed=seed)
         return MetaTrainer(
-            rule,
+            experiments.fresh_rule(rule, task, seed=seed),
             problems,
             meta_lr=meta_lr,
             seed=seed,
@@ -223,7 +269,9 @@ def reproduce(
     Example: fastl2l reproduce fig4-mnist --quick
     """
     chosen = [experiments.by_name(name) for name in (experiments.ALL if names == ["all"] else names)]
-    rules = {name: rule_files.load_rule(path) for name, path in map(_replacement, rule or [])}
+    replaced = _by_name("rule", map(_replacement, rule or []))
+    rules = {name: rule_files.load_rule(path) for name, path in replaced.items()}
+    _check_folder(out)
     for experiment in chosen:
         made = experiments.retrain(experiment, out, quick=quick) if retrain else {}
         results = experiments.reproduce(experiment, out, rules={**made, **rules}, quick=quick)
@@ -244,16 +292,32 @@ def _replacement(entry: str) -> tuple[str, str]:
 
 
 @app.command()
-def rules() -> None:
-    """List the trained rules that come with fastl2l.
+def rules(
+    name: Annotated[str | None, typer.Argument(help="A shipped rule or a rule file: all that is known of it.")] = None,
+) -> None:
+    """List the trained rules that come with fastl2l, or say all about one of them, or about a file.
 
-    Example: fastl2l rules
+    Example: fastl2l rules lstm-mnist
     """
-    table = Table("rule", "good for", "trained by", title='load_rule("name"), or --rule name')
-    for name, path in rule_files.shipped().items():
-        recipe = rule_files.read_recipe(path)
-        table.add_row(name, recipe["about"], "\n".join(recipe["commands"]))
+    if name is not None:
+        _print_rule(name)
+        return
+    table = Table("rule", "kind", "good for", title='load_rule("name"), or --rule name')
+    for shipped, path in rule_files.shipped().items():
+        table.add_row(shipped, rule_files.load_rule(path).kind, rule_files.read_recipe(path).get("about", ""))
     console.print(table)
+    console.print("how one was trained: fastl2l rules NAME", highlight=False)
+
+
+def _print_rule(name: str) -> None:
+    rule, recipe = rule_files.load_rule(name), dict(rule_files.read_recipe(name))
+    weights = sum(weight.numel() for weight in rule.weights())
+    console.print(f"[bold]{escape(name)}[/bold]: {recipe.pop('about', '')}", highlight=False)
+    console.print(f"{rule.text}, output scale {rule.config.output_scale:g}, {weights:,} weights", highlight=False)
+    for command in recipe.pop("commands", []):
+        console.print(command, highlight=False, soft_wrap=True, markup=False)
+    for about, what in recipe.items():
+        console.print(f"{about}: {what}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -266,11 +330,16 @@ def env() -> None:
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one line, without a traceback."""
+    """Entry point: errors that a user can mend are one line, without a traceback, and so are warnings."""
+    warnings.showwarning = _show_warning
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, OverflowError) as error:
         _fail(error)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    Console(stderr=True).print(f"fastl2l: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _fail(error: Exception) -> NoReturn:

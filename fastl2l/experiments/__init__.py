@@ -2,12 +2,12 @@
 
 from fastl2l.experiments.andrychowicz2016 import EXPERIMENTS
 from fastl2l.experiments.experiment import Experiment, reproduce, retrain
-from fastl2l.experiments.recipes import RECIPES, RULE_OPTIONS
+from fastl2l.experiments.recipes import RECIPES, fresh_rule
 
 ALL = {experiment.name: experiment for experiment in EXPERIMENTS}
 """By name."""
 
-__all__ = ["ALL", "RECIPES", "RULE_OPTIONS", "Experiment", "by_name", "reproduce", "retrain"]
+__all__ = ["ALL", "RECIPES", "Experiment", "by_name", "fresh_rule", "reproduce", "retrain"]
 
 
 def by_name(name: str) -> Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,12 +12,34 @@ from typing import Any
 
 from fastl2l import tasks
 from fastl2l.meta import MetaTrainer
-from fastl2l.rules import LSTMRule
+from fastl2l.rules import RULES, LSTMRule, Rule
 
 RULE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"quadratic": MappingProxyType({"preprocess": "raw", "output_scale": 1.0})}
 )
-"""By task, what its rule is where that is not the default (Andrychowicz et al. 2016, section 3.1 and appendix A)."""
+"""By task, what its LSTM rule is where that is not the default (Andrychowicz et al. 2016, section 3.1, appendix A)."""
+
+
+def fresh_rule(kind: str, task: str, *, seed: int = 0, **options: Any) -> Rule:
+    """An untrained rule of this kind for this task.
+
+    Args:
+        kind: a name in `fastl2l.rules.RULES`.
+        task: the task's name.
+        seed: of the weights.
+        options: of the kind's class, in place of what the papers have for the task.
+
+    Raises:
+        ValueError: there is no such kind, it has no such option, or an option is out of range.
+    """
+    if kind not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {kind!r}")
+    known = inspect.signature(RULES[kind]).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{option}: expected options of {kind} ({', '.join(known)}), got one of another kind's")
+    papers = RULE_OPTIONS.get(task, {}) if kind == LSTMRule.kind else {}
+    return RULES[kind](**{**papers, **options}, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -53,7 +76,7 @@ class Recipe:
         ]
         return [*(self.init.commands if self.init is not None else []), " ".join(["fastl2l train", *words])]
 
-    def train(self, folder: str | os.PathLike[str], *, quick: bool = False, progress: bool = True) -> LSTMRule:
+    def train(self, folder: str | os.PathLike[str], *, quick: bool = False, progress: bool = True) -> Rule:
         """The rule, trained; a run that was killed goes on from the checkpoints in `folder`.
 
         Args:
@@ -62,7 +85,7 @@ class Recipe:
             progress: show how far it is.
         """
         if self.init is None:
-            rule = LSTMRule(**RULE_OPTIONS.get(self.task, {}), seed=self.seed)
+            rule = fresh_rule(LSTMRule.kind, self.task, seed=self.seed)
         else:
             rule = self.init.train(folder, quick=quick, progress=progress)
         checkpoint = Path(folder) / f"{self.name}{'-quick' * quick}.pt"
