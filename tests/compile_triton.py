@@ -7,6 +7,7 @@ A program of its own because tests/test_triton.py may have Triton's interpreter 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -16,21 +17,20 @@ from pathlib import Path
 
 import torch
 import triton
+from helpers import GIVEN, RNNPROP, RULES, lstm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastl2l.kernels import launch, pack, step, window
+from fastl2l.rule_config import RuleConfig
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INTEGERS = {"numel": "i64", "first_block": "i64", "steps": "i32", "layer": "i32", "programs": "i32"}
-POINTERS = {
-    "param", "grad", "state", "weights", "packed", "grads", "adjoints", "dstate", "dstate_first", "dgrads",
-    "workspace", "dgates", "dweights",
-}  # fmt: skip
+NUMBERS = {"update_scale", "grad_scale", "decay", *(f"constant{i}" for i in range(launch.CONSTANTS))}
 
 
-def rule(precision="tf32x3", dtype=torch.float32, preprocess="log_sign", hidden=20):
-    return launch.Rule(preprocess, 10.0, 0.1, 2, hidden, dtype, precision)
+def rule(text, precision="tf32x3", dtype=torch.float32):
+    return launch.Rule(RuleConfig.parse(text), 0.1, dtype, precision)
 
 
 def compiled(kernel, capability, rule, state=None, **constants):
@@ -40,13 +40,11 @@ def compiled(kernel, capability, rule, state=None, **constants):
     def kind(name):
         if name in constants:
             return "constexpr"
-        if name == "state" and state:
-            return f"*{state}"
-        if name == "finite":
-            return "*i1"
-        if name in POINTERS:
-            return f"*{number}"
-        return INTEGERS.get(name) or ("*fp64" if name == "sums" else "fp64")
+        if name in INTEGERS:
+            return INTEGERS[name]
+        if name in NUMBERS:
+            return "fp64"
+        return "*" + {"state": state or number, "finite": "i1", "sums": "fp64"}.get(name, number)
 
     signature = {name: kind(name) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, type in enumerate(signature.values()) if type.startswith("*")}
@@ -72,44 +70,48 @@ def compiled(kernel, capability, rule, state=None, **constants):
 
 def kernels(capability, rule):
     """The kernels that matter; those that Hopper has wide products in, all of them."""
-    cell = rule.cell(capability)
-    gradient = {name: value for name, value in cell.items() if name != "WIDE"}
+    cell, plain, shape = rule.cell(capability), rule.blocks(), rule.shape
+    gradient = {**plain, "PRECISION": rule.precision}
     absent = dict.fromkeys(("dstate", "dstate_first", "dgrads"))
-    yield "step", step.step_kernel, cell
-    yield "forward, other", window.forward_kernel, {**cell, "FIRST": False}
-    yield "gradient, other", window.gradient_kernel, {**gradient, "FIRST": False}
-    yield "backward, last", window.backward_kernel, {**cell, **absent, "FIRST": False, "LAST": True}
-    if capability == (9, 0):
-        packing = {**rule.sizes(), "FEATURES": rule.features, "ROWS": launch.ROWS}
-        yield "pack", pack.pack_kernel, packing
-        yield "unpack", pack.unpack_kernel, {**packing, "TOGETHER": launch.TOGETHER}
-        yield "output gradient", window.output_gradient_kernel, {**rule.sizes(), "BLOCK": cell["BLOCK"]}
-        yield "forward, first", window.forward_kernel, {**cell, "FIRST": True}
-        yield "gradient, first", window.gradient_kernel, {**gradient, "FIRST": True}
-        yield "backward, first", window.backward_kernel, {**cell, **absent, "FIRST": True, "LAST": False}
-        yield "backward with states, last", window.backward_kernel, {**cell, "FIRST": False, "LAST": True}
+    no_given = {} if shape.given else {"given": None}
+    other, first = {"FIRST": False}, {"FIRST": True}
+    yield "step", step.step_kernel, {**cell, **no_given}
+    yield "forward, other", window.forward_kernel, {**cell, **other}
+    yield "gradient, other", window.gradient_kernel, {**gradient, **other}
+    yield "backward, last", window.backward_kernel, {**cell, **absent, **other, "LAST": True}
+    if capability != (9, 0):
+        return
+    packing = {"RULE": shape, "ROWS": launch.ROWS}
+    yield "pack", pack.pack_kernel, packing
+    yield "unpack", pack.unpack_kernel, {**packing, "TOGETHER": launch.TOGETHER}
+    yield "output backward", window.output_backward_kernel, plain
+    yield "backward with states, last", window.backward_kernel, {**cell, **other, "LAST": True}
+    if shape.direct:
+        yield "forward, first", window.forward_kernel, {**cell, **first}
+        yield "gradient, first", window.gradient_kernel, {**gradient, **first}
+        yield "backward, first", window.backward_kernel, {**cell, **absent, **first, "LAST": False}
+    else:
+        yield "backward, other", window.backward_kernel, {**cell, **absent, **other, "LAST": False}
+        yield "inputs", window.inputs_kernel, {**plain, **no_given}
+        no_dgiven = {} if shape.given else {"dgiven": None}
+        yield "inputs backward", window.inputs_backward_kernel, {**plain, **no_dgiven}
+    if shape.projected:
+        yield "projection gradient", window.projection_gradient_kernel, {**plain, **no_given}
 
 
 def report(capabilities):
+    for text, capability in itertools.product((lstm(), RNNPROP), capabilities):
+        its_rule = rule(text)
+        for name, kernel, constants in kernels(capability, its_rule):
+            found = compiled(kernel, capability, its_rule, **constants)
+            yield {"rule": text, "kernel": name, "capability": capability} | found
     for capability in capabilities:
-        for name, kernel, constants in kernels(capability, rule()):
-            yield {"kernel": name, "capability": capability} | compiled(kernel, capability, rule(), **constants)
-        found = compiled(step.step_kernel, capability, rule(), "bf16", **rule().cell(capability))
-        yield {"kernel": "step, state in bfloat16", "capability": capability} | found
+        constants = {**rule(lstm()).cell(capability), "given": None}
+        found = compiled(step.step_kernel, capability, rule(lstm()), "bf16", **constants)
+        yield {"rule": lstm(), "kernel": "step, state in bfloat16", "capability": capability} | found
     # What only a compiler finds: that the other variants are valid at all.
-    variants = {
-        "ieee": rule("ieee"),
-        "float64": rule("ieee", torch.float64),
-        "raw": rule(preprocess="raw", hidden=5),
-    }
-    for variant, its_rule in variants.items():
-        constants = its_rule.cell((9, 0))
-        for name, kernel, more in (
-            ("step", step.step_kernel, {}),
-            ("backward", window.backward_kernel, {"FIRST": True, "LAST": True}),
-        ):
-            found = compiled(kernel, (9, 0), its_rule, **constants, **more)
-            yield {"kernel": f"{name}, {variant}", "capability": (9, 0)} | found
+    variants = [(lstm(), "ieee"), (lstm(), "float64"), *((text, "tf32x3") for text in RULES + GIVEN)]
+
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    GIVEN,
+    RNNPROP,
+    RULES,
     Case,
     all_finite,
     assert_accurate,
@@ -27,6 +30,7 @@ from helpers import (
     backward_by,
     constants,
     detached,
+    lstm,
     random_gradients,
     random_rows,
     random_rule,
@@ -73,18 +77,22 @@ def there(tensors):
     return [tensor.to(DEVICE) for tensor in tensors]
 
 
-def step_(params, grads, states, weights, *rest):
+def step_(params, grads, states, weights, rule, scale, grad_scale, *more):
     mine, theirs = [*params, *states], there([*params, *states])
-    operators.step_(theirs[: len(params)], there(grads), theirs[len(params) :], there(weights), *rest)
+    more = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in more]
+    operators.step_(
+        theirs[: len(params)], there(grads), theirs[len(params) :], there(weights), rule, scale, grad_scale, *more
+    )
     for tensor, result in zip(mine, theirs, strict=True):
         tensor.copy_(result)
 
 
-def window_backward(state, grads, adjoints, weights, preprocess, constant, scale, dstate, *needs):
+def window_backward(state, grads, adjoints, weights, rule, scale, dstate, need_dstate, need_dgrads, *more):
     state, grads, adjoints = there([state, grads, adjoints])
     dstate = None if dstate is None else dstate.to(DEVICE)
+    more = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in more]
     found = operators.window_backward(
-        state, grads, adjoints, there(weights), preprocess, constant, scale, dstate, *needs
+        state, grads, adjoints, there(weights), rule, scale, dstate, need_dstate, need_dgrads, *more
     )
     return tuple(tensor.cpu() for tensor in found)
 
@@ -109,14 +117,12 @@ def window_arguments(rule, n=37, steps=2):
 # Accuracy
 
 CASES = [
-    Case("log_sign", 20, 2, 17, 3, 1),
-    Case("log_sign", 20, 2, 200, 1, 1),
-    Case("log_sign", 5, 1, 1, 1, 3),
-    Case("raw", 20, 1, 15, 2, 1),
-    Case("raw", 5, 3, 63, 2, 1),
-    Case("log_sign", 32, 2, 16, 1, 1),
-    Case("log_sign", 14, 1, 16, 1, 1, gain=10.0),
-    Case("raw", 5, 1, 17, 2, 1, magnitude=1e30),
+    *(Case(rule, 17, 2, 1) for rule in RULES + GIVEN),
+    Case(lstm(), 200, 1, 1),
+    Case(RNNPROP, 200, 2, 1),
+    Case(lstm(hidden=14, layers=1), 16, 1, 1, gain=10.0),
+    Case(lstm("raw", 5, 1), 17, 2, 1, magnitude=1e30),
+    Case(RNNPROP, 17, 2, 1, magnitude=0.0),
 ]
 
 
