@@ -6,6 +6,7 @@ layer reads features as they are, those: so biases and its W_ih are columns of t
 gradient. Nothing here needs libdevice in float32, so the interpreter runs the very same code; launches switch
 contraction off, so only the multiply-adds that are written are fused. ``RULE`` is a launch.Shape.
 """
+
 import triton
 import triton.language as tl
 

@@ -51,83 +51,70 @@ OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 
 @dataclass(frozen=True)
 class Shape:
-    """What the kernels are compiled for: a rule's parts and sizes, without its constants."""
+    """What the kernels are compiled for: a rule's parts and sizes, without its constants.
 
-    features: str  # "" where there are none
+    Fields and no properties, because the fields are what Triton keeps compiled kernels by.
+    """
+
+    features: str
+    """Their name, or none."""
     feature_count: int
     means: int
+    """Rows of state after those of the LSTM."""
     given: int
+    inputs: int
+    """Features and given rows."""
     projected: int
+    """Units of the projection; 0 without one."""
+    entering: int
+    """Numbers that the first layer reads."""
+    direct: bool
+    """Whether these are features in columns beside h; else they are made for it, and x as in all layers."""
     layers: int
     hidden: int
+    units: int
+    """Units with padding: a power of 2 with room for the constant inputs, and as many as tl.dot wants."""
     output: str
+    lstm_rows: int
+    state_rows: int
+    first_level: int
+    """Of a window's workspace, that of the first layer: what is made for it is the level below."""
+    levels: int
+    output_row: int
+    """Of the packed weights, as those that follow; see pack.py."""
+    constants_row: int
+    projection_row: int
+    packed_rows: int
 
-    @classmethod
-    def of(cls, config: RuleConfig) -> Shape:
-        return cls(
-            features="" if config.features is None else config.features.name,
-            feature_count=config.feature_count,
-            means=config.state_rows - config.lstm_rows,
-            given=config.given,
-            projected=0 if config.projection is None else config.projection.units,
-            layers=config.num_layers,
-            hidden=config.hidden_size,
-            output=config.output,
-        )
 
-    @property
-    def direct(self) -> bool:
-        """Whether the first layer reads features as they are, in columns beside h; others read x, as all layers do."""
-        return not (self.means or self.given or self.projected)
-
-    @property
-    def inputs(self) -> int:
-        return self.feature_count + self.given
-
-    @property
-    def entering(self) -> int:
-        """Numbers that the first layer reads."""
-        return self.projected or self.inputs
-
-    @property
-    def units(self) -> int:
-        """Units with padding: a power of 2 with room for the constant inputs, and as many as tl.dot wants."""
-        return max(16, triton.next_power_of_2(max(self.hidden + 3, 0 if self.direct else self.entering)))
-
-    @property
-    def lstm_rows(self) -> int:
-        return 2 * self.layers * self.hidden
-
-    @property
-    def state_rows(self) -> int:
-        return self.lstm_rows + self.means
-
-    @property
-    def first_level(self) -> int:
-        """Of a window's workspace, that of the first layer; what it reads is the level below, if that is made for it."""
-        return 0 if self.direct else 1
-
-    @property
-    def levels(self) -> int:
-        return self.first_level + self.layers
-
-    # Rows of packed weights; see pack.py.
-
-    @property
-    def output_row(self) -> int:
-        return 4 * self.units * self.layers
-
-    @property
-    def constants_row(self) -> int:
-        return self.output_row + 1
-
-    @property
-    def projection_row(self) -> int:
-        return self.output_row + 2
-
-    @property
-    def packed_rows(self) -> int:
-        return self.projection_row + (self.inputs + 1 if self.projected else 0)
+def shape_of(config: RuleConfig) -> Shape:
+    projected = 0 if config.projection is None else config.projection.units
+    means, inputs = config.state_rows - config.lstm_rows, config.inputs
+    direct, entering = not (means or config.given or projected), projected or inputs
+    units = max(16, triton.next_power_of_2(max(config.hidden_size + 3, 0 if direct else entering)))
+    output_row = 4 * units * config.num_layers
+    return Shape(
+        features="none" if config.features is None else config.features.name,
+        feature_count=config.feature_count,
+        means=means,
+        given=config.given,
+        inputs=inputs,
+        projected=projected,
+        entering=entering,
+        direct=direct,
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        units=units,
+        output=config.output,
+        lstm_rows=config.lstm_rows,
+        state_rows=config.state_rows,
+        first_level=0 if direct else 1,
+        levels=config.num_layers + (0 if direct else 1),
+        output_row=output_row,
+        constants_row=output_row + 1,
+        projection_row=output_row + 2,
+        packed_rows=output_row + 2 + (inputs + 1 if projected else 0),
+    )
 
 
 @dataclass(frozen=True)
@@ -159,7 +146,7 @@ class Rule:
 
     @functools.cached_property
     def shape(self) -> Shape:
-        return Shape.of(self.config)
+        return shape_of(self.config)
 
     def cell(self, capability: tuple[int, int]) -> dict[str, Any]:
         """Constants of the kernels that run cells."""
@@ -228,20 +215,15 @@ def window_backward(
     adjoints: Tensor,
     weights: Sequence[Tensor],
     dstate: Tensor | None,
-    need_dstate: bool,
-    need_dgrads: bool,
+    dstate_first: Tensor | None,
+    dgrads: Tensor | None,
     given: Tensor | None,
-    need_dgiven: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dgiven: Tensor | None,
+) -> Tensor:
+    """Gradients with respect to the weights; the others go where they are wanted, but for lanes past N."""
     shape = rule.shape
     steps, numel = grads.shape
     dweights = state.new_empty(sum(weight.numel() for weight in weights))
-    # Lanes past N are not written.
-    dstate_first = state.new_zeros(state.shape[0] if need_dstate else 0, *state.shape[1:])
-    dgrads = grads.new_empty(steps if need_dgrads else 0, numel)
-    dgiven = torch.zeros_like(given) if given is not None and need_dgiven else state.new_empty(0)
-    to_dstate, to_dgrads = dstate_first if need_dstate else None, dgrads if need_dgrads else None
-    to_dgiven = dgiven if given is not None and need_dgiven else None
     packed = pack(rule, weights)
     block, warps = rule.blocking()
     blocks = triton.cdiv(numel, block)
@@ -249,25 +231,24 @@ def window_backward(
     sums = packed.new_zeros(programs, *packed.shape, dtype=torch.float64)
     workspace = state.new_empty(programs, shape.levels, steps + 1, 2, shape.units, block)
     dgates = state.new_empty(programs, steps, 4, shape.units, block)
-    doutputs = state.new_empty(programs, steps, block) if shape.output != "none" else None
+    doutputs = None if shape.output == "none" else state.new_empty(programs, steps, block)
     options = {"num_warps": warps} | OPTIONS
     cell, plain = rule.cell(_capability(packed)) | options, rule.blocks() | options
+    firsts = [shape.direct and layer == 0 for layer in range(shape.layers)]
     for first_block in range(0, blocks, max(programs, 1)):
         now = min(programs, blocks - first_block)
         where = {"numel": numel, "steps": steps, "first_block": first_block}
         if not shape.direct:
             inputs_kernel[(now,)](state, grads, given, packed, workspace, **where, **plain)
-        for layer in range(shape.layers):
-            first = shape.direct and layer == 0
+        for layer, first in enumerate(firsts):
             forward_kernel[(now,)](state, grads, packed, workspace, **where, layer=layer, FIRST=first, **cell)
         if doutputs is not None:
             output_backward_kernel[(now,)](
                 adjoints, packed, sums, workspace, doutputs, **where, update_scale=rule.update_scale, **plain
             )
-        for layer in reversed(range(shape.layers)):
-            first = shape.direct and layer == 0
+        for layer, first in reversed(list(enumerate(firsts))):
             backward_kernel[(now,)](
-                grads, packed, dstate, to_dstate, to_dgrads, workspace, dgates, doutputs, **where, layer=layer,
+                grads, packed, dstate, dstate_first, dgrads, workspace, dgates, doutputs, **where, layer=layer,
                 FIRST=first, LAST=layer == shape.layers - 1, **cell,
             )  # fmt: skip
             gradient_kernel[(now, 2)](
@@ -276,14 +257,15 @@ def window_backward(
             )  # fmt: skip
         if shape.projected:
             projection_gradient_kernel[(now, 1 + shape.inputs)](given, sums, workspace, **where, **plain)
-        if not shape.direct and (need_dgrads or to_dgiven is not None or (need_dstate and shape.means)):
+        to_means = dstate_first if shape.means else None
+        if not (shape.direct or dgrads is to_means is dgiven is None):
             inputs_backward_kernel[(now,)](
-                grads, packed, dstate, to_dstate, to_dgrads, to_dgiven, workspace, **where, **plain
-            )
+                grads, packed, dstate, to_means, dgrads, dgiven, workspace, **where, **plain
+            )  # fmt: skip
     unpack_kernel[(triton.cdiv(shape.packed_rows, ROWS),)](
         sums, dweights, programs, RULE=shape, ROWS=ROWS, TOGETHER=TOGETHER
     )
-    return dweights, dstate_first, dgrads, dgiven
+    return dweights
 
 
 def programs_at_once(rule: Rule, steps: int) -> int:

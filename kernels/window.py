@@ -46,9 +46,7 @@ def entry_at(workspace, level, t, which, steps, RULE: tl.constexpr, BLOCK: tl.co
 @triton.jit
 def load_entry(workspace, level, t, which, steps, units, lanes, RULE: tl.constexpr, BLOCK: tl.constexpr):
     """As [BLOCK, UNITS]."""
-    return tl.load(
-        entry_at(workspace, level, t, which, steps, RULE, BLOCK) + units[None, :] * BLOCK + lanes[:, None]
-    )
+    return tl.load(entry_at(workspace, level, t, which, steps, RULE, BLOCK) + units[None, :] * BLOCK + lanes[:, None])
 
 
 @triton.jit
@@ -109,7 +107,9 @@ def inputs_kernel(
     grads += start
     weights += RULE.projection_row * (2 * UNITS)
     workspace += tl.program_id(0).to(tl.int64) * (steps + 1) * (2 * RULE.levels * UNITS * BLOCK)
-    means = load_rows(state + start * ROWS + RULE.lstm_rows * TILE + lane_offsets(lanes, ROWS), TILE, exists, RULE.means)
+    means = load_rows(
+        state + start * ROWS + RULE.lstm_rows * TILE + lane_offsets(lanes, ROWS), TILE, exists, RULE.means
+    )
     for t in range(steps):
         gradient = load_gradient(grads, t, numel, lanes, exists)
         first, second, means = features(gradient, means, constants, RULE)

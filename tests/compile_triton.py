@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from helpers import GIVEN, RNNPROP, RULES, lstm
+from helpers import GIVEN, LSTMS, RNNPROP, RULES, lstm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -25,6 +25,7 @@ from fastl2l.kernels import launch, pack, step, window
 from fastl2l.rule_config import RuleConfig
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+HOPPER = (9, 0)
 INTEGERS = {"numel": "i64", "first_block": "i64", "steps": "i32", "layer": "i32", "programs": "i32"}
 NUMBERS = {"update_scale", "grad_scale", "decay", *(f"constant{i}" for i in range(launch.CONSTANTS))}
 
@@ -36,6 +37,9 @@ def rule(text, precision="tf32x3", dtype=torch.float32):
 def compiled(kernel, capability, rule, state=None, **constants):
     """Registers, bytes of the stack and of shared memory, and matrix instructions in the PTX."""
     number = "fp64" if rule.dtype == torch.float64 else "fp32"
+    absent = [] if rule.shape.given else ["given", "dgiven"]
+    absent += ["doutputs"] if rule.shape.output == "none" else []
+    constants |= {name: None for name in absent if name in kernel.arg_names}
 
     def kind(name):
         if name in constants:
@@ -60,6 +64,8 @@ def compiled(kernel, capability, rule, state=None, **constants):
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     ptx = result.asm["ptx"]
     return {
+        "rule": rule.config.text,
+        "capability": capability,
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]) + int(found["LOCAL"]),
         "shared": result.metadata.shared,
@@ -70,48 +76,61 @@ def compiled(kernel, capability, rule, state=None, **constants):
 
 def kernels(capability, rule):
     """The kernels that matter; those that Hopper has wide products in, all of them."""
-    cell, plain, shape = rule.cell(capability), rule.blocks(), rule.shape
-    gradient = {**plain, "PRECISION": rule.precision}
-    absent = dict.fromkeys(("dstate", "dstate_first", "dgrads"))
-    no_given = {} if shape.given else {"given": None}
-    other, first = {"FIRST": False}, {"FIRST": True}
-    yield "step", step.step_kernel, {**cell, **no_given}
+    cell = rule.cell(capability)
+    gradient = {**rule.blocks(), "PRECISION": rule.precision}
+    absent, other = dict.fromkeys(("dstate", "dstate_first", "dgrads")), {"FIRST": False}
+    yield "step", step.step_kernel, cell
     yield "forward, other", window.forward_kernel, {**cell, **other}
     yield "gradient, other", window.gradient_kernel, {**gradient, **other}
     yield "backward, last", window.backward_kernel, {**cell, **absent, **other, "LAST": True}
-    if capability != (9, 0):
+    if capability != HOPPER:
         return
-    packing = {"RULE": shape, "ROWS": launch.ROWS}
+    packing, first = {"RULE": rule.shape, "ROWS": launch.ROWS}, {"FIRST": rule.shape.direct}
     yield "pack", pack.pack_kernel, packing
     yield "unpack", pack.unpack_kernel, {**packing, "TOGETHER": launch.TOGETHER}
-    yield "output backward", window.output_backward_kernel, plain
     yield "backward with states, last", window.backward_kernel, {**cell, **other, "LAST": True}
-    if shape.direct:
-        yield "forward, first", window.forward_kernel, {**cell, **first}
-        yield "gradient, first", window.gradient_kernel, {**gradient, **first}
-        yield "backward, first", window.backward_kernel, {**cell, **absent, **first, "LAST": False}
-    else:
-        yield "backward, other", window.backward_kernel, {**cell, **absent, **other, "LAST": False}
-        yield "inputs", window.inputs_kernel, {**plain, **no_given}
-        no_dgiven = {} if shape.given else {"dgiven": None}
-        yield "inputs backward", window.inputs_backward_kernel, {**plain, **no_dgiven}
-    if shape.projected:
-        yield "projection gradient", window.projection_gradient_kernel, {**plain, **no_given}
+    yield "forward, first", window.forward_kernel, {**cell, **first}
+    yield "gradient, first", window.gradient_kernel, {**gradient, **first}
+    yield "backward, first", window.backward_kernel, {**cell, **absent, **first, "LAST": False}
+    yield from around_the_layers(rule)
+
+
+def around_the_layers(rule):
+    """The kernels of a window that run no cells."""
+    if rule.shape.output != "none":
+        yield "output backward", window.output_backward_kernel, rule.blocks()
+    if not rule.shape.direct:
+        yield "inputs", window.inputs_kernel, rule.blocks()
+        yield "inputs backward", window.inputs_backward_kernel, rule.blocks()
+    if rule.shape.projected:
+        yield "projection gradient", window.projection_gradient_kernel, rule.blocks()
+
+
+def variants():
+    """What only a compiler finds: that other rules and precisions are valid at all. Rules and what to call them."""
+    for text in (lstm(), RNNPROP):
+        yield rule(text, "ieee"), ", ieee"
+        yield rule(text, "ieee", torch.float64), ", float64"
+    for text in (lstm("raw", 5), *(text for text in (*RULES, *GIVEN) if text not in (*LSTMS, RNNPROP))):
+        yield rule(text), ", other parts"
 
 
 def report(capabilities):
     for text, capability in itertools.product((lstm(), RNNPROP), capabilities):
-        its_rule = rule(text)
-        for name, kernel, constants in kernels(capability, its_rule):
-            found = compiled(kernel, capability, its_rule, **constants)
-            yield {"rule": text, "kernel": name, "capability": capability} | found
+        for name, kernel, constants in kernels(capability, rule(text)):
+            yield {"kernel": name} | compiled(kernel, capability, rule(text), **constants)
     for capability in capabilities:
-        constants = {**rule(lstm()).cell(capability), "given": None}
+        constants = rule(lstm()).cell(capability)
         found = compiled(step.step_kernel, capability, rule(lstm()), "bf16", **constants)
-        yield {"rule": lstm(), "kernel": "step, state in bfloat16", "capability": capability} | found
-    # What only a compiler finds: that the other variants are valid at all.
-    variants = [(lstm(), "ieee"), (lstm(), "float64"), *((text, "tf32x3") for text in RULES + GIVEN)]
-
+        yield {"kernel": "step, state in bfloat16"} | found
+    for its_rule, variant in variants():
+        cell = its_rule.cell(HOPPER)
+        for name, kernel, constants in (
+            ("step", step.step_kernel, cell),
+            ("backward", window.backward_kernel, {**cell, "FIRST": its_rule.shape.direct, "LAST": True}),
+            *around_the_layers(its_rule),
+        ):
+            yield {"kernel": name + variant} | compiled(kernel, HOPPER, its_rule, **constants)
 
 
 if __name__ == "__main__":

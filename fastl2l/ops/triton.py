@@ -69,10 +69,20 @@ def window_backward(
     its_rule, like = _rule(weights, rule, update_scale), weights[0]
     check_window(its_rule.config, state, grads, adjoints, dstate, given, like)
     check_numbers(like, update_scale)
+    # Kernels write no lanes past N.
+    dstate_first = torch.zeros_like(state) if need_dstate else None
+    dgrads = torch.empty_like(grads) if need_dgrads else None
+    dgiven = torch.zeros_like(given) if given is not None and need_dgiven else None
     with _on(like.device):
-        return launch.window_backward(
-            its_rule, state, grads, adjoints, weights, dstate, need_dstate, need_dgrads, given, need_dgiven
+        dweights = launch.window_backward(
+            its_rule, state, grads, adjoints, weights, dstate, dstate_first, dgrads, given, dgiven
         )
+    return (
+        dweights,
+        state.new_empty(0, *state.shape[1:]) if dstate_first is None else dstate_first,
+        grads.new_empty(0, grads.shape[1]) if dgrads is None else dgrads,
+        state.new_empty(0) if dgiven is None else dgiven,
+    )
 
 
 find_nonfinite_ = reference.find_nonfinite_
