@@ -107,9 +107,8 @@ def inputs_kernel(
     grads += start
     weights += RULE.projection_row * (2 * UNITS)
     workspace += tl.program_id(0).to(tl.int64) * (steps + 1) * (2 * RULE.levels * UNITS * BLOCK)
-    means = load_rows(
-        state + start * ROWS + RULE.lstm_rows * TILE + lane_offsets(lanes, ROWS), TILE, exists, RULE.means
-    )
+    means_at = state + start * ROWS + RULE.lstm_rows * TILE + lane_offsets(lanes, ROWS)
+    means = load_rows(means_at, TILE, exists, RULE.means)
     for t in range(steps):
         gradient = load_gradient(grads, t, numel, lanes, exists)
         first, second, means = features(gradient, means, constants, RULE)
