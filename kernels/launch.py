@@ -259,9 +259,7 @@ def window_backward(
             projection_gradient_kernel[(now, 1 + shape.inputs)](given, sums, workspace, **where, **plain)
         to_means = dstate_first if shape.means else None
         if not (shape.direct or dgrads is to_means is dgiven is None):
-            inputs_backward_kernel[(now,)](
-                grads, packed, dstate, to_means, dgrads, dgiven, workspace, **where, **plain
-            )  # fmt: skip
+            inputs_backward_kernel[(now,)](grads, packed, dstate, to_means, dgrads, dgiven, workspace, **where, **plain)
     unpack_kernel[(triton.cdiv(shape.packed_rows, ROWS),)](
         sums, dweights, programs, RULE=shape, ROWS=ROWS, TOGETHER=TOGETHER
     )

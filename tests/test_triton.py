@@ -387,9 +387,10 @@ def test_a_window_with_a_strange_gradient_is_strange_in_its_coordinate_and_the_w
         assert after[1][1, :, place - 16].isnan().any()
 
 
+@pytest.mark.parametrize("text", [lstm(hidden=3, layers=1), STRANGE[-1]])
 @pytest.mark.parametrize("value", [1.0, NAN, -INF])
-def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite(value):
-    rule, flag = random_rule(hidden=3, layers=1), torch.ones(1, dtype=torch.bool)
+def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite(text, value):
+    rule, flag = rule_of(text), torch.ones(1, dtype=torch.bool)
     grad, tensors = random_gradients(17), [torch.zeros(17), new_state(rule, 17), flag]
     grad[16] = value
     param, state, flag = there(tensors)
