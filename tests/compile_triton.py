@@ -7,6 +7,7 @@ A program of its own because tests/test_triton.py may have Triton's interpreter 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -16,37 +17,38 @@ from pathlib import Path
 
 import torch
 import triton
+from helpers import GIVEN, LSTMS, RNNPROP, RULES, lstm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastl2l.kernels import launch, pack, step, window
+from fastl2l.rule_config import RuleConfig
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+HOPPER = (9, 0)
 INTEGERS = {"numel": "i64", "first_block": "i64", "steps": "i32", "layer": "i32", "programs": "i32"}
-POINTERS = {
-    "param", "grad", "state", "weights", "packed", "grads", "adjoints", "dstate", "dstate_first", "dgrads",
-    "workspace", "dgates", "dweights",
-}  # fmt: skip
+NUMBERS = {"update_scale", "grad_scale", "decay", *(f"constant{i}" for i in range(launch.CONSTANTS))}
 
 
-def rule(precision="tf32x3", dtype=torch.float32, preprocess="log_sign", hidden=20):
-    return launch.Rule(preprocess, 10.0, 0.1, 2, hidden, dtype, precision)
+def rule(text, precision="tf32x3", dtype=torch.float32):
+    return launch.Rule(RuleConfig.parse(text), 0.1, dtype, precision)
 
 
 def compiled(kernel, capability, rule, state=None, **constants):
     """Registers, bytes of the stack and of shared memory, and matrix instructions in the PTX."""
     number = "fp64" if rule.dtype == torch.float64 else "fp32"
+    absent = [] if rule.shape.given else ["given", "dgiven"]
+    absent += ["doutputs"] if rule.shape.output == "none" else []
+    constants |= {name: None for name in absent if name in kernel.arg_names}
 
     def kind(name):
         if name in constants:
             return "constexpr"
-        if name == "state" and state:
-            return f"*{state}"
-        if name == "finite":
-            return "*i1"
-        if name in POINTERS:
-            return f"*{number}"
-        return INTEGERS.get(name) or ("*fp64" if name == "sums" else "fp64")
+        if name in INTEGERS:
+            return INTEGERS[name]
+        if name in NUMBERS:
+            return "fp64"
+        return "*" + {"state": state or number, "finite": "i1", "sums": "fp64"}.get(name, number)
 
     signature = {name: kind(name) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, type in enumerate(signature.values()) if type.startswith("*")}
@@ -62,6 +64,8 @@ def compiled(kernel, capability, rule, state=None, **constants):
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     ptx = result.asm["ptx"]
     return {
+        "rule": rule.config.text,
+        "capability": capability,
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]) + int(found["LOCAL"]),
         "shared": result.metadata.shared,
@@ -73,43 +77,60 @@ def compiled(kernel, capability, rule, state=None, **constants):
 def kernels(capability, rule):
     """The kernels that matter; those that Hopper has wide products in, all of them."""
     cell = rule.cell(capability)
-    gradient = {name: value for name, value in cell.items() if name != "WIDE"}
-    absent = dict.fromkeys(("dstate", "dstate_first", "dgrads"))
+    gradient = {**rule.blocks(), "PRECISION": rule.precision}
+    absent, other = dict.fromkeys(("dstate", "dstate_first", "dgrads")), {"FIRST": False}
     yield "step", step.step_kernel, cell
-    yield "forward, other", window.forward_kernel, {**cell, "FIRST": False}
-    yield "gradient, other", window.gradient_kernel, {**gradient, "FIRST": False}
-    yield "backward, last", window.backward_kernel, {**cell, **absent, "FIRST": False, "LAST": True}
-    if capability == (9, 0):
-        packing = {**rule.sizes(), "FEATURES": rule.features, "ROWS": launch.ROWS}
-        yield "pack", pack.pack_kernel, packing
-        yield "unpack", pack.unpack_kernel, {**packing, "TOGETHER": launch.TOGETHER}
-        yield "output gradient", window.output_gradient_kernel, {**rule.sizes(), "BLOCK": cell["BLOCK"]}
-        yield "forward, first", window.forward_kernel, {**cell, "FIRST": True}
-        yield "gradient, first", window.gradient_kernel, {**gradient, "FIRST": True}
-        yield "backward, first", window.backward_kernel, {**cell, **absent, "FIRST": True, "LAST": False}
-        yield "backward with states, last", window.backward_kernel, {**cell, "FIRST": False, "LAST": True}
+    yield "forward, other", window.forward_kernel, {**cell, **other}
+    yield "gradient, other", window.gradient_kernel, {**gradient, **other}
+    yield "backward, last", window.backward_kernel, {**cell, **absent, **other, "LAST": True}
+    if capability != HOPPER:
+        return
+    packing, first = {"RULE": rule.shape, "ROWS": launch.ROWS}, {"FIRST": rule.shape.direct}
+    yield "pack", pack.pack_kernel, packing
+    yield "unpack", pack.unpack_kernel, {**packing, "TOGETHER": launch.TOGETHER}
+    yield "backward with states, last", window.backward_kernel, {**cell, **other, "LAST": True}
+    yield "forward, first", window.forward_kernel, {**cell, **first}
+    yield "gradient, first", window.gradient_kernel, {**gradient, **first}
+    yield "backward, first", window.backward_kernel, {**cell, **absent, **first, "LAST": False}
+    yield from around_the_layers(rule)
+
+
+def around_the_layers(rule):
+    """The kernels of a window that run no cells."""
+    if rule.shape.output != "none":
+        yield "output backward", window.output_backward_kernel, rule.blocks()
+    if not rule.shape.direct:
+        yield "inputs", window.inputs_kernel, rule.blocks()
+        yield "inputs backward", window.inputs_backward_kernel, rule.blocks()
+    if rule.shape.projected:
+        yield "projection gradient", window.projection_gradient_kernel, rule.blocks()
+
+
+def variants():
+    """What only a compiler finds: that other rules and precisions are valid at all. Rules and what to call them."""
+    for text in (lstm(), RNNPROP):
+        yield rule(text, "ieee"), ", ieee"
+        yield rule(text, "ieee", torch.float64), ", float64"
+    for text in (lstm("raw", 5), *(text for text in (*RULES, *GIVEN) if text not in (*LSTMS, RNNPROP))):
+        yield rule(text), ", other parts"
 
 
 def report(capabilities):
+    for text, capability in itertools.product((lstm(), RNNPROP), capabilities):
+        for name, kernel, constants in kernels(capability, rule(text)):
+            yield {"kernel": name} | compiled(kernel, capability, rule(text), **constants)
     for capability in capabilities:
-        for name, kernel, constants in kernels(capability, rule()):
-            yield {"kernel": name, "capability": capability} | compiled(kernel, capability, rule(), **constants)
-        found = compiled(step.step_kernel, capability, rule(), "bf16", **rule().cell(capability))
-        yield {"kernel": "step, state in bfloat16", "capability": capability} | found
-    # What only a compiler finds: that the other variants are valid at all.
-    variants = {
-        "ieee": rule("ieee"),
-        "float64": rule("ieee", torch.float64),
-        "raw": rule(preprocess="raw", hidden=5),
-    }
-    for variant, its_rule in variants.items():
-        constants = its_rule.cell((9, 0))
-        for name, kernel, more in (
-            ("step", step.step_kernel, {}),
-            ("backward", window.backward_kernel, {"FIRST": True, "LAST": True}),
+        constants = rule(lstm()).cell(capability)
+        found = compiled(step.step_kernel, capability, rule(lstm()), "bf16", **constants)
+        yield {"kernel": "step, state in bfloat16"} | found
+    for its_rule, variant in variants():
+        cell = its_rule.cell(HOPPER)
+        for name, kernel, constants in (
+            ("step", step.step_kernel, cell),
+            ("backward", window.backward_kernel, {**cell, "FIRST": its_rule.shape.direct, "LAST": True}),
+            *around_the_layers(its_rule),
         ):
-            found = compiled(kernel, (9, 0), its_rule, **constants, **more)
-            yield {"kernel": f"{name}, {variant}", "capability": (9, 0)} | found
+            yield {"kernel": name + variant} | compiled(kernel, HOPPER, its_rule, **constants)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastl2l.kernels import launch
 from fastl2l.ops import reference, schema
-from fastl2l.ops.checks import check_parameters, check_rule, check_tensor, check_window
-from fastl2l.ops.layout import split_state
+from fastl2l.ops.checks import check_numbers, check_parameters, check_rule, check_tensor, check_window
+from fastl2l.ops.layout import split_state, tiles_of
 
 PRECISION = "FASTL2L_TRITON_PRECISION"
 
@@ -27,22 +27,28 @@ def step_(
     grads: Sequence[Tensor],
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    preprocess: str,
-    preprocess_constant: float,
+    rule: str,
     update_scale: float,
     grad_scale: float,
     finite: Tensor | None = None,
+    given: Tensor | None = None,
+    decay: float = 0.0,
+    rate: Tensor | None = None,
 ) -> None:
     """See schema.py."""
-    rule = _rule(weights, preprocess, preprocess_constant, update_scale)
-    check_parameters(params, grads, states, weights[-2], 2 * rule.layers * rule.hidden)
+    its_rule, like = _rule(weights, rule, update_scale), weights[0]
+    check_parameters(its_rule.config, params, grads, states, given, like)
+    check_numbers(like, update_scale, decay, rate)
     if finite is not None:
-        check_tensor("finite", finite, weights[-2].new_empty(1, dtype=torch.bool), (1,))
+        check_tensor("finite", finite, like, (1,), torch.bool)
         find_nonfinite_(finite, grads)
-    states = split_state(states, [param.numel() for param in params])
+    sizes = [param.numel() for param in params]
+    rows = [None] * len(sizes) if given is None else given.split([tiles_of(size) for size in sizes])
     if params:
-        with _on(weights[-2].device):
-            launch.step_(rule, params, grads, states, weights, grad_scale, finite)
+        with _on(like.device):
+            launch.step_(
+                its_rule, params, grads, split_state(states, sizes), weights, grad_scale, finite, rows, decay, rate
+            )
 
 
 @torch.no_grad()
@@ -51,36 +57,44 @@ def window_backward(
     grads: Tensor,
     adjoints: Tensor,
     weights: Sequence[Tensor],
-    preprocess: str,
-    preprocess_constant: float,
+    rule: str,
     update_scale: float,
     dstate: Tensor | None,
     need_dstate: bool,
     need_dgrads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    given: Tensor | None = None,
+    need_dgiven: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See schema.py."""
-    rule = _rule(weights, preprocess, preprocess_constant, update_scale)
-    check_window(state, grads, adjoints, dstate, weights[-2], 2 * rule.layers * rule.hidden)
-    with _on(weights[-2].device):
-        return launch.window_backward(rule, state, grads, adjoints, weights, dstate, need_dstate, need_dgrads)
+    its_rule, like = _rule(weights, rule, update_scale), weights[0]
+    check_window(its_rule.config, state, grads, adjoints, dstate, given, like)
+    check_numbers(like, update_scale)
+    # Kernels write no lanes past N.
+    dstate_first = torch.zeros_like(state) if need_dstate else None
+    dgrads = torch.empty_like(grads) if need_dgrads else None
+    dgiven = torch.zeros_like(given) if given is not None and need_dgiven else None
+    with _on(like.device):
+        dweights = launch.window_backward(
+            its_rule, state, grads, adjoints, weights, dstate, dstate_first, dgrads, given, dgiven
+        )
+    return (
+        dweights,
+        state.new_empty(0, *state.shape[1:]) if dstate_first is None else dstate_first,
+        grads.new_empty(0, grads.shape[1]) if dgrads is None else dgrads,
+        state.new_empty(0) if dgiven is None else dgiven,
+    )
 
 
 find_nonfinite_ = reference.find_nonfinite_
 
 
-def _rule(weights: Sequence[Tensor], preprocess: str, constant: float, update_scale: float) -> launch.Rule:
-    layers, hidden = check_rule(weights, preprocess)
-    if hidden > launch.MOST_HIDDEN:
-        raise RuntimeError(
-            f"weights: expected at most {launch.MOST_HIDDEN} hidden units with backend 'triton', got {hidden}; "
-            "use backend='reference', or 'native' where it takes CUDA tensors"
-        )
-    dtype = weights[-2].dtype
+def _rule(weights: Sequence[Tensor], text: str, update_scale: float) -> launch.Rule:
+    config = check_rule(weights, text)
     precision = os.environ.get(PRECISION) or launch.PRECISIONS[0]
     if precision not in launch.PRECISIONS:
         raise RuntimeError(f"{PRECISION}: expected one of {', '.join(launch.PRECISIONS)}, got {precision}")
-    precision = "ieee" if dtype == torch.float64 else precision
-    return launch.Rule(preprocess, constant, update_scale, layers, hidden, dtype, precision)
+    dtype = weights[0].dtype
+    return launch.Rule(config, update_scale, dtype, "ieee" if dtype == torch.float64 else precision)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
