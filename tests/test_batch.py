@@ -73,12 +73,21 @@ class Power(nn.Module):
         return self.layer(x).tanh() ** self.power
 
 
+def hooked():
+    """Hooks are numbered through the process, and an object is equal to itself alone."""
+    network = nn.Sequential(nn.Linear(6, 3))
+    network.register_forward_hook(lambda module, inputs, output: output.tanh())
+    network.marker = object()
+    return network
+
+
 TOGETHER = {
     "quadratic": lambda: tasks.Quadratic(dim=3, batch=4, dtype=F64).sample,
     "digits": lambda: tasks.Digits(hidden=(5,), batch_size=16, dtype=F64).sample,
     "digits, two layers": lambda: tasks.Digits(hidden=(5, 4), activation="tanh", batch_size=16, dtype=F64).sample,
     "module": lambda: module(with_numbers_of_its_own).sample,
     "same functions": lambda: module(lambda: Power(1)).sample,
+    "hooks": lambda: module(hooked).sample,
 }
 ALONE = {
     "own": lambda: Own,

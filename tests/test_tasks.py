@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -112,8 +116,6 @@ def test_second_derivatives(task):
 
 
 def test_specs_are_json_and_tell_tasks_apart(task):
-    import json
-
     assert json.loads(json.dumps(task.spec())) == task.spec()
     specs = [json.dumps(make().spec()) for make in ALL.values()]
     assert len(set(specs)) == len(specs)
@@ -336,6 +338,60 @@ def test_specs_of_custom_tasks_see_network_loss_and_data():
     ]
     assert custom().spec() == custom().spec()
     assert all(other.spec() != custom().spec() for other in others)
+
+
+class Marked(nn.Module):
+    """Its repr holds an address, and not what it computes from the second step on."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.layer, self.marker, self.limit = nn.Linear(6, 3), object(), limit
+
+    def extra_repr(self):
+        return repr(self.marker)
+
+    def forward(self, x):
+        return self.layer(x).clamp(-self.limit, self.limit)
+
+
+def clamped(limit):
+    return lambda output, target: F.cross_entropy(output.clamp(-limit, limit), target)
+
+
+def test_specs_of_custom_tasks_hold_no_addresses_but_all_that_a_network_and_a_loss_are():
+    def marked(network_limit, loss_limit):
+        return tasks.from_module(lambda: Marked(network_limit), clamped(loss_limit), blobs(), batch_size=16).spec()
+
+    assert marked(100, 100) == marked(100, 100)
+    assert marked(100, 100) != marked(200, 100)  # though the first losses are the same
+    assert marked(100, 100) != marked(100, 200)
+
+
+def test_what_cannot_be_told_in_a_custom_task_is_named_at_once():
+    def make():
+        network = small_net()
+        network[1].lock = threading.Lock()
+        return network
+
+    with pytest.raises(TypeError, match=r"make_module\.1\.lock: cannot tell what this _thread.lock is"):
+        custom(make)
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"loss.lock.*: cannot tell what this _thread.lock is"):
+        tasks.from_module(small_net, lambda o, t: F.cross_entropy(o, t) + (lock is None), blobs(), batch_size=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Described(tasks.Quadratic):
+    about: object = None
+
+
+def test_specs_hold_what_json_holds_or_name_what_it_has_no_word_for():
+    about = {"rates": ((1, np.float32(0.5)), [np.int64(3)]), "limit": float("inf"), "dtype": torch.float64}
+    spec = Described(about=about).spec()
+    assert spec["about"] == {"rates": [[1, 0.5], [3]], "limit": "inf", "dtype": "float64"}
+    assert json.loads(json.dumps(spec)) == spec
+    with pytest.raises(TypeError, match="task 'quadratic': about: expected what JSON has a word for, got a function"):
+        Described(about=clamped).spec()
 
 
 def no_parameters():

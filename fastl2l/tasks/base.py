@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -87,15 +88,30 @@ class Task(ABC):
         """Complete description of the distribution, as JSON would hold it: cache key, and part of every result file.
 
         The fields of a dataclass, without the device, which changes no problem. Other tasks must override this.
+
+        Raises:
+            TypeError: a field holds something that JSON has no word for.
         """
         names = [field.name for field in dataclasses.fields(cast(Any, self)) if field.name != "device"]
-        return {"name": self.name} | {name: _plain(getattr(self, name)) for name in names}
+        return {"name": self.name} | {
+            name: _plain(f"task {self.name!r}: {name}", getattr(self, name)) for name in names
+        }
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, np.generic):
+        return _plain(name, value.item())
+    if isinstance(value, (tuple, list)):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(name, item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name}: expected what JSON has a word for, got {_kind(value)}; override spec() to describe it")
 
 
 # Seeds and streams of random numbers

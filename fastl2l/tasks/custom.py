@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fastl2l.tasks.base import (
     value_and_grad,
 )
 from fastl2l.tasks.batch import batch
+from fastl2l.tasks.identity import identity
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -57,13 +59,15 @@ def from_module(
         loss: (output of the network, targets) -> scalar.
         data: inputs and targets [n, ...], or a Dataset of such pairs, which is read once, into memory.
         batch_size: examples in a minibatch.
-        name: of the task. Baselines' tuned learning rates are kept by name, network, data and the loss of one problem;
-            use different names for tasks that differ in something else.
+        name: of the task. Checkpoints and tuned learning rates are kept for tasks of this name, network, loss and data.
+            Networks and losses are told apart by what they hold (types, attributes, shapes, enclosed values) and by the
+            first loss and gradient; use different names for tasks that differ in something else.
         device: where theta, buffers and data live.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the network has no trainable parameters, or some that are
-            not floating or of several dtypes; the loss is not a finite scalar at the start of a first problem.
+            not floating or of several dtypes; it or the loss holds something that cannot be told from others (a lock,
+            an open file); the loss is not a finite scalar at the start of a first problem.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: expected a non-empty string, got {name!r}")
@@ -115,11 +119,12 @@ class ModuleTask(Task):
         return dict(self._spec)
 
     def _describe(self, problem: ModuleProblem) -> dict[str, Any]:
-        # Two functions cannot be compared, but what they do can: the network and loss are told apart by what they give.
+        # Code that is imported is told by its name alone, but also by what it gives.
         loss, grad = value_and_grad(problem, problem.theta0, 0)
         return {
             "name": self.name,
-            "module": repr(problem.module),
+            "module": problem.function.identity,
+            "loss": identity("loss", self._loss),
             "batch_size": self.batch_size,
             "data": fingerprint(self.inputs, self.targets),
             "parameters": problem.theta0.numel(),
@@ -141,13 +146,17 @@ class _Network:
         self._buffers = [name for name, _ in module.named_buffers()]
 
     def __eq__(self, other: object) -> bool:
-        """Whether the two differ in numbers alone, as far as `==` can tell of their modules' attributes."""
+        """Whether the two differ in the numbers of theta, frozen parameters and buffers alone."""
         if not isinstance(other, _Network) or self._loss is not other._loss:
             return False
         if any(mine is not theirs for mine, theirs in zip(self._data, other._data, strict=True)):
             return False
-        names, other_names = ((n._names, n._shapes, n._frozen, n._buffers) for n in (self, other))
-        return names == other_names and _equal(_attributes(self.module), _attributes(other.module))
+        return self.identity == other.identity
+
+    @cached_property
+    def identity(self) -> str:
+        """What the network is, but for those numbers."""
+        return identity("make_module", self.module, by_shape=[*self.module.parameters(), *self.module.buffers()])
 
     def theta0(self) -> Tensor:
         """The trainable parameters, flat."""
@@ -169,6 +178,8 @@ class _Network:
 
 class ModuleProblem(PureProblem):
     """One network, whose trainable parameters are theta; everything else about it stays as it was made."""
+
+    function: _Network
 
     def __init__(self, task: str, network: _Network, minibatches: Minibatches) -> None:
         self.task, self.module, self.function = task, network.module, network
@@ -202,22 +213,6 @@ def _taken_by_vmap(problem: ModuleProblem) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _attributes(module: nn.Module) -> list[Any]:
-    """All that a network is besides parameters and buffers."""
-    numbers = ("_parameters", "_buffers", "_modules")
-    return [
-        (name, type(part), {key: value for key, value in vars(part).items() if key not in numbers})
-        for name, part in module.named_modules()
-    ]
-
-
-def _equal(one: object, other: object) -> bool:
-    try:
-        return bool(one == other)
-    except (RuntimeError, ValueError):  # there are tensors or arrays in them
-        return False
 
 
 def _trainable(module: nn.Module) -> dict[str, Tensor]:
