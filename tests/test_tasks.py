@@ -8,6 +8,7 @@ import json
 import threading
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import nn
@@ -394,6 +395,125 @@ def test_specs_hold_what_json_holds_or_name_what_it_has_no_word_for():
         Described(about=clamped).spec()
 
 
+class TwoInputs(nn.Module):
+    """Indices and numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(3, 5), nn.Linear(6, 5)
+
+    def forward(self, kinds, x):
+        return self.embedding(kinds) * self.layer(x)
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+def spec_of(data, make=small_net, loss=F.cross_entropy):
+    return tasks.from_module(make, loss, data, batch_size=16).spec()
+
+
+def test_networks_of_several_inputs_are_called_with_all():
+    inputs, kinds = blobs()
+    targets = torch.randn(300, 5, generator=torch.Generator().manual_seed(1))
+    task = tasks.from_module(TwoInputs, F.mse_loss, (kinds, inputs, targets), batch_size=16)
+    problem = task.sample(3)
+    rows = Minibatches(3, 300, 16).at(4, CPU)
+    expected = F.mse_loss(problem.module(kinds[rows], inputs[rows]), targets[rows])
+    torch.testing.assert_close(evaluate_loss(problem, problem.theta0, 4), expected)
+    pairs = torch.utils.data.TensorDataset(kinds, inputs, targets)
+    assert spec_of(pairs, TwoInputs, F.mse_loss) == task.spec()
+    pair = tasks.batch([problem, task.sample(4)])
+    assert isinstance(pair, tasks.PureProblem)
+
+
+def test_arrays_and_numbers_are_tensors_in_the_network_s_dtype():
+    inputs, targets = blobs()
+    expected = custom().spec()
+    arrays = inputs.numpy().astype(np.float64), targets.numpy()
+    arrays[0].flags.writeable = False
+    assert spec_of(arrays) == expected
+    assert spec_of((arrays[0][:, ::-1][:, ::-1], targets)) == expected
+    assert spec_of((inputs.double(), targets)) == expected
+    assert spec_of(Items(*((x, y.item()) for x, y in zip(arrays[0], targets, strict=True)))) == expected
+    assert spec_of(Items(*((x.tolist(), y) for x, y in zip(inputs, targets, strict=True)))) == expected
+
+
+def test_what_vmap_raises_does_not_matter():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
+                raise TypeError("expected a real Tensor")
+            return super().forward(x)
+
+    task = custom(lambda: Picky(6, 3))
+    pair = tasks.batch([task.sample(0), task.sample(1)])
+    assert torch.isfinite(value_and_grad(pair, pair.theta0, 0)[0])
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({"x": blobs()[0], "y": blobs()[1]}, TypeError, "data: expected Tensors or arrays .*, got dict"),
+        ((blobs()[0],), TypeError, "data: .*got tuple of torch.Tensor"),
+        ((blobs()[0], [1, 2]), TypeError, "data: .*got tuple of torch.Tensor, list"),
+        (
+            torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*blobs())),
+            TypeError,
+            r"data: .*got torch\.utils\.data.*DataLoader; pass its dataset: minibatches are drawn here",
+        ),
+        (torch.utils.data.ChainDataset([]), ValueError, "data: expected a Dataset of numbered items.*ChainDataset"),
+        (Items(), ValueError, "data: expected a Dataset of numbered items, at least one, got .*Items"),
+        (Items({"x": blobs()[0][0], "y": 1}), TypeError, r"data: item 0: expected \(input, target\).*, got dict"),
+        (Items((torch.ones(6), 1), torch.ones(6)), TypeError, "data: item 1: expected .*, got torch.Tensor"),
+        (
+            Items((torch.ones(6), 1), (torch.ones(5), 1)),
+            ValueError,
+            r"data: item 1: expected shapes \[\[6\], \[\]\] as item 0 has, got \[\[5\], \[\]\]; pad or crop them",
+        ),
+        (Items((torch.ones(6), 1), (torch.ones(6), torch.ones(6), 1)), ValueError, "data: item 1: expected shapes"),
+        (
+            Items((PIL.Image.new("RGB", (3, 3)), 1)),
+            TypeError,
+            r"data: item 0, part 0: expected a Tensor, an array or a number, got PIL\.Image\.Image",
+        ),
+        (Items((torch.ones(6), "cat")), TypeError, "data: item 0, part 1: expected a Tensor.*, got str"),
+        ((np.array(["a", "b"]), np.ones(2)), TypeError, r"data\[0\]: expected .*, got numpy.ndarray of <U1"),
+        ((torch.eye(6).to_sparse(), torch.ones(6)), TypeError, r"data\[0\]: expected a dense Tensor.*sparse_coo"),
+        ((torch.ones(6), torch.ones(6, device="meta")), TypeError, r"data\[1\]: expected a dense Tensor.*on meta"),
+        ((torch.ones(6, 1), torch.ones(())), ValueError, r"data: .*got shapes \[6, 1\] and \[\]"),
+    ],
+)
+def test_bad_data_are_named(data, error, message):
+    with pytest.raises(error, match=message):
+        spec_of(data)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(3)), ValueError, r"got a lazy one, whose 0\.weight has none yet; call it"),
+        (lambda: nn.LazyBatchNorm1d(affine=False), ValueError, "got a lazy one, whose running_mean has none yet"),
+        (lambda: torch.jit.script(small_net()), TypeError, "a network in Python, got one that is scripted or traced,"),
+        (lambda: torch.jit.trace(small_net(), torch.ones(1, 6)), TypeError, "got one that is scripted or traced,"),
+        (lambda: nn.Sequential(torch.jit.script(nn.Linear(6, 3))), TypeError, "scripted or traced in 0, whose"),
+        (lambda: nn.Sequential(nn.Embedding(6, 3, sparse=True)), ValueError, "dense gradients, got sparse=True in 0"),
+    ],
+)
+def test_bad_networks_are_named(make, error, message):
+    with pytest.raises(error, match=f"make_module: .*{message}"):
+        custom(make)
+
+
 def no_parameters():
     return nn.Sequential(nn.Flatten(), nn.Tanh())
 
@@ -418,7 +538,7 @@ def explodes(output, target):
         ({"loss": lambda o, t: F.cross_entropy(o, t).item()}, TypeError, "'custom'.*got a float"),
         ({"loss": lambda o, t: F.cross_entropy(o, t).detach()}, ValueError, "'custom'.*autograd cannot follow"),
         ({"loss": explodes}, ValueError, "'custom': loss at theta0: expected a finite number, got nan"),
-        ({"data": blobs()[0]}, TypeError, "data: expected two Tensors"),
+        ({"data": blobs()[0]}, TypeError, "data: expected Tensors or arrays .*, got torch.Tensor"),
         ({"data": (blobs()[0], blobs(299)[1])}, ValueError, r"data: expected as many targets.*\[300, 6\] and \[299\]"),
         ({"data": (torch.empty(0, 6), torch.empty(0))}, ValueError, "data: .*at least one"),
         ({"batch_size": -1}, ValueError, "batch_size: expected an integer >= 1, got -1"),

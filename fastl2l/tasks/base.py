@@ -177,7 +177,8 @@ class Minibatches:
 
 def take(data: Tensor, rows: Tensor) -> Tensor:
     """`data[rows]` of contiguous data [n, ...]; an embedding, since vmap makes other ways several times slower."""
-    return torch.embedding(data.view(len(data), -1), rows).view(len(rows), *data.shape[1:])
+    flat = data.view(len(data), math.prod(data.shape[1:]))
+    return torch.embedding(flat, rows).view(len(rows), *data.shape[1:])
 
 
 # Evaluating a problem

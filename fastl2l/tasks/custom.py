@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastl2l.tasks.base import (
     Minibatches,
@@ -32,7 +34,7 @@ Loss = Callable[[Any, Tensor], Tensor]
 def from_module(
     make_module: Callable[[], nn.Module],
     loss: Loss,
-    data: tuple[Tensor, Tensor] | torch.utils.data.Dataset,
+    data: Sequence[Tensor | np.ndarray] | Dataset,
     *,
     batch_size: int = 128,
     name: str = "custom",
@@ -57,7 +59,9 @@ def from_module(
     Args:
         make_module: makes a network on the CPU, freshly initialised from torch's random numbers.
         loss: (output of the network, targets) -> scalar.
-        data: inputs and targets [n, ...], or a Dataset of such pairs, which is read once, into memory.
+        data: inputs and targets [n, ...], Tensors or arrays, or a Dataset of such pairs, which is read once, into
+            memory. Of more than two the last are the targets; the network is called with all others. Floating numbers
+            are taken in the network's dtype.
         batch_size: examples in a minibatch.
         name: of the task. Checkpoints and tuned learning rates are kept for tasks of this name, network, loss and data.
             Networks and losses are told apart by what they hold (types, attributes, shapes, enclosed values) and by the
@@ -74,9 +78,8 @@ def from_module(
     for argument, value in (("make_module", make_module), ("loss", loss)):
         if not callable(value) or (isinstance(value, nn.Module) and argument == "make_module"):
             raise TypeError(f"{argument}: expected a function, got {_type(value)}")
-    inputs, targets = _tensors(data)
     integer("batch_size", batch_size)
-    return ModuleTask(make_module, loss, inputs.to(device), targets.to(device), batch_size, name, device)
+    return ModuleTask(make_module, loss, _columns(data), batch_size, name, device)
 
 
 class ModuleTask(Task):
@@ -86,15 +89,17 @@ class ModuleTask(Task):
         self,
         make_module: Callable[[], nn.Module],
         loss: Loss,
-        inputs: Tensor,
-        targets: Tensor,
+        data: Sequence[Tensor],
         batch_size: int,
         name: str,
         device: torch.device | str,
     ) -> None:
         self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
-        self.inputs, self.targets = inputs, targets
         self._make_module, self._loss = make_module, loss
+        dtype = next(iter(_trainable(self._module(0)).values())).dtype
+        self._data = [
+            column.to(self.device, dtype if column.is_floating_point() else None).contiguous() for column in data
+        ]
         self._draws = self._alone = False
         first = self.sample(0)
         with _seeded(0, self.device):
@@ -105,18 +110,20 @@ class ModuleTask(Task):
         self._spec = self._describe(self.sample(0))
 
     def sample(self, seed: int) -> ModuleProblem:
-        with _seeded(seed, torch.device("cpu")):
-            module = self._make_module()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"make_module: expected it to return a torch.nn.Module, got {_type(module)}")
-        minibatches = Minibatches(seed, len(self.targets), self.batch_size)
-        network = _Network(module, self._loss, self.inputs, self.targets)
+        minibatches = Minibatches(seed, len(self._data[0]), self.batch_size)
+        network = _Network(self._module(seed), self._loss, self._data)
         if self._alone:
             return LoneModuleProblem(self.name, network, minibatches, seed if self._draws else None)
         return ModuleProblem(self.name, network, minibatches)
 
     def spec(self) -> dict[str, Any]:
         return dict(self._spec)
+
+    def _module(self, seed: int) -> nn.Module:
+        with _seeded(seed, torch.device("cpu")):
+            module = self._make_module()
+        _check_module(module)
+        return module
 
     def _describe(self, problem: ModuleProblem) -> dict[str, Any]:
         # Code that is imported is told by its name alone, but also by what it gives.
@@ -126,7 +133,7 @@ class ModuleTask(Task):
             "module": problem.function.identity,
             "loss": identity("loss", self._loss),
             "batch_size": self.batch_size,
-            "data": fingerprint(self.inputs, self.targets),
+            "data": fingerprint(*self._data),
             "parameters": problem.theta0.numel(),
             "first_loss": f"{loss.item():.5g}",
             "first_gradient": f"{grad.norm().item():.4g}",
@@ -136,10 +143,10 @@ class ModuleTask(Task):
 class _Network:
     """From theta, what else a network holds and the rows of a minibatch to the loss."""
 
-    def __init__(self, module: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, data: Sequence[Tensor]) -> None:
         trainable = _trainable(module)
-        self.module = module.to(inputs.device)
-        self._loss, self._data = loss, (inputs, targets)
+        self.module = module.to(data[0].device)
+        self._loss, self._data = loss, data
         self._names, self._shapes = list(trainable), [p.shape for p in trainable.values()]
         self._sizes = [p.numel() for p in trainable.values()]
         self._frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
@@ -147,9 +154,7 @@ class _Network:
 
     def __eq__(self, other: object) -> bool:
         """Whether the two differ in the numbers of theta, frozen parameters and buffers alone."""
-        if not isinstance(other, _Network) or self._loss is not other._loss:
-            return False
-        if any(mine is not theirs for mine, theirs in zip(self._data, other._data, strict=True)):
+        if not isinstance(other, _Network) or self._loss is not other._loss or self._data is not other._data:
             return False
         return self.identity == other.identity
 
@@ -172,8 +177,8 @@ class _Network:
         parts = (part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True))
         tensors = dict(zip([*self._names, *self._frozen, *self._buffers], [*parts, *constants], strict=True))
         tensors |= {name: tensors[name].clone() for name in self._buffers}  # which the network may write to
-        inputs, targets = (take(part, rows) for part in self._data)
-        return self._loss(functional_call(self.module, tensors, (inputs,)), targets)
+        *inputs, targets = (take(column, rows) for column in self._data)
+        return self._loss(functional_call(self.module, tensors, tuple(inputs)), targets)
 
 
 class ModuleProblem(PureProblem):
@@ -210,7 +215,7 @@ def _taken_by_vmap(problem: ModuleProblem) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is slow: nothing has been batched yet
             value_and_grad(two, two.theta0, 0)
-    except RuntimeError:
+    except Exception:  # by itself the network is evaluated without an error
         return False
     return True
 
@@ -229,19 +234,69 @@ def _trainable(module: nn.Module) -> dict[str, Tensor]:
     return trainable
 
 
-def _tensors(data: object) -> tuple[Tensor, Tensor]:
-    if isinstance(data, torch.utils.data.Dataset):
-        if not isinstance(data, Sized) or len(data) == 0:
-            raise ValueError("data: expected a Dataset with a length of at least 1")
-        inputs, targets = zip(*(data[i] for i in range(len(data))), strict=True)
-        return torch.stack([torch.as_tensor(x) for x in inputs]), torch.stack([torch.as_tensor(y) for y in targets])
-    if not isinstance(data, (tuple, list)) or len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
-        raise TypeError(f"data: expected two Tensors (inputs, targets) or a torch Dataset, got {_type(data)}")
-    inputs, targets = data
-    if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets) or len(inputs) == 0:
-        shapes = f"{list(inputs.shape)} and {list(targets.shape)}"
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"make_module: expected it to return a torch.nn.Module, got {_type(module)}")
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                "make_module: expected a network in Python, got one that is scripted or traced"
+                f"{f' in {name}' if name else ''}, whose parameters cannot be replaced; return what it was made from"
+            )
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise ValueError(f"make_module: expected dense gradients, got sparse=True in {name or _type(part)}")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"make_module: expected a network with shapes, got a lazy one, whose {name} has none yet; call it "
+                "once, on an example, before returning it"
+            )
+
+
+def _columns(data: object) -> list[Tensor]:
+    """Inputs and targets, the targets last, as Tensors [n, ...]."""
+    if isinstance(data, Dataset):
+        columns = _read(data)
+    elif isinstance(data, (tuple, list)) and len(data) > 1 and all(isinstance(x, (Tensor, np.ndarray)) for x in data):
+        columns = [_tensor(f"data[{i}]", column) for i, column in enumerate(data)]
+    else:
+        hint = "; pass its dataset: minibatches are drawn here" if isinstance(data, DataLoader) else ""
+        got = f"{_type(data)} of {', '.join(map(_type, data))}" if isinstance(data, (tuple, list)) else _type(data)
+        raise TypeError(
+            f"data: expected Tensors or arrays (inputs, targets), or a torch Dataset of such pairs, got {got}{hint}"
+        )
+    if len({column.shape[:1] for column in columns}) > 1 or not all(column.ndim and len(column) for column in columns):
+        shapes = " and ".join(str(list(column.shape)) for column in columns)
         raise ValueError(f"data: expected as many targets as inputs, and at least one, got shapes {shapes}")
-    return inputs.detach().contiguous(), targets.detach().contiguous()
+    return columns
+
+
+def _read(dataset: Dataset) -> list[Tensor]:
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or len(dataset) == 0:
+        raise ValueError(f"data: expected a Dataset of numbered items, at least one, got {_type(dataset)}")
+    examples: list[list[Tensor]] = []
+    for i in range(len(dataset)):
+        item = dataset[i]
+        if not isinstance(item, (tuple, list)) or len(item) < 2:
+            raise TypeError(f"data: item {i}: expected (input, target) or (input, ..., target), got {_type(item)}")
+        examples.append([_tensor(f"data: item {i}, part {j}", part) for j, part in enumerate(item)])
+        first, shapes = ([list(part.shape) for part in example] for example in (examples[0], examples[i]))
+        if shapes != first:
+            raise ValueError(f"data: item {i}: expected shapes {first} as item 0 has, got {shapes}; pad or crop them")
+    return [torch.stack(column) for column in zip(*examples, strict=True)]
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if isinstance(value, np.ndarray):
+        value = np.array(value, order="C")  # torch takes neither read-only arrays nor negative strides
+    try:
+        tensor = torch.as_tensor(value, device="cpu" if not isinstance(value, Tensor) else None).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{_type(value)} of {value.dtype}" if isinstance(value, np.ndarray) else _type(value)
+        raise TypeError(f"{name}: expected a Tensor, an array or a number, got {got}") from error
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense Tensor with numbers, got {tensor.layout} on {tensor.device}")
+    return tensor
 
 
 @contextmanager
