@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import PIL.Image
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastl2l import tasks
+from fastl2l.tasks import datasets
 from fastl2l.tasks.base import (
     Minibatches,
     Problem,
@@ -31,11 +33,33 @@ CPU = torch.device("cpu")
 
 def blobs(n=300, dtype=torch.float32):
     random = torch.Generator().manual_seed(0)
-    return torch.randn(n, 6, generator=random, dtype=dtype), torch.randint(3, (n,), generator=random)
+    inputs = torch.randn(n, 6, generator=random, dtype=dtype, device="cpu")
+    return inputs, torch.randint(3, (n,), generator=random, device="cpu")
 
 
 def small_net():
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+class WithFactories(nn.Module):
+    """Makes Tensors without a word on device and dtype, as does its data."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(6, 3), torch.linspace(1, 2, 3)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale + torch.linspace(0, 1, 3)
+
+
+class Fresh(torch.utils.data.Dataset):
+    """Items that are made when they are asked for."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return torch.linspace(0, i / 20, 6), i % 3
 
 
 def custom(make=small_net, **options):
@@ -47,6 +71,7 @@ ALL = {
     "digits": lambda: tasks.Digits(batch_size=32),
     "mnist": lambda: tasks.MNIST(hidden=(5, 4), activation="elu"),
     "custom": custom,
+    "custom, with factories": lambda: tasks.from_module(WithFactories, F.cross_entropy, Fresh(), batch_size=16),
     "custom, batch norm and dropout": lambda: custom(
         lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
     ),
@@ -120,6 +145,59 @@ def test_specs_are_json_and_tell_tasks_apart(task):
     assert json.loads(json.dumps(task.spec())) == task.spec()
     specs = [json.dumps(make().spec()) for make in ALL.values()]
     assert len(set(specs)) == len(specs)
+
+
+@contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = {
+    "device, by with": lambda: torch.device("meta"),
+    "device, for all": lambda: default_device("meta"),
+    "dtype": lambda: default_dtype(torch.float64),
+}
+
+
+def outcome(task):
+    problem, pair = task.sample(3), tasks.batch([task.sample(1), task.sample(2)])
+    return [problem.theta0, *value_and_grad(problem, problem.theta0, 2), *value_and_grad(pair, pair.theta0, 70)]
+
+
+@pytest.mark.parametrize("defaults", DEFAULTS)
+def test_torch_s_defaults_do_not_change_a_task(task, defaults):
+    expected = outcome(task)
+    with DEFAULTS[defaults]():
+        found = outcome(task)
+    for one, other in zip(found, expected, strict=True):
+        assert one.device == CPU
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_default_device_does_not_change_what_is_made(name):
+    datasets._load.cache_clear()
+    expected = ALL[name]().spec(), *outcome(ALL[name]())
+    datasets._load.cache_clear()
+    with torch.device("meta"):
+        found = ALL[name]().spec(), *outcome(ALL[name]())
+    assert found[0] == expected[0]
+    assert all(map(torch.equal, found[1:], expected[1:]))
 
 
 # Quadratic

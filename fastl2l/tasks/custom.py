@@ -50,7 +50,8 @@ def from_module(
     The function is that of the network as `make_module` leaves it: call `.eval()` there for the evaluation mode. It
     stays a pure function of theta and the step: buffers (such as batch norm's running statistics) are given to every
     call as they were at the start, and what a call writes to them is forgotten; a network that draws random numbers
-    (dropout) draws them seeded by problem and step. Your own random numbers are left as they were.
+    (dropout) draws them seeded by problem and step. Your own random numbers are left as they were. What is made without
+    a dtype has torch's default of now, also later; torch's default device does not matter.
 
     In a batch, networks that differ in numbers alone (parameters and buffers) are evaluated at once. Those that draw
     random numbers, that `torch.func.vmap` cannot take (such as `nn.LSTM`, or control flow that depends on data), or
@@ -95,7 +96,7 @@ class ModuleTask(Task):
         device: torch.device | str,
     ) -> None:
         self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
-        self._make_module, self._loss = make_module, loss
+        self._make_module, self._loss, self._dtype = make_module, loss, torch.get_default_dtype()
         dtype = next(iter(_trainable(self._module(0)).values())).dtype
         self._data = [
             column.to(self.device, dtype if column.is_floating_point() else None).contiguous() for column in data
@@ -111,7 +112,7 @@ class ModuleTask(Task):
 
     def sample(self, seed: int) -> ModuleProblem:
         minibatches = Minibatches(seed, len(self._data[0]), self.batch_size)
-        network = _Network(self._module(seed), self._loss, self._data)
+        network = _Network(self._module(seed), self._loss, self._data, self._dtype)
         if self._alone:
             return LoneModuleProblem(self.name, network, minibatches, seed if self._draws else None)
         return ModuleProblem(self.name, network, minibatches)
@@ -120,7 +121,7 @@ class ModuleTask(Task):
         return dict(self._spec)
 
     def _module(self, seed: int) -> nn.Module:
-        with _seeded(seed, torch.device("cpu")):
+        with _seeded(seed, torch.device("cpu")), _defaults(torch.device("cpu"), self._dtype):
             module = self._make_module()
         _check_module(module)
         return module
@@ -143,10 +144,10 @@ class ModuleTask(Task):
 class _Network:
     """From theta, what else a network holds and the rows of a minibatch to the loss."""
 
-    def __init__(self, module: nn.Module, loss: Loss, data: Sequence[Tensor]) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, data: Sequence[Tensor], default_dtype: torch.dtype) -> None:
         trainable = _trainable(module)
         self.module = module.to(data[0].device)
-        self._loss, self._data = loss, data
+        self._loss, self._data, self._defaults = loss, data, (data[0].device, default_dtype)
         self._names, self._shapes = list(trainable), [p.shape for p in trainable.values()]
         self._sizes = [p.numel() for p in trainable.values()]
         self._frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
@@ -178,7 +179,8 @@ class _Network:
         tensors = dict(zip([*self._names, *self._frozen, *self._buffers], [*parts, *constants], strict=True))
         tensors |= {name: tensors[name].clone() for name in self._buffers}  # which the network may write to
         *inputs, targets = (take(column, rows) for column in self._data)
-        return self._loss(functional_call(self.module, tensors, tuple(inputs)), targets)
+        with _defaults(*self._defaults):
+            return self._loss(functional_call(self.module, tensors, tuple(inputs)), targets)
 
 
 class ModuleProblem(PureProblem):
@@ -276,7 +278,8 @@ def _read(dataset: Dataset) -> list[Tensor]:
         raise ValueError(f"data: expected a Dataset of numbered items, at least one, got {_type(dataset)}")
     examples: list[list[Tensor]] = []
     for i in range(len(dataset)):
-        item = dataset[i]
+        with _defaults(torch.device("cpu"), torch.get_default_dtype()):
+            item = dataset[i]
         if not isinstance(item, (tuple, list)) or len(item) < 2:
             raise TypeError(f"data: item {i}: expected (input, target) or (input, ..., target), got {_type(item)}")
         examples.append([_tensor(f"data: item {i}, part {j}", part) for j, part in enumerate(item)])
@@ -290,7 +293,7 @@ def _tensor(name: str, value: object) -> Tensor:
     if isinstance(value, np.ndarray):
         value = np.array(value, order="C")  # torch takes neither read-only arrays nor negative strides
     try:
-        tensor = torch.as_tensor(value, device="cpu" if not isinstance(value, Tensor) else None).detach()
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         got = f"{_type(value)} of {value.dtype}" if isinstance(value, np.ndarray) else _type(value)
         raise TypeError(f"{name}: expected a Tensor, an array or a number, got {got}") from error
@@ -309,6 +312,21 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """What anyone's code makes without a device or dtype has these inside, whatever is the default outside."""
+    before = torch.get_default_dtype()
+    if before == dtype and torch.get_default_device() in (device, torch.device("cpu")):
+        yield  # as a rule; a default device costs time at each of torch's functions
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,9 +62,9 @@ def _digits(split: str) -> tuple[Tensor, Tensor, int]:
     except ImportError as error:
         raise ImportError("the digits need scikit-learn, which is not installed: pip install scikit-learn") from error
     data = load_digits()
-    is_test = torch.arange(len(data.target)) % 5 == 0
+    is_test = np.arange(len(data.target)) % 5 == 0
     chosen = is_test if split == "test" else ~is_test
-    return torch.from_numpy(data.images)[chosen], torch.from_numpy(data.target).long()[chosen], 16
+    return torch.from_numpy(data.images[chosen]), torch.from_numpy(data.target[chosen]).long(), 16
 
 
 def _from_torchvision(name: str, split: str, folder: Path) -> tuple[Tensor, Tensor, int]:
