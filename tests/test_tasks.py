@@ -24,6 +24,7 @@ from fastl2l.tasks.base import (
     check_start,
     evaluate_loss,
     generator,
+    parts_of,
     problem_seed,
     value_and_grad,
 )
@@ -592,6 +593,93 @@ def test_bad_networks_are_named(make, error, message):
         custom(make)
 
 
+# Parts
+
+
+class Convolutional(nn.Module):
+    """Layers of both kinds, not in order, one parametrized, with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.entry = nn.Linear(6, 16)
+        self.features = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(32, 3))
+        self.more = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1))
+
+    def forward(self, x):
+        return self.head(self.more(self.features(self.entry(x).view(-1, 1, 4, 4))).flatten(1)) * self.scale
+
+
+CONV = 2 * 9 + 2 + 2 + 2 + (4 + 2 + 2)
+FC = 1 + (6 * 16 + 16) + (32 * 3 + 3 + 3)
+PARTS = {
+    "function": tasks.conv_and_fc,
+    "names": {"fc": ["scale", "entry", "head"], "conv": ["features", "more"]},
+    "patterns": {"fc": ["[!fm]*"], "conv": ["features.*", "more.bias", "more.*.weight"]},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_theta_lies_part_by_part(parts):
+    plain, task = (custom(Convolutional, parts=parts).sample(3) for parts in (None, PARTS[parts]))
+    assert plain.parts is None
+    assert list(task.parts.items()) == [("fc", FC), ("conv", CONV)]
+    named = dict(task.module.named_parameters())
+    conv = [name for name in named if name.startswith(("features", "more"))]
+    order = [*(name for name in named if name not in conv), *conv]
+    assert torch.equal(task.theta0, torch.cat([named[name].detach().flatten() for name in order]))
+    check_start(task)
+    torch.testing.assert_close(evaluate_loss(task, task.theta0, 1), evaluate_loss(plain, plain.theta0, 1))
+    grad, expected = (value_and_grad(problem, problem.theta0, 1)[1] for problem in (task, plain))
+    by_name = dict(zip(named, expected.split([p.numel() for p in named.values()]), strict=True))
+    torch.testing.assert_close(grad, torch.cat([by_name[name] for name in order]))
+
+
+def test_parts_are_part_of_what_a_task_is():
+    specs = [custom(Convolutional, parts=parts).spec() for parts in (None, *PARTS.values())]
+    assert "parts" not in specs[0]
+    assert specs[1] == specs[2] == specs[3] != specs[0]
+    assert json.loads(json.dumps(specs[1])) == specs[1]
+
+
+def test_tied_weights_belong_to_a_part_by_any_of_their_names():
+    def tied():
+        network = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 3))
+        network[1].weight = network[0].weight
+        return network
+
+    assert custom(tied, parts={"a": ["1"], "b": ["2"]}).sample(0).parts == {"a": 36, "b": 21}
+    with pytest.raises(ValueError, match=r"got 'a' and 'b' for 0\.weight = 1\.weight"):
+        custom(tied, parts={"a": ["0"], "b": ["1", "2"]})
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"a": ["0"]}, ValueError, r"parts: expected every parameter in one part, got none for 2\.weight"),
+        ({"a": ["0", "2"], "b": ["2.bias"]}, ValueError, r"parts: .*in one part, got 'a' and 'b' for 2\.bias"),
+        ({"a": [""], "b": ["0"]}, ValueError, r"parts: .*in one part, got 'a' and 'b' for 0\.weight"),
+        ({"a": ["0", "2"], "b": ["head"]}, ValueError, r"parts\['b'\]: .*names of modules such as 0, 1, 2, got 'head'"),
+        ({"a": ["0", "2"], "b": ["1"]}, ValueError, r"parts\['b'\]: expected some trainable parameters, got none in"),
+        ({"a": ["*"], "b": []}, ValueError, r"parts\['b'\]: expected some trainable parameters, got none in \[\]"),
+        ({}, ValueError, "parts: expected at least one part, got none"),
+        ({"a": "0"}, TypeError, r"parts\['a'\]: expected a list of names of modules, got '0'"),
+        ({"a": [0]}, TypeError, r"parts\['a'\]: expected a list of names of modules, got \[0\]"),
+        ({1: ["*"]}, TypeError, "parts: expected non-empty strings as names of parts, got 1"),
+        (["0", "2"], TypeError, "parts: expected a function or a dict of part: .*, got list"),
+        (
+            lambda name, parameter, module: None,
+            TypeError,
+            r"parts: expected the name of a part for 0\.weight, got None",
+        ),
+    ],
+)
+def test_bad_parts_are_named(parts, error, message):
+    with pytest.raises(error, match=message):
+        custom(parts=parts)
+
+
 def no_parameters():
     return nn.Sequential(nn.Flatten(), nn.Tanh())
 
@@ -665,6 +753,34 @@ class Broken(Problem):
 def test_problems_that_break_the_contract_are_named(theta0, loss, error, message):
     with pytest.raises(error, match=message):
         check_start(Broken(theta0, loss))
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"a": 1, "b": 1}, ValueError, "'broken': parts: .*add up to the 3 coordinates of theta.*, which add up to 2"),
+        ({"a": 2, "b": 2}, ValueError, "'broken': parts: .*which add up to 4"),
+        ({"a": 3, "b": 0}, ValueError, r"'broken': parts\['b'\]: expected an integer >= 1, got 0"),
+        ({"a": 1.5, "b": 1.5}, TypeError, r"'broken': parts\['a'\]: expected an integer >= 1, got 1.5"),
+        ({"": 3}, TypeError, "'broken': parts: expected non-empty strings as names, got ''"),
+        ([1, 2], TypeError, "'broken': parts: expected a dict of name: number of coordinates, got a list"),
+    ],
+)
+def test_parts_that_do_not_make_up_theta_are_named(parts, error, message):
+    problem = Broken(torch.ones(3), lambda x: x.sum())
+    problem.parts = parts
+    with pytest.raises(error, match=message):
+        check_start(problem)
+
+
+def test_parts_that_are_not_told_are_one():
+    problem = Broken(torch.ones(3), lambda x: x.sum())
+    for parts in (None, {}):
+        problem.parts = parts
+        check_start(problem)
+        assert parts_of(problem) == {"theta": 3}
+    problem.parts = {"b": np.int64(1), "a": 2}
+    assert list(parts_of(problem).items()) == [("b", 1), ("a", 2)]
 
 
 def test_non_finite_losses_pass_through_evaluation():

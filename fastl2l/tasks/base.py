@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -30,11 +30,15 @@ class Problem(ABC):
         task: name of the task it was sampled from, for messages.
         theta0: the start, [N]: floating, one-dimensional, contiguous, without requires_grad. Not to be written to.
         functions: how many independent functions lie side by side in theta, N / functions coordinates each.
+        parts: how many coordinates of theta belong to each part, by name and in their order, where parts are to have
+            update rules of their own. Together they are all of theta, and functions lie side by side in each of them.
+            None or empty: all is one part.
     """
 
     task: str
     theta0: Tensor
     functions: int = 1
+    parts: Mapping[str, int] | None = None
 
     @abstractmethod
     def loss(self, theta: Tensor, step: int) -> Tensor:
@@ -68,6 +72,28 @@ class PureProblem(Problem):
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
         return self.function(theta, *self.constants, *self.inputs(step, theta.device))
+
+
+def parts_of(problem: Problem) -> dict[str, int]:
+    """The parts of `problem`; one that is called "theta" where it names none.
+
+    Raises:
+        TypeError, ValueError: `problem.parts` is not as `Problem` says. The message names the task.
+    """
+    coordinates, where = problem.theta0.numel(), f"task {problem.task!r}: parts"
+    if problem.parts is not None and not isinstance(problem.parts, Mapping):
+        raise TypeError(f"{where}: expected a dict of name: number of coordinates, got {_kind(problem.parts)}")
+    parts = dict(problem.parts or {"theta": coordinates})
+    for name, size in parts.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{where}: expected non-empty strings as names, got {name!r}")
+        parts[name] = integer(f"{where}[{name!r}]", size)
+    if sum(parts.values()) != coordinates:
+        raise ValueError(
+            f"{where}: expected sizes that add up to the {coordinates} coordinates of theta, got {parts}, "
+            f"which add up to {sum(parts.values())}"
+        )
+    return parts
 
 
 def is_pure(problem: Problem) -> bool:
@@ -223,8 +249,8 @@ def check_start(problem: Problem) -> None:
     """Check that `problem` keeps its contract where it starts.
 
     Raises:
-        TypeError, ValueError: theta_0 is not as `Problem` says, or the loss at theta_0 is no scalar or not finite. The
-            message names the task.
+        TypeError, ValueError: theta_0 or parts are not as `Problem` says, or the loss at theta_0 is no scalar or not
+            finite. The message names the task.
     """
     theta0 = problem.theta0
     if not isinstance(theta0, Tensor) or not theta0.is_floating_point():
@@ -234,6 +260,7 @@ def check_start(problem: Problem) -> None:
             f"task {problem.task!r}: theta0: expected a contiguous, non-empty Tensor [N] that does not require grad, "
             f"got shape {list(theta0.shape)}, strides {list(theta0.stride())}, requires_grad={theta0.requires_grad}"
         )
+    parts_of(problem)
     loss, _ = value_and_grad(problem, theta0, 0)
     if not torch.isfinite(loss):
         raise ValueError(f"task {problem.task!r}: loss at theta0: expected a finite number, got {loss.item()}")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from fastl2l.tasks.base import (
 )
 from fastl2l.tasks.batch import batch
 from fastl2l.tasks.identity import identity
+from fastl2l.tasks.parts import Parts, names_by_part
+from fastl2l.tasks.parts import check as check_parts
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -38,6 +41,7 @@ def from_module(
     *,
     batch_size: int = 128,
     name: str = "custom",
+    parts: Parts | None = None,
     device: torch.device | str = "cpu",
 ) -> Task:
     """The task of training the networks that `make_module` makes on `data`.
@@ -45,7 +49,7 @@ def from_module(
         task = from_module(lambda: nn.Linear(64, 10), nn.functional.cross_entropy, (images, labels))
 
     A problem is a fresh network and a sequence of minibatches, iid uniform from `data`, with replacement. theta [N] is
-    the network's trainable parameters, flattened in the order of `module.parameters()`.
+    the network's trainable parameters, flattened in the order of `module.parameters()`, one part after the other.
 
     The function is that of the network as `make_module` leaves it: call `.eval()` there for the evaluation mode. It
     stays a pure function of theta and the step: buffers (such as batch norm's running statistics) are given to every
@@ -67,12 +71,15 @@ def from_module(
         name: of the task. Checkpoints and tuned learning rates are kept for tasks of this name, network, loss and data.
             Networks and losses are told apart by what they hold (types, attributes, shapes, enclosed values) and by the
             first loss and gradient; use different names for tasks that differ in something else.
+        parts: which parameters are to have an update rule of their own: a dict of part: names of modules (all that is
+            in them) or parameters, in which * stands for anything, or a function from (name of a parameter, parameter,
+            module that holds it) to the name of its part, such as `tasks.conv_and_fc`. By default all are one part.
         device: where theta, buffers and data live.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the network has no trainable parameters, or some that are
-            not floating or of several dtypes; it or the loss holds something that cannot be told from others (a lock,
-            an open file); the loss is not a finite scalar at the start of a first problem.
+            not floating or of several dtypes, or in no part or in two; it or the loss holds something that cannot be
+            told from others (a lock, an open file); the loss is not a finite scalar at the start of a first problem.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: expected a non-empty string, got {name!r}")
@@ -80,7 +87,9 @@ def from_module(
         if not callable(value) or (isinstance(value, nn.Module) and argument == "make_module"):
             raise TypeError(f"{argument}: expected a function, got {_type(value)}")
     integer("batch_size", batch_size)
-    return ModuleTask(make_module, loss, _columns(data), batch_size, name, device)
+    if parts is not None:
+        check_parts(parts)
+    return ModuleTask(make_module, loss, _columns(data), batch_size, name, parts, device)
 
 
 class ModuleTask(Task):
@@ -93,10 +102,12 @@ class ModuleTask(Task):
         data: Sequence[Tensor],
         batch_size: int,
         name: str,
+        parts: Parts | None,
         device: torch.device | str,
     ) -> None:
         self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
-        self._make_module, self._loss, self._dtype = make_module, loss, torch.get_default_dtype()
+        self._make_module, self._loss, self._parts = make_module, loss, parts
+        self._dtype = torch.get_default_dtype()
         dtype = next(iter(_trainable(self._module(0)).values())).dtype
         self._data = [
             column.to(self.device, dtype if column.is_floating_point() else None).contiguous() for column in data
@@ -112,7 +123,7 @@ class ModuleTask(Task):
 
     def sample(self, seed: int) -> ModuleProblem:
         minibatches = Minibatches(seed, len(self._data[0]), self.batch_size)
-        network = _Network(self._module(seed), self._loss, self._data, self._dtype)
+        network = _Network(self._module(seed), self._loss, self._data, self._parts, self._dtype)
         if self._alone:
             return LoneModuleProblem(self.name, network, minibatches, seed if self._draws else None)
         return ModuleProblem(self.name, network, minibatches)
@@ -138,18 +149,27 @@ class ModuleTask(Task):
             "parameters": problem.theta0.numel(),
             "first_loss": f"{loss.item():.5g}",
             "first_gradient": f"{grad.norm().item():.4g}",
-        }
+        } | ({} if self._parts is None else {"parts": problem.function.names_by_part})
 
 
 class _Network:
     """From theta, what else a network holds and the rows of a minibatch to the loss."""
 
-    def __init__(self, module: nn.Module, loss: Loss, data: Sequence[Tensor], default_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        data: Sequence[Tensor],
+        parts: Parts | None,
+        default_dtype: torch.dtype,
+    ) -> None:
         trainable = _trainable(module)
         self.module = module.to(data[0].device)
         self._loss, self._data, self._defaults = loss, data, (data[0].device, default_dtype)
-        self._names, self._shapes = list(trainable), [p.shape for p in trainable.values()]
-        self._sizes = [p.numel() for p in trainable.values()]
+        self.names_by_part = None if parts is None else names_by_part(module, list(trainable), parts)
+        self._names = list(chain(*self.names_by_part.values())) if self.names_by_part else list(trainable)
+        self._shapes = [trainable[name].shape for name in self._names]
+        self._sizes = [shape.numel() for shape in self._shapes]
         self._frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         self._buffers = [name for name, _ in module.named_buffers()]
 
@@ -157,7 +177,7 @@ class _Network:
         """Whether the two differ in the numbers of theta, frozen parameters and buffers alone."""
         if not isinstance(other, _Network) or self._loss is not other._loss or self._data is not other._data:
             return False
-        return self.identity == other.identity
+        return self._names == other._names and self.identity == other.identity
 
     @cached_property
     def identity(self) -> str:
@@ -166,7 +186,14 @@ class _Network:
 
     def theta0(self) -> Tensor:
         """The trainable parameters, flat."""
-        return torch.cat([p.detach().flatten() for p in self.module.parameters() if p.requires_grad])
+        return torch.cat([self.module.get_parameter(name).detach().flatten() for name in self._names])
+
+    def parts(self) -> dict[str, int] | None:
+        """How many coordinates of theta each part has."""
+        if self.names_by_part is None:
+            return None
+        sizes = dict(zip(self._names, self._sizes, strict=True))
+        return {part: sum(sizes[name] for name in names) for part, names in self.names_by_part.items()}
 
     def constants(self) -> tuple[Tensor, ...]:
         """The rest of what the network holds: frozen parameters and buffers."""
@@ -190,7 +217,7 @@ class ModuleProblem(PureProblem):
 
     def __init__(self, task: str, network: _Network, minibatches: Minibatches) -> None:
         self.task, self.module, self.function = task, network.module, network
-        self.theta0, self.constants = network.theta0(), network.constants()
+        self.theta0, self.constants, self.parts = network.theta0(), network.constants(), network.parts()
         self._minibatches = minibatches
 
     def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
