@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -445,6 +448,27 @@ def test_specs_of_custom_tasks_hold_no_addresses_but_all_that_a_network_and_a_lo
     assert marked(100, 100) == marked(100, 100)
     assert marked(100, 100) != marked(200, 100)  # though the first losses are the same
     assert marked(100, 100) != marked(100, 200)
+
+
+def test_a_custom_task_s_checkpoints_and_rates_are_found_in_another_process(tmp_path):
+    code = """
+import sys, torch, test_tasks as t
+from fastl2l import LSTMRule, MetaTrainer, baselines
+task = t.tasks.from_module(lambda: t.Marked(100), lambda x, y: t.clamped(100)(x, y) + 1, t.blobs(), batch_size=16)
+trainer = MetaTrainer(LSTMRule(hidden_size=2), task, horizon=2, unroll=2, trajectories=1, validation_problems=1,
+                      checkpoint="checkpoint")
+print(len(trainer.history), end=" ")
+trainer.fit(1, progress=False)
+tried = []
+baselines.tune(task, baselines.SGD(), 1, runs=1, report=lambda *of: tried.append(of))
+print(bool(tried))
+"""
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "FASTL2L_CACHE": str(tmp_path)}
+    for expected in ("0 True", "1 False"):
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        assert found.stdout.strip() == expected
 
 
 def test_what_cannot_be_told_in_a_custom_task_is_named_at_once():

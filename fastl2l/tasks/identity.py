@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copyreg
 import hashlib
-import pickle
 import sys
 import weakref
 from collections.abc import Iterable
@@ -152,7 +151,7 @@ class _Teller:
         try:
             known = copyreg.dispatch_table.get(type(value))
             reduced = known(value) if known else value.__reduce_ex__(4)
-        except (TypeError, AttributeError, NotImplementedError, RuntimeError, pickle.PicklingError) as error:
+        except Exception as error:  # of anyone's __reduce__ or __getstate__
             raise _untold(path, value) from error
         if isinstance(reduced, str):
             return f"{getattr(value, '__module__', None) or _name(type(value))}.{reduced}"
