@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from fastl2l.tasks.identity import identity
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
+
 
 class Options:
     """Whose repr holds an address."""
@@ -115,7 +117,6 @@ SEVERAL = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_equal_things_have_equal_texts_and_different_ones_have_not(kind):
     texts, again = ([tell(make()) for make in SEVERAL[kind]] for _ in range(2))

@@ -566,6 +566,8 @@ def test_what_vmap_raises_does_not_matter():
     ("data", "error", "message"),
     [
         ({"x": blobs()[0], "y": blobs()[1]}, TypeError, "data: expected Tensors or arrays .*, got dict"),
+        ([(torch.ones(6), 1)] * 1000, TypeError, "data: .*got list of tuple$"),
+        ((), TypeError, "data: .*got tuple$"),
         ((blobs()[0],), TypeError, "data: .*got tuple of torch.Tensor"),
         ((blobs()[0], [1, 2]), TypeError, "data: .*got tuple of torch.Tensor, list"),
         (

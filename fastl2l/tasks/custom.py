@@ -290,7 +290,8 @@ def _columns(data: object) -> list[Tensor]:
         columns = [_tensor(f"data[{i}]", column) for i, column in enumerate(data)]
     else:
         hint = "; pass its dataset: minibatches are drawn here" if isinstance(data, DataLoader) else ""
-        got = f"{_type(data)} of {', '.join(map(_type, data))}" if isinstance(data, (tuple, list)) else _type(data)
+        kinds = dict.fromkeys(map(_type, data)) if isinstance(data, (tuple, list)) else ()
+        got = _type(data) + (f" of {', '.join(kinds)}" if kinds else "")
         raise TypeError(
             f"data: expected Tensors or arrays (inputs, targets), or a torch Dataset of such pairs, got {got}{hint}"
         )
