@@ -183,7 +183,7 @@ def tune(
 
 def _mean_losses(task: Task, baseline: Baseline, steps: int, runs: int, seed: int) -> tuple[float, float]:
     """Mean first and last loss over the tuning problems; (first, inf) as soon as one of them diverges."""
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
     for index in range(runs):
         losses = descend(task.sample(problem_seed(seed, "tune", index)), baseline.build, steps)
         total += losses[[0, -1]]

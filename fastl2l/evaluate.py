@@ -240,6 +240,7 @@ def evaluate(
     integer("seed", seed, least=0)
     check_start(task.sample(problem_seed(seed, "test", 0)))
     tuned = _tuned(task, optimizers, steps, progress)
+    metadata = describe(task, tuned, steps=steps, runs=runs, seed=seed, backend=backend)
     with Progress(f"evaluating on {task.name}", runs * len(tuned), shown=progress) as shown:
         losses = {
             name: follow(
@@ -254,7 +255,7 @@ def evaluate(
             )
             for name, optimizer in tuned.items()
         }
-    return Curves(losses, describe(task, tuned, steps=steps, runs=runs, seed=seed, backend=backend))
+    return Curves(losses, metadata)
 
 
 def follow(

@@ -39,7 +39,7 @@ def number_text(value: float) -> str:
 
 def require_int(name: str, value: object, least: int, most: int) -> int:
     """`value` as an int, of any library's kind."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= value <= most:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= int(value) <= most:
         raise ValueError(f"{name}: expected an integer of at least {least} and at most {most}, got {shown(value)}")
     return int(value)
 

@@ -18,7 +18,7 @@ from fastl2l.ops.dispatch import select
 from fastl2l.ops.functional import update
 from fastl2l.ops.layout import new_state
 from fastl2l.rules import Rule, all_weights, rules_by_part
-from fastl2l.tasks.base import Problem, value_and_grad
+from fastl2l.tasks.base import Problem, parts_of, value_and_grad
 
 
 class Window(NamedTuple):
@@ -217,7 +217,7 @@ def _slices(problem: Problem, rules: Mapping[str, Rule]) -> dict[str, slice]:
     """By the name of each rule, in their order, which coordinates of theta it steps."""
     if rules.keys() == {""}:  # one rule for all parts
         return {"": slice(0, problem.theta0.numel())}
-    parts = problem.parts
+    parts = parts_of(problem) if problem.parts else {}
     for part in sorted(parts.keys() ^ rules.keys()):
         what = "a rule for every part" if part in parts else "rules for parts of the problem alone"
         got = "none" if part in parts else "one"

@@ -126,6 +126,12 @@ def test_tuning_finds_the_best_rate_also_beyond_the_grid(curvature, best):
         assert max(neighbour / lr, lr / neighbour) == pytest.approx(10 ** (1 / 12), rel=1e-3)
 
 
+def test_a_default_device_does_not_change_the_rate():
+    expected = tune(Quadratic(dim=2, batch=1), SGD(), 2, runs=2, cache=False)
+    with torch.device("meta"):
+        assert tune(Quadratic(dim=2, batch=1), SGD(), 2, runs=2, cache=False) == expected
+
+
 def test_tuning_stops_above_a_rate_that_is_hopeless():
     tried = {}
     tune(Parabola(1.0), SGD(), 7, runs=1, report=tried.__setitem__)

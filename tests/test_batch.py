@@ -16,7 +16,7 @@ from fastl2l import Trajectory, tasks
 from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.meta.checkpoint import CheckpointError
 from fastl2l.tasks import Problem, batch
-from fastl2l.tasks.base import is_pure, problem_seed, value_and_grad
+from fastl2l.tasks.base import is_pure, parts_of, problem_seed, value_and_grad
 
 F64 = torch.float64
 
@@ -51,6 +51,25 @@ def with_numbers_of_its_own():
     return network
 
 
+class TwoParts(Problem):
+    """Whose parts have sizes of their own, by the seed."""
+
+    task = "two parts"
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.parts = {"first": 3 + seed, "second": 2}
+        self.theta0 = torch.randn(5 + seed, generator=generator, dtype=F64)
+
+    def loss(self, theta, step):
+        return (theta * torch.arange(1, len(theta) + 1)).sin().sum() * (1 + step)
+
+
+def convolutional():
+    layers = nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(8, 5), nn.Tanh(), nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 1, 3)
+    return nn.Sequential(nn.Unflatten(1, (1, 6)), *layers, nn.Flatten())
+
+
 class Recurrent(nn.Module):
     """Nothing that vmap could take."""
 
@@ -73,15 +92,27 @@ class Power(nn.Module):
         return self.layer(x).tanh() ** self.power
 
 
+def hooked():
+    """Hooks are numbered through the process, and an object is equal to itself alone."""
+    network = nn.Sequential(nn.Linear(6, 3))
+    network.register_forward_hook(lambda module, inputs, output: output.tanh())
+    network.marker = object()
+    return network
+
+
 TOGETHER = {
     "quadratic": lambda: tasks.Quadratic(dim=3, batch=4, dtype=F64).sample,
     "digits": lambda: tasks.Digits(hidden=(5,), batch_size=16, dtype=F64).sample,
     "digits, two layers": lambda: tasks.Digits(hidden=(5, 4), activation="tanh", batch_size=16, dtype=F64).sample,
     "module": lambda: module(with_numbers_of_its_own).sample,
     "same functions": lambda: module(lambda: Power(1)).sample,
+    "parts": lambda: module(convolutional, parts=tasks.conv_and_fc).sample,
+    "hooks": lambda: module(hooked).sample,
 }
 ALONE = {
     "own": lambda: Own,
+    "own parts": lambda: TwoParts,
+    "parts, not for vmap": lambda: module(Recurrent, parts={"head": ["last"], "body": ["first"]}).sample,
     "dropout": lambda: module(lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3))).sample,
     "not for vmap": lambda: module(Recurrent).sample,
     "other functions": lambda: module(lambda: Power(100)).sample,
@@ -105,7 +136,21 @@ KINDS = TOGETHER | ALONE
 
 
 def split(together, problems):
-    return together.split([problem.theta0.numel() for problem in problems])
+    """What of theta belongs to each problem, taken part by part."""
+    found, start = [[] for _ in problems], 0
+    for part in parts_of(problems[0]):
+        for pieces, problem in zip(found, problems, strict=True):
+            size = parts_of(problem)[part]
+            pieces.append(together[start : start + size])
+            start += size
+    assert start == len(together)
+    return [torch.cat(pieces) for pieces in found]
+
+
+def join(thetas, problems):
+    """The inverse."""
+    pieces = [theta.split(list(parts_of(problem).values())) for theta, problem in zip(thetas, problems, strict=True)]
+    return torch.cat([piece for of_part in zip(*pieces, strict=True) for piece in of_part])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,9 +174,9 @@ def test_losses_and_gradients_are_the_single_ones(kind):
             value_and_grad(problem, part, step) for problem, part in zip(problems, split(theta, problems), strict=True)
         ]
         torch.testing.assert_close(loss, sum(part[0] for part in parts), rtol=1e-13, atol=0)
-        torch.testing.assert_close(gradient, torch.cat([part[1] for part in parts]), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(gradient, join([part[1] for part in parts], problems), rtol=1e-12, atol=1e-14)
     fresh = [sample(seed) for seed in range(3)]  # nothing was written to
-    assert torch.equal(together.theta0, torch.cat([problem.theta0 for problem in fresh]))
+    assert torch.equal(together.theta0, join([problem.theta0 for problem in fresh], fresh))
 
 
 @pytest.mark.parametrize("second_derivatives", [False, True])
@@ -146,7 +191,7 @@ def test_the_meta_gradient_is_the_mean_of_the_single_ones(kind, second_derivativ
         losses, gradients = (torch.stack([window[i] for window in singles]).mean(0) for i in (0, 1))
         torch.testing.assert_close(found.losses, losses, rtol=1e-11, atol=0)
         torch.testing.assert_close(found.gradients, gradients, rtol=1e-9, atol=1e-11 * gradients.abs().max())
-    torch.testing.assert_close(together.theta, torch.cat([one.theta for one in alone]), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(together.theta, join([one.theta for one in alone], problems), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -156,7 +201,7 @@ def test_every_task_can_be_batched(name):
     loss, gradient = value_and_grad(batch(problems), batch(problems).theta0, 1)
     singles = [value_and_grad(problem, problem.theta0, 1) for problem in problems]
     torch.testing.assert_close(loss, singles[0][0] + singles[1][0])
-    torch.testing.assert_close(gradient, torch.cat([single[1] for single in singles]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, join([single[1] for single in singles], problems), rtol=1e-4, atol=1e-6)
 
 
 def test_batches_of_batches_are_batches():
@@ -166,6 +211,26 @@ def test_batches_of_batches_are_batches():
     assert is_pure(nested)
     for a, b in zip(value_and_grad(flat, flat.theta0, 0), value_and_grad(nested, flat.theta0, 0), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["parts", "own parts", "parts, not for vmap"])
+def test_a_part_of_a_batch_is_in_one_piece(kind):
+    problems = [KINDS[kind]()(seed) for seed in range(4)]
+    together = batch(problems)
+    assert together.parts == {part: sum(problem.parts[part] for problem in problems) for part in problems[0].parts}
+    for part, theta in zip(together.parts, together.theta0.split(list(together.parts.values())), strict=True):
+        own = [split(problem.theta0, [problem])[0].split(list(problem.parts.values())) for problem in problems]
+        assert torch.equal(theta, torch.cat([pieces[list(together.parts).index(part)] for pieces in own]))
+    nested = batch([batch(problems[:2]), batch(problems[2:])])
+    assert nested.parts == together.parts
+    assert torch.equal(nested.theta0, together.theta0)
+    for a, b in zip(value_and_grad(nested, nested.theta0, 1), value_and_grad(together, nested.theta0, 1), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_problems_without_parts_make_a_batch_without():
+    assert batch([TASK.sample(0), TASK.sample(1)]).parts is None
+    assert batch([Own(0), Own(1)]).parts is None
 
 
 def test_one_problem_is_its_own_batch():
@@ -178,6 +243,13 @@ def test_bad_batches_are_named():
         batch([])
     with pytest.raises(ValueError, match=r"problems: .*all of as many functions, got \[3, 4\] functions"):
         batch([TASK.sample(0), Own(0)])
+    one, other = TwoParts(0), TwoParts(1)
+    other.parts = {"second": 2, "first": 4}
+    with pytest.raises(ValueError, match=r"problems: expected all of the same parts .*got first, second and second, f"):
+        batch([one, other])
+    other.parts = {"first": 2, "second": 2}
+    with pytest.raises(ValueError, match="task 'two parts': parts: expected sizes that add up to the 6 coordinates"):
+        batch([one, other])
 
 
 # Training

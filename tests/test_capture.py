@@ -95,6 +95,12 @@ CASES = {
         "task": tasks.from_module(with_buffers, F.cross_entropy, blobs(), batch_size=8),
         "batch": 3,
     },
+    "own networks of two parts": {
+        "task": tasks.from_module(
+            with_buffers, F.cross_entropy, blobs(), batch_size=8, parts={"last": ["3"], "first": ["[01]"]}
+        ),
+        "batch": 3,
+    },
     "reference": {"backend": "reference"},
     "last step": {"step_weights": "last"},
     "not clipped": {"clip_norm": None},

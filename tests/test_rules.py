@@ -154,7 +154,7 @@ def test_rnnprop_is_made_of_its_parts():
         RNNpropRule(beta1=1)
     with pytest.raises(ValueError, match="projection_size: expected an integer of at least 1"):
         RNNpropRule(projection_size=0)
-    with pytest.raises(ValueError, match="epsilon: expected a normal number of torch.float32, got 1e-40"):
+    with pytest.raises(ValueError, match=r"epsilon: expected a normal number of torch.float32, got 1e-40"):
         RNNpropRule(epsilon=1e-40)
     assert RNNpropRule(epsilon=1e-40, dtype=torch.float64).dtype == torch.float64
 
@@ -188,7 +188,7 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing():
 def test_a_rule_cannot_be_converted_to_half_precision(convert):
     rule = LSTMRule(hidden_size=3)
     before = rule.fingerprint()
-    with pytest.raises(TypeError, match="dtype: expected torch.float32 or torch.float64 for a rule, got torch"):
+    with pytest.raises(TypeError, match=r"dtype: expected torch.float32 or torch.float64 for a rule, got torch"):
         convert(rule)
     assert rule.fingerprint() == before
     assert rule.double().float().dtype == torch.float32
@@ -196,7 +196,7 @@ def test_a_rule_cannot_be_converted_to_half_precision(convert):
 
 def test_constants_of_float64_do_not_become_infinite_in_float32():
     rule = LSTMRule("raw", scale=1e39, dtype=torch.float64)
-    with pytest.raises(ValueError, match="scale: expected a normal number of torch.float32"):
+    with pytest.raises(ValueError, match=r"scale: expected a normal number of torch.float32"):
         rule.float()
     assert rule.dtype == torch.float64
 

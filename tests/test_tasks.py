@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fastl2l import tasks
+from fastl2l.tasks import datasets
 from fastl2l.tasks.base import (
     Minibatches,
     Problem,
@@ -17,6 +27,7 @@ from fastl2l.tasks.base import (
     check_start,
     evaluate_loss,
     generator,
+    parts_of,
     problem_seed,
     value_and_grad,
 )
@@ -26,11 +37,33 @@ CPU = torch.device("cpu")
 
 def blobs(n=300, dtype=torch.float32):
     random = torch.Generator().manual_seed(0)
-    return torch.randn(n, 6, generator=random, dtype=dtype), torch.randint(3, (n,), generator=random)
+    inputs = torch.randn(n, 6, generator=random, dtype=dtype, device="cpu")
+    return inputs, torch.randint(3, (n,), generator=random, device="cpu")
 
 
 def small_net():
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+class WithFactories(nn.Module):
+    """Makes Tensors without a word on device and dtype, as does its data."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(6, 3), torch.linspace(1, 2, 3)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale + torch.linspace(0, 1, 3)
+
+
+class Fresh(torch.utils.data.Dataset):
+    """Items that are made when they are asked for."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return torch.linspace(0, i / 20, 6), i % 3
 
 
 def custom(make=small_net, **options):
@@ -42,6 +75,7 @@ ALL = {
     "digits": lambda: tasks.Digits(batch_size=32),
     "mnist": lambda: tasks.MNIST(hidden=(5, 4), activation="elu"),
     "custom": custom,
+    "custom, with factories": lambda: tasks.from_module(WithFactories, F.cross_entropy, Fresh(), batch_size=16),
     "custom, batch norm and dropout": lambda: custom(
         lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
     ),
@@ -112,11 +146,62 @@ def test_second_derivatives(task):
 
 
 def test_specs_are_json_and_tell_tasks_apart(task):
-    import json
-
     assert json.loads(json.dumps(task.spec())) == task.spec()
     specs = [json.dumps(make().spec()) for make in ALL.values()]
     assert len(set(specs)) == len(specs)
+
+
+@contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = {
+    "device, by with": lambda: torch.device("meta"),
+    "device, for all": lambda: default_device("meta"),
+    "dtype": lambda: default_dtype(torch.float64),
+}
+
+
+def outcome(task):
+    problem, pair = task.sample(3), tasks.batch([task.sample(1), task.sample(2)])
+    return [problem.theta0, *value_and_grad(problem, problem.theta0, 2), *value_and_grad(pair, pair.theta0, 70)]
+
+
+@pytest.mark.parametrize("defaults", DEFAULTS)
+def test_torch_s_defaults_do_not_change_a_task(task, defaults):
+    expected = outcome(task)
+    with DEFAULTS[defaults]():
+        found = outcome(task)
+    for one, other in zip(found, expected, strict=True):
+        assert one.device == CPU
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_default_device_does_not_change_what_is_made(name):
+    datasets._load.cache_clear()
+    expected = ALL[name]().spec(), *outcome(ALL[name]())
+    datasets._load.cache_clear()
+    with torch.device("meta"):
+        found = ALL[name]().spec(), *outcome(ALL[name]())
+    assert found[0] == expected[0]
+    assert all(map(torch.equal, found[1:], expected[1:]))
 
 
 # Quadratic
@@ -338,6 +423,289 @@ def test_specs_of_custom_tasks_see_network_loss_and_data():
     assert all(other.spec() != custom().spec() for other in others)
 
 
+class Marked(nn.Module):
+    """Its repr holds an address, and not what it computes from the second step on."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.layer, self.marker, self.limit = nn.Linear(6, 3), object(), limit
+
+    def extra_repr(self):
+        return repr(self.marker)
+
+    def forward(self, x):
+        return self.layer(x).clamp(-self.limit, self.limit)
+
+
+def clamped(limit):
+    return lambda output, target: F.cross_entropy(output.clamp(-limit, limit), target)
+
+
+def test_specs_of_custom_tasks_hold_no_addresses_but_all_that_a_network_and_a_loss_are():
+    def marked(network_limit, loss_limit):
+        return tasks.from_module(lambda: Marked(network_limit), clamped(loss_limit), blobs(), batch_size=16).spec()
+
+    assert marked(100, 100) == marked(100, 100)
+    assert marked(100, 100) != marked(200, 100)  # though the first losses are the same
+    assert marked(100, 100) != marked(100, 200)
+
+
+def test_a_custom_task_s_checkpoints_and_rates_are_found_in_another_process(tmp_path):
+    code = """
+import sys, torch, test_tasks as t
+from fastl2l import LSTMRule, MetaTrainer, baselines
+task = t.tasks.from_module(lambda: t.Marked(100), lambda x, y: t.clamped(100)(x, y) + 1, t.blobs(), batch_size=16)
+trainer = MetaTrainer(LSTMRule(hidden_size=2), task, horizon=2, unroll=2, trajectories=1, validation_problems=1,
+                      checkpoint="checkpoint")
+print(len(trainer.history), end=" ")
+trainer.fit(1, progress=False)
+tried = []
+baselines.tune(task, baselines.SGD(), 1, runs=1, report=lambda *of: tried.append(of))
+print(bool(tried))
+"""
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "FASTL2L_CACHE": str(tmp_path)}
+    for expected in ("0 True", "1 False"):
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        assert found.stdout.strip() == expected
+
+
+def test_what_cannot_be_told_in_a_custom_task_is_named_at_once():
+    def make():
+        network = small_net()
+        network[1].lock = threading.Lock()
+        return network
+
+    with pytest.raises(TypeError, match=r"make_module\.1\.lock: cannot tell what this _thread.lock is"):
+        custom(make)
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"loss.lock.*: cannot tell what this _thread.lock is"):
+        tasks.from_module(small_net, lambda o, t: F.cross_entropy(o, t) + (lock is None), blobs(), batch_size=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Described(tasks.Quadratic):
+    about: object = None
+
+
+def test_specs_hold_what_json_holds_or_name_what_it_has_no_word_for():
+    about = {"rates": ((1, np.float32(0.5)), [np.int64(3)]), "limit": float("inf"), "dtype": torch.float64}
+    spec = Described(about=about).spec()
+    assert spec["about"] == {"rates": [[1, 0.5], [3]], "limit": "inf", "dtype": "float64"}
+    assert json.loads(json.dumps(spec)) == spec
+    with pytest.raises(TypeError, match="task 'quadratic': about: expected what JSON has a word for, got a function"):
+        Described(about=clamped).spec()
+
+
+class TwoInputs(nn.Module):
+    """Indices and numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(3, 5), nn.Linear(6, 5)
+
+    def forward(self, kinds, x):
+        return self.embedding(kinds) * self.layer(x)
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+def spec_of(data, make=small_net, loss=F.cross_entropy):
+    return tasks.from_module(make, loss, data, batch_size=16).spec()
+
+
+def test_networks_of_several_inputs_are_called_with_all():
+    inputs, kinds = blobs()
+    targets = torch.randn(300, 5, generator=torch.Generator().manual_seed(1))
+    task = tasks.from_module(TwoInputs, F.mse_loss, (kinds, inputs, targets), batch_size=16)
+    problem = task.sample(3)
+    rows = Minibatches(3, 300, 16).at(4, CPU)
+    expected = F.mse_loss(problem.module(kinds[rows], inputs[rows]), targets[rows])
+    torch.testing.assert_close(evaluate_loss(problem, problem.theta0, 4), expected)
+    pairs = torch.utils.data.TensorDataset(kinds, inputs, targets)
+    assert spec_of(pairs, TwoInputs, F.mse_loss) == task.spec()
+    pair = tasks.batch([problem, task.sample(4)])
+    assert isinstance(pair, tasks.PureProblem)
+
+
+def test_arrays_and_numbers_are_tensors_in_the_network_s_dtype():
+    inputs, targets = blobs()
+    expected = custom().spec()
+    arrays = inputs.numpy().astype(np.float64), targets.numpy()
+    arrays[0].flags.writeable = False
+    assert spec_of(arrays) == expected
+    assert spec_of((arrays[0][:, ::-1][:, ::-1], targets)) == expected
+    assert spec_of((inputs.double(), targets)) == expected
+    assert spec_of(Items(*((x, y.item()) for x, y in zip(arrays[0], targets, strict=True)))) == expected
+    assert spec_of(Items(*((x.tolist(), y) for x, y in zip(inputs, targets, strict=True)))) == expected
+
+
+def test_what_vmap_raises_does_not_matter():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
+                raise TypeError("expected a real Tensor")
+            return super().forward(x)
+
+    task = custom(lambda: Picky(6, 3))
+    pair = tasks.batch([task.sample(0), task.sample(1)])
+    assert torch.isfinite(value_and_grad(pair, pair.theta0, 0)[0])
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({"x": blobs()[0], "y": blobs()[1]}, TypeError, "data: expected Tensors or arrays .*, got dict"),
+        ([(torch.ones(6), 1)] * 1000, TypeError, "data: .*got list of tuple$"),
+        ((), TypeError, "data: .*got tuple$"),
+        ((blobs()[0],), TypeError, "data: .*got tuple of torch.Tensor"),
+        ((blobs()[0], [1, 2]), TypeError, "data: .*got tuple of torch.Tensor, list"),
+        (
+            torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*blobs())),
+            TypeError,
+            r"data: .*got torch\.utils\.data.*DataLoader; pass its dataset: minibatches are drawn here",
+        ),
+        (torch.utils.data.ChainDataset([]), ValueError, "data: expected a Dataset of numbered items.*ChainDataset"),
+        (Items(), ValueError, "data: expected a Dataset of numbered items, at least one, got .*Items"),
+        (Items({"x": blobs()[0][0], "y": 1}), TypeError, r"data: item 0: expected \(input, target\).*, got dict"),
+        (Items((torch.ones(6), 1), torch.ones(6)), TypeError, "data: item 1: expected .*, got torch.Tensor"),
+        (
+            Items((torch.ones(6), 1), (torch.ones(5), 1)),
+            ValueError,
+            r"data: item 1: expected shapes \[\[6\], \[\]\] as item 0 has, got \[\[5\], \[\]\]; pad or crop them",
+        ),
+        (Items((torch.ones(6), 1), (torch.ones(6), torch.ones(6), 1)), ValueError, "data: item 1: expected shapes"),
+        (
+            Items((PIL.Image.new("RGB", (3, 3)), 1)),
+            TypeError,
+            r"data: item 0, part 0: expected a Tensor, an array or a number, got PIL\.Image\.Image",
+        ),
+        (Items((torch.ones(6), "cat")), TypeError, "data: item 0, part 1: expected a Tensor.*, got str"),
+        ((np.array(["a", "b"]), np.ones(2)), TypeError, r"data\[0\]: expected .*, got numpy.ndarray of <U1"),
+        ((torch.eye(6).to_sparse(), torch.ones(6)), TypeError, r"data\[0\]: expected a dense Tensor.*sparse_coo"),
+        ((torch.ones(6), torch.ones(6, device="meta")), TypeError, r"data\[1\]: expected a dense Tensor.*on meta"),
+        ((torch.ones(6, 1), torch.ones(())), ValueError, r"data: .*got shapes \[6, 1\] and \[\]"),
+    ],
+)
+def test_bad_data_are_named(data, error, message):
+    with pytest.raises(error, match=message):
+        spec_of(data)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(3)), ValueError, r"got a lazy one, whose 0\.weight has none yet; call it"),
+        (lambda: nn.LazyBatchNorm1d(affine=False), ValueError, "got a lazy one, whose running_mean has none yet"),
+        (lambda: torch.jit.script(small_net()), TypeError, "a network in Python, got one that is scripted or traced,"),
+        (lambda: torch.jit.trace(small_net(), torch.ones(1, 6)), TypeError, "got one that is scripted or traced,"),
+        (lambda: nn.Sequential(torch.jit.script(nn.Linear(6, 3))), TypeError, "scripted or traced in 0, whose"),
+        (lambda: nn.Sequential(nn.Embedding(6, 3, sparse=True)), ValueError, "dense gradients, got sparse=True in 0"),
+    ],
+)
+def test_bad_networks_are_named(make, error, message):
+    with pytest.raises(error, match=f"make_module: .*{message}"):
+        custom(make)
+
+
+# Parts
+
+
+class Convolutional(nn.Module):
+    """Layers of both kinds, not in order, one parametrized, with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.entry = nn.Linear(6, 16)
+        self.features = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(32, 3))
+        self.more = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1))
+
+    def forward(self, x):
+        return self.head(self.more(self.features(self.entry(x).view(-1, 1, 4, 4))).flatten(1)) * self.scale
+
+
+CONV = 2 * 9 + 2 + 2 + 2 + (4 + 2 + 2)
+FC = 1 + (6 * 16 + 16) + (32 * 3 + 3 + 3)
+PARTS = {
+    "function": tasks.conv_and_fc,
+    "names": {"fc": ["scale", "entry", "head"], "conv": ["features", "more"]},
+    "patterns": {"fc": ["[!fm]*"], "conv": ["features.*", "more.bias", "more.*.weight"]},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_theta_lies_part_by_part(parts):
+    plain, task = (custom(Convolutional, parts=parts).sample(3) for parts in (None, PARTS[parts]))
+    assert plain.parts is None
+    assert list(task.parts.items()) == [("fc", FC), ("conv", CONV)]
+    named = dict(task.module.named_parameters())
+    conv = [name for name in named if name.startswith(("features", "more"))]
+    order = [*(name for name in named if name not in conv), *conv]
+    assert torch.equal(task.theta0, torch.cat([named[name].detach().flatten() for name in order]))
+    check_start(task)
+    torch.testing.assert_close(evaluate_loss(task, task.theta0, 1), evaluate_loss(plain, plain.theta0, 1))
+    grad, expected = (value_and_grad(problem, problem.theta0, 1)[1] for problem in (task, plain))
+    by_name = dict(zip(named, expected.split([p.numel() for p in named.values()]), strict=True))
+    torch.testing.assert_close(grad, torch.cat([by_name[name] for name in order]))
+
+
+def test_parts_are_part_of_what_a_task_is():
+    specs = [custom(Convolutional, parts=parts).spec() for parts in (None, *PARTS.values())]
+    assert "parts" not in specs[0]
+    assert specs[1] == specs[2] == specs[3] != specs[0]
+    assert json.loads(json.dumps(specs[1])) == specs[1]
+
+
+def test_tied_weights_belong_to_a_part_by_any_of_their_names():
+    def tied():
+        network = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 3))
+        network[1].weight = network[0].weight
+        return network
+
+    assert custom(tied, parts={"a": ["1"], "b": ["2"]}).sample(0).parts == {"a": 36, "b": 21}
+    with pytest.raises(ValueError, match=r"got 'a' and 'b' for 0\.weight = 1\.weight"):
+        custom(tied, parts={"a": ["0"], "b": ["1", "2"]})
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"a": ["0"]}, ValueError, r"parts: expected every parameter in one part, got none for 2\.weight"),
+        ({"a": ["0", "2"], "b": ["2.bias"]}, ValueError, r"parts: .*in one part, got 'a' and 'b' for 2\.bias"),
+        ({"a": [""], "b": ["0"]}, ValueError, r"parts: .*in one part, got 'a' and 'b' for 0\.weight"),
+        ({"a": ["0", "2"], "b": ["head"]}, ValueError, r"parts\['b'\]: .*names of modules such as 0, 1, 2, got 'head'"),
+        ({"a": ["0", "2"], "b": ["1"]}, ValueError, r"parts\['b'\]: expected some trainable parameters, got none in"),
+        ({"a": ["*"], "b": []}, ValueError, r"parts\['b'\]: expected some trainable parameters, got none in \[\]"),
+        ({}, ValueError, "parts: expected at least one part, got none"),
+        ({"a": "0"}, TypeError, r"parts\['a'\]: expected a list of names of modules, got '0'"),
+        ({"a": [0]}, TypeError, r"parts\['a'\]: expected a list of names of modules, got \[0\]"),
+        ({1: ["*"]}, TypeError, "parts: expected non-empty strings as names of parts, got 1"),
+        (["0", "2"], TypeError, "parts: expected a function or a dict of part: .*, got list"),
+        (
+            lambda name, parameter, module: None,
+            TypeError,
+            r"parts: expected the name of a part for 0\.weight, got None",
+        ),
+    ],
+)
+def test_bad_parts_are_named(parts, error, message):
+    with pytest.raises(error, match=message):
+        custom(parts=parts)
+
+
 def no_parameters():
     return nn.Sequential(nn.Flatten(), nn.Tanh())
 
@@ -362,7 +730,7 @@ def explodes(output, target):
         ({"loss": lambda o, t: F.cross_entropy(o, t).item()}, TypeError, "'custom'.*got a float"),
         ({"loss": lambda o, t: F.cross_entropy(o, t).detach()}, ValueError, "'custom'.*autograd cannot follow"),
         ({"loss": explodes}, ValueError, "'custom': loss at theta0: expected a finite number, got nan"),
-        ({"data": blobs()[0]}, TypeError, "data: expected two Tensors"),
+        ({"data": blobs()[0]}, TypeError, "data: expected Tensors or arrays .*, got torch.Tensor"),
         ({"data": (blobs()[0], blobs(299)[1])}, ValueError, r"data: expected as many targets.*\[300, 6\] and \[299\]"),
         ({"data": (torch.empty(0, 6), torch.empty(0))}, ValueError, "data: .*at least one"),
         ({"batch_size": -1}, ValueError, "batch_size: expected an integer >= 1, got -1"),
@@ -411,6 +779,34 @@ class Broken(Problem):
 def test_problems_that_break_the_contract_are_named(theta0, loss, error, message):
     with pytest.raises(error, match=message):
         check_start(Broken(theta0, loss))
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"a": 1, "b": 1}, ValueError, "'broken': parts: .*add up to the 3 coordinates of theta.*, which add up to 2"),
+        ({"a": 2, "b": 2}, ValueError, "'broken': parts: .*which add up to 4"),
+        ({"a": 3, "b": 0}, ValueError, r"'broken': parts\['b'\]: expected an integer >= 1, got 0"),
+        ({"a": 1.5, "b": 1.5}, TypeError, r"'broken': parts\['a'\]: expected an integer >= 1, got 1.5"),
+        ({"": 3}, TypeError, "'broken': parts: expected non-empty strings as names, got ''"),
+        ([1, 2], TypeError, "'broken': parts: expected a dict of name: number of coordinates, got a list"),
+    ],
+)
+def test_parts_that_do_not_make_up_theta_are_named(parts, error, message):
+    problem = Broken(torch.ones(3), lambda x: x.sum())
+    problem.parts = parts
+    with pytest.raises(error, match=message):
+        check_start(problem)
+
+
+def test_parts_that_are_not_told_are_one():
+    problem = Broken(torch.ones(3), lambda x: x.sum())
+    for parts in (None, {}):
+        problem.parts = parts
+        check_start(problem)
+        assert parts_of(problem) == {"theta": 3}
+    problem.parts = {"b": np.int64(1), "a": 2}
+    assert list(parts_of(problem).items()) == [("b", 1), ("a", 2)]
 
 
 def test_non_finite_losses_pass_through_evaluation():

@@ -137,8 +137,7 @@ class _Slots(PureProblem):
 
     def __init__(self, problem: PureProblem, slots: int) -> None:
         self.task, self.functions, self.function = problem.task, problem.functions, problem.function
-        self.parts = problem.parts
-        self.theta0 = problem.theta0.clone()
+        self.theta0, self.parts = problem.theta0.clone(), problem.parts
         self.constants = tuple(constant.clone() for constant in problem.constants)
         self._drawn = [drawn.to(self.theta0.device) for drawn in _draw(problem, range(slots))]
         self._slots = slots

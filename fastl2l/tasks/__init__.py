@@ -9,6 +9,7 @@ from fastl2l.tasks.base import Problem, PureProblem, Task
 from fastl2l.tasks.batch import batch
 from fastl2l.tasks.classification import MNIST, Digits, FashionMNIST
 from fastl2l.tasks.custom import from_module
+from fastl2l.tasks.parts import conv_and_fc
 from fastl2l.tasks.quadratic import Quadratic
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Task",
     "batch",
     "by_name",
+    "conv_and_fc",
     "from_module",
     "names",
 ]

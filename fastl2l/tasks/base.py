@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -30,14 +30,15 @@ class Problem(ABC):
         task: name of the task it was sampled from, for messages.
         theta0: the start, [N]: floating, one-dimensional, contiguous, without requires_grad. Not to be written to.
         functions: how many independent functions lie side by side in theta, N / functions coordinates each.
-        parts: sizes of the parts of theta that may have rules of their own, by name, in their order; empty where all is
-            one. They cover theta. In a batch of problems each part holds that part of all of them.
+        parts: how many coordinates of theta belong to each part, by name and in their order, where parts are to have
+            update rules of their own. Together they are all of theta, and functions lie side by side in each of them.
+            None or empty: all is one part.
     """
 
     task: str
     theta0: Tensor
     functions: int = 1
-    parts: Mapping[str, int] = MappingProxyType({})
+    parts: Mapping[str, int] | None = None
 
     @abstractmethod
     def loss(self, theta: Tensor, step: int) -> Tensor:
@@ -73,6 +74,28 @@ class PureProblem(Problem):
         return self.function(theta, *self.constants, *self.inputs(step, theta.device))
 
 
+def parts_of(problem: Problem) -> dict[str, int]:
+    """The parts of `problem`; one that is called "theta" where it names none.
+
+    Raises:
+        TypeError, ValueError: `problem.parts` is not as `Problem` says. The message names the task.
+    """
+    coordinates, where = problem.theta0.numel(), f"task {problem.task!r}: parts"
+    if problem.parts is not None and not isinstance(problem.parts, Mapping):
+        raise TypeError(f"{where}: expected a dict of name: number of coordinates, got {_kind(problem.parts)}")
+    parts = dict(problem.parts or {"theta": coordinates})
+    for name, size in parts.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{where}: expected non-empty strings as names, got {name!r}")
+        parts[name] = integer(f"{where}[{name!r}]", size)
+    if sum(parts.values()) != coordinates:
+        raise ValueError(
+            f"{where}: expected sizes that add up to the {coordinates} coordinates of theta, got {parts}, "
+            f"which add up to {sum(parts.values())}"
+        )
+    return parts
+
+
 def is_pure(problem: Problem) -> bool:
     """Whether `problem` is a `PureProblem` that says all of itself, not one with a loss of its own."""
     return getattr(problem.loss, "__func__", None) is PureProblem.loss
@@ -91,15 +114,30 @@ class Task(ABC):
         """Complete description of the distribution, as JSON would hold it: cache key, and part of every result file.
 
         The fields of a dataclass, without the device, which changes no problem. Other tasks must override this.
+
+        Raises:
+            TypeError: a field holds something that JSON has no word for.
         """
         names = [field.name for field in dataclasses.fields(cast(Any, self)) if field.name != "device"]
-        return {"name": self.name} | {name: _plain(getattr(self, name)) for name in names}
+        return {"name": self.name} | {
+            name: _plain(f"task {self.name!r}: {name}", getattr(self, name)) for name in names
+        }
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, np.generic):
+        return _plain(name, value.item())
+    if isinstance(value, (tuple, list)):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(name, item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name}: expected what JSON has a word for, got {_kind(value)}; override spec() to describe it")
 
 
 # Seeds and streams of random numbers
@@ -165,7 +203,8 @@ class Minibatches:
 
 def take(data: Tensor, rows: Tensor) -> Tensor:
     """`data[rows]` of contiguous data [n, ...]; an embedding, since vmap makes other ways several times slower."""
-    return torch.embedding(data.view(len(data), -1), rows).view(len(rows), *data.shape[1:])
+    flat = data.view(len(data), math.prod(data.shape[1:]))
+    return torch.embedding(flat, rows).view(len(rows), *data.shape[1:])
 
 
 # Evaluating a problem
@@ -210,8 +249,8 @@ def check_start(problem: Problem) -> None:
     """Check that `problem` keeps its contract where it starts.
 
     Raises:
-        TypeError, ValueError: theta_0 is not as `Problem` says, or the loss at theta_0 is no scalar or not finite. The
-            message names the task.
+        TypeError, ValueError: theta_0 or parts are not as `Problem` says, or the loss at theta_0 is no scalar or not
+            finite. The message names the task.
     """
     theta0 = problem.theta0
     if not isinstance(theta0, Tensor) or not theta0.is_floating_point():
@@ -221,12 +260,7 @@ def check_start(problem: Problem) -> None:
             f"task {problem.task!r}: theta0: expected a contiguous, non-empty Tensor [N] that does not require grad, "
             f"got shape {list(theta0.shape)}, strides {list(theta0.stride())}, requires_grad={theta0.requires_grad}"
         )
-    sizes = list(problem.parts.values())
-    if sizes and (min(sizes) < 1 or sum(sizes) != theta0.numel()):
-        raise ValueError(
-            f"task {problem.task!r}: parts: expected sizes that add up to the {theta0.numel()} coordinates of theta0, "
-            f"got {dict(problem.parts)}"
-        )
+    parts_of(problem)
     loss, _ = value_and_grad(problem, theta0, 0)
     if not torch.isfinite(loss):
         raise ValueError(f"task {problem.task!r}: loss at theta0: expected a finite number, got {loss.item()}")

@@ -8,28 +8,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastl2l.tasks.base import Problem, PureProblem, is_pure
+from fastl2l.tasks.base import Problem, PureProblem, is_pure, parts_of
 
 
 def batch(problems: Sequence[Problem]) -> Problem:
     """`problems` as one: theta is theirs, one after the other, and the loss the sum of theirs.
 
-    Where they have parts, theta is part by part: the first part of all of them, then the next one's. Each takes the same way as by itself, up to rounding. Pure problems that differ in numbers alone (see
-    `tasks.PureProblem`) are evaluated at once, by `torch.func.vmap`; others one after the other.
+    Where they have parts, theta is the first part of all of them, then the second part of all, and so on: a part is in
+    one piece, for the rule that steps it. Each takes the same way as by itself, up to rounding. Pure problems that
+    differ in numbers alone (see `tasks.PureProblem`) are evaluated at once, by `torch.func.vmap`; others one after the
+    other.
 
     Raises:
-        ValueError: there is none, they hold different numbers of functions (then the reported loss, a mean over all
-            functions, would not be the mean over the problems), or parts of different names.
+        ValueError: there is none; they have different parts, or different numbers of functions: then the reported loss,
+            a mean over all functions, would not be the mean over the problems.
+        TypeError, ValueError: the parts of one are not as `Problem` says.
     """
     functions = {problem.functions for problem in problems}
     if len(functions) != 1:
         got = f"{sorted(functions)} functions" if functions else "none"
         raise ValueError(f"problems: expected at least one, all of as many functions, got {got}")
-    if len(names := {tuple(problem.parts) for problem in problems}) > 1:
-        got = " and ".join(", ".join(one) or "none" for one in sorted(names))
-        raise ValueError(f"problems: expected parts of the same names in the same order, got {got}")
     if len(problems) == 1:
         return problems[0]
+    parts = list(dict.fromkeys(tuple(parts_of(problem)) for problem in problems))
+    if len(parts) != 1:
+        got = " and ".join(", ".join(names) for names in parts)
+        raise ValueError(f"problems: expected all of the same parts in the same order, got {got}")
     pure = [problem for problem in problems if isinstance(problem, PureProblem) and is_pure(problem)]
     if len(pure) == len(problems) and all(alike(problem, pure[0]) for problem in pure[1:]):
         return _AtOnce(pure)
@@ -38,33 +42,13 @@ def batch(problems: Sequence[Problem]) -> Problem:
 
 def alike(one: PureProblem, other: PureProblem) -> bool:
     """Whether the two differ in nothing but numbers."""
-    return one.function == other.function and _layout(one) == _layout(other)
+    same = one.function == other.function and parts_of(one) == parts_of(other)
+    return same and _layout(one) == _layout(other)
 
 
-def _layout(problem: PureProblem) -> tuple[list[tuple[torch.Size, torch.dtype]], dict[str, int]]:
+def _layout(problem: PureProblem) -> list[tuple[torch.Size, torch.dtype]]:
     tensors = [problem.theta0, *problem.constants, *problem.inputs(0, torch.device("cpu"))]
-    return [(tensor.shape, tensor.dtype) for tensor in tensors], dict(problem.parts)
-
-
-class _Lanes:
-    """Where the problems' coordinates are in a batch's theta, which is part by part."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        of_problems = [list(problem.parts.values()) or [problem.theta0.numel()] for problem in problems]
-        self._sizes = list(zip(*of_problems, strict=True))  # [part][problem]
-        self.parts = dict(zip(problems[0].parts, map(sum, self._sizes), strict=False))
-
-    def join(self, thetas: Sequence[Tensor]) -> Tensor:
-        """The batch's theta of the problems'."""
-        of_problems = zip(thetas, zip(*self._sizes, strict=True), strict=True)
-        parts = zip(*(theta.split(sizes) for theta, sizes in of_problems), strict=True)
-        return torch.cat([theta for part in parts for theta in part])
-
-    def split(self, theta: Tensor) -> list[Tensor]:
-        """The inverse."""
-        parts = theta.split([sum(sizes) for sizes in self._sizes])
-        of_problems = zip(*(part.split(sizes) for part, sizes in zip(parts, self._sizes, strict=True)), strict=True)
-        return [torch.cat(found) if len(found) > 1 else found[0] for found in of_problems]
+    return [(tensor.shape, tensor.dtype) for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -74,11 +58,11 @@ class _Sum:
     function: Callable[..., Tensor]
     problems: int
     sizes: tuple[int, ...]
-    """Of the parts of the whole theta."""
+    """Of one problem's parts."""
 
     def __call__(self, theta: Tensor, *stacked: Tensor) -> Tensor:
-        parts = [part.view(self.problems, -1) for part in theta.split(self.sizes)]
-        losses: Tensor = torch.vmap(self.function)(torch.cat(parts, 1) if len(parts) > 1 else parts[0], *stacked)
+        parts = [part.view(self.problems, -1) for part in theta.split([self.problems * size for size in self.sizes])]
+        losses: Tensor = torch.vmap(self.function)(_joined(parts, 1), *stacked)
         return losses.sum()
 
 
@@ -86,10 +70,8 @@ class _AtOnce(PureProblem):
     def __init__(self, problems: list[PureProblem]) -> None:
         self._problems = problems
         self.task, self.functions = problems[0].task, sum(problem.functions for problem in problems)
-        lanes = _Lanes(problems)
-        self.theta0, self.parts = lanes.join([problem.theta0 for problem in problems]), lanes.parts
-        sizes = tuple(lanes.parts.values()) or (self.theta0.numel(),)
-        self.function = _Sum(problems[0].function, len(problems), sizes)
+        self.theta0, self.parts = _theta0(problems), _parts(problems)
+        self.function = _Sum(problems[0].function, len(problems), tuple(parts_of(problems[0]).values()))
         self.constants = _stack([problem.constants for problem in problems])
 
     def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -100,12 +82,35 @@ class _OneByOne(Problem):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self._problems = problems
         self.task, self.functions = problems[0].task, sum(problem.functions for problem in problems)
-        self._lanes = _Lanes(problems)
-        self.theta0, self.parts = self._lanes.join([problem.theta0 for problem in problems]), self._lanes.parts
+        self.theta0, self.parts = _theta0(problems), _parts(problems)
+        self._sizes = _sizes(problems)
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
-        pairs = zip(self._problems, self._lanes.split(theta), strict=True)
-        return torch.stack([problem.loss(part, step) for problem, part in pairs]).sum()
+        parts = theta.split([sum(sizes) for sizes in self._sizes])
+        pieces = [part.split(sizes) for part, sizes in zip(parts, self._sizes, strict=True)]
+        thetas = (_joined(of_problem, 0) for of_problem in zip(*pieces, strict=True))
+        pairs = zip(self._problems, thetas, strict=True)
+        return torch.stack([problem.loss(theta, step) for problem, theta in pairs]).sum()
+
+
+def _sizes(problems: Sequence[Problem]) -> list[tuple[int, ...]]:
+    """By part, the sizes of each problem's."""
+    return list(zip(*(parts_of(problem).values() for problem in problems), strict=True))
+
+
+def _parts(problems: Sequence[Problem]) -> dict[str, int] | None:
+    """The parts of the batch, if there are any."""
+    return dict(zip(problems[0].parts, map(sum, _sizes(problems)), strict=True)) if problems[0].parts else None
+
+
+def _theta0(problems: Sequence[Problem]) -> Tensor:
+    pieces = [problem.theta0.split(list(parts_of(problem).values())) for problem in problems]
+    return torch.cat([piece for of_part in zip(*pieces, strict=True) for piece in of_part])
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """As torch.cat, which would copy a single one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def _stack(of_problems: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

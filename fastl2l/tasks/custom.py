@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastl2l.tasks.base import (
     Minibatches,
@@ -23,6 +27,9 @@ from fastl2l.tasks.base import (
     value_and_grad,
 )
 from fastl2l.tasks.batch import batch
+from fastl2l.tasks.identity import identity
+from fastl2l.tasks.parts import Parts, names_by_part
+from fastl2l.tasks.parts import check as check_parts
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -30,10 +37,11 @@ Loss = Callable[[Any, Tensor], Tensor]
 def from_module(
     make_module: Callable[[], nn.Module],
     loss: Loss,
-    data: tuple[Tensor, Tensor] | torch.utils.data.Dataset,
+    data: Sequence[Tensor | np.ndarray] | Dataset,
     *,
     batch_size: int = 128,
     name: str = "custom",
+    parts: Parts | None = None,
     device: torch.device | str = "cpu",
 ) -> Task:
     """The task of training the networks that `make_module` makes on `data`.
@@ -41,12 +49,13 @@ def from_module(
         task = from_module(lambda: nn.Linear(64, 10), nn.functional.cross_entropy, (images, labels))
 
     A problem is a fresh network and a sequence of minibatches, iid uniform from `data`, with replacement. theta [N] is
-    the network's trainable parameters, flattened in the order of `module.parameters()`.
+    the network's trainable parameters, flattened in the order of `module.parameters()`, one part after the other.
 
     The function is that of the network as `make_module` leaves it: call `.eval()` there for the evaluation mode. It
     stays a pure function of theta and the step: buffers (such as batch norm's running statistics) are given to every
     call as they were at the start, and what a call writes to them is forgotten; a network that draws random numbers
-    (dropout) draws them seeded by problem and step. Your own random numbers are left as they were.
+    (dropout) draws them seeded by problem and step. Your own random numbers are left as they were. What is made without
+    a dtype has torch's default of now, also later; torch's default device does not matter.
 
     In a batch, networks that differ in numbers alone (parameters and buffers) are evaluated at once. Those that draw
     random numbers, that `torch.func.vmap` cannot take (such as `nn.LSTM`, or control flow that depends on data), or
@@ -55,24 +64,32 @@ def from_module(
     Args:
         make_module: makes a network on the CPU, freshly initialised from torch's random numbers.
         loss: (output of the network, targets) -> scalar.
-        data: inputs and targets [n, ...], or a Dataset of such pairs, which is read once, into memory.
+        data: inputs and targets [n, ...], Tensors or arrays, or a Dataset of such pairs, which is read once, into
+            memory. Of more than two the last are the targets; the network is called with all others. Floating numbers
+            are taken in the network's dtype.
         batch_size: examples in a minibatch.
-        name: of the task. Baselines' tuned learning rates are kept by name, network, data and the loss of one problem;
-            use different names for tasks that differ in something else.
+        name: of the task. Checkpoints and tuned learning rates are kept for tasks of this name, network, loss and data.
+            Networks and losses are told apart by what they hold (types, attributes, shapes, enclosed values) and by the
+            first loss and gradient; use different names for tasks that differ in something else.
+        parts: which parameters are to have an update rule of their own: a dict of part: names of modules (all that is
+            in them) or parameters, in which * stands for anything, or a function from (name of a parameter, parameter,
+            module that holds it) to the name of its part, such as `tasks.conv_and_fc`. By default all are one part.
         device: where theta, buffers and data live.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the network has no trainable parameters, or some that are
-            not floating or of several dtypes; the loss is not a finite scalar at the start of a first problem.
+            not floating or of several dtypes, or in no part or in two; it or the loss holds something that cannot be
+            told from others (a lock, an open file); the loss is not a finite scalar at the start of a first problem.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: expected a non-empty string, got {name!r}")
     for argument, value in (("make_module", make_module), ("loss", loss)):
         if not callable(value) or (isinstance(value, nn.Module) and argument == "make_module"):
             raise TypeError(f"{argument}: expected a function, got {_type(value)}")
-    inputs, targets = _tensors(data)
     integer("batch_size", batch_size)
-    return ModuleTask(make_module, loss, inputs.to(device), targets.to(device), batch_size, name, device)
+    if parts is not None:
+        check_parts(parts)
+    return ModuleTask(make_module, loss, _columns(data), batch_size, name, parts, device)
 
 
 class ModuleTask(Task):
@@ -82,15 +99,19 @@ class ModuleTask(Task):
         self,
         make_module: Callable[[], nn.Module],
         loss: Loss,
-        inputs: Tensor,
-        targets: Tensor,
+        data: Sequence[Tensor],
         batch_size: int,
         name: str,
+        parts: Parts | None,
         device: torch.device | str,
     ) -> None:
         self.name, self.batch_size, self.device = name, batch_size, torch.device(device)
-        self.inputs, self.targets = inputs, targets
-        self._make_module, self._loss = make_module, loss
+        self._make_module, self._loss, self._parts = make_module, loss, parts
+        self._dtype = torch.get_default_dtype()
+        dtype = next(iter(_trainable(self._module(0)).values())).dtype
+        self._data = [
+            column.to(self.device, dtype if column.is_floating_point() else None).contiguous() for column in data
+        ]
         self._draws = self._alone = False
         first = self.sample(0)
         with _seeded(0, self.device):
@@ -101,12 +122,8 @@ class ModuleTask(Task):
         self._spec = self._describe(self.sample(0))
 
     def sample(self, seed: int) -> ModuleProblem:
-        with _seeded(seed, torch.device("cpu")):
-            module = self._make_module()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"make_module: expected it to return a torch.nn.Module, got {_type(module)}")
-        minibatches = Minibatches(seed, len(self.targets), self.batch_size)
-        network = _Network(module, self._loss, self.inputs, self.targets)
+        minibatches = Minibatches(seed, len(self._data[0]), self.batch_size)
+        network = _Network(self._module(seed), self._loss, self._data, self._parts, self._dtype)
         if self._alone:
             return LoneModuleProblem(self.name, network, minibatches, seed if self._draws else None)
         return ModuleProblem(self.name, network, minibatches)
@@ -114,44 +131,69 @@ class ModuleTask(Task):
     def spec(self) -> dict[str, Any]:
         return dict(self._spec)
 
+    def _module(self, seed: int) -> nn.Module:
+        with _seeded(seed, torch.device("cpu")), _defaults(torch.device("cpu"), self._dtype):
+            module = self._make_module()
+        _check_module(module)
+        return module
+
     def _describe(self, problem: ModuleProblem) -> dict[str, Any]:
-        # Two functions cannot be compared, but what they do can: the network and loss are told apart by what they give.
+        # Code that is imported is told by its name alone, but also by what it gives.
         loss, grad = value_and_grad(problem, problem.theta0, 0)
         return {
             "name": self.name,
-            "module": repr(problem.module),
+            "module": problem.function.identity,
+            "loss": identity("loss", self._loss),
             "batch_size": self.batch_size,
-            "data": fingerprint(self.inputs, self.targets),
+            "data": fingerprint(*self._data),
             "parameters": problem.theta0.numel(),
             "first_loss": f"{loss.item():.5g}",
             "first_gradient": f"{grad.norm().item():.4g}",
-        }
+        } | ({} if self._parts is None else {"parts": problem.function.names_by_part})
 
 
 class _Network:
     """From theta, what else a network holds and the rows of a minibatch to the loss."""
 
-    def __init__(self, module: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        data: Sequence[Tensor],
+        parts: Parts | None,
+        default_dtype: torch.dtype,
+    ) -> None:
         trainable = _trainable(module)
-        self.module = module.to(inputs.device)
-        self._loss, self._data = loss, (inputs, targets)
-        self._names, self._shapes = list(trainable), [p.shape for p in trainable.values()]
-        self._sizes = [p.numel() for p in trainable.values()]
+        self.module = module.to(data[0].device)
+        self._loss, self._data, self._defaults = loss, data, (data[0].device, default_dtype)
+        self.names_by_part = None if parts is None else names_by_part(module, list(trainable), parts)
+        self._names = list(chain(*self.names_by_part.values())) if self.names_by_part else list(trainable)
+        self._shapes = [trainable[name].shape for name in self._names]
+        self._sizes = [shape.numel() for shape in self._shapes]
         self._frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         self._buffers = [name for name, _ in module.named_buffers()]
 
     def __eq__(self, other: object) -> bool:
-        """Whether the two differ in numbers alone, as far as `==` can tell of their modules' attributes."""
-        if not isinstance(other, _Network) or self._loss is not other._loss:
+        """Whether the two differ in the numbers of theta, frozen parameters and buffers alone."""
+        if not isinstance(other, _Network) or self._loss is not other._loss or self._data is not other._data:
             return False
-        if any(mine is not theirs for mine, theirs in zip(self._data, other._data, strict=True)):
-            return False
-        names, other_names = ((n._names, n._shapes, n._frozen, n._buffers) for n in (self, other))
-        return names == other_names and _equal(_attributes(self.module), _attributes(other.module))
+        return self._names == other._names and self.identity == other.identity
+
+    @cached_property
+    def identity(self) -> str:
+        """What the network is, but for those numbers."""
+        return identity("make_module", self.module, by_shape=[*self.module.parameters(), *self.module.buffers()])
 
     def theta0(self) -> Tensor:
         """The trainable parameters, flat."""
-        return torch.cat([p.detach().flatten() for p in self.module.parameters() if p.requires_grad])
+        return torch.cat([self.module.get_parameter(name).detach().flatten() for name in self._names])
+
+    def parts(self) -> dict[str, int] | None:
+        """How many coordinates of theta each part has."""
+        if self.names_by_part is None:
+            return None
+        sizes = dict(zip(self._names, self._sizes, strict=True))
+        return {part: sum(sizes[name] for name in names) for part, names in self.names_by_part.items()}
 
     def constants(self) -> tuple[Tensor, ...]:
         """The rest of what the network holds: frozen parameters and buffers."""
@@ -163,16 +205,19 @@ class _Network:
         parts = (part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True))
         tensors = dict(zip([*self._names, *self._frozen, *self._buffers], [*parts, *constants], strict=True))
         tensors |= {name: tensors[name].clone() for name in self._buffers}  # which the network may write to
-        inputs, targets = (take(part, rows) for part in self._data)
-        return self._loss(functional_call(self.module, tensors, (inputs,)), targets)
+        *inputs, targets = (take(column, rows) for column in self._data)
+        with _defaults(*self._defaults):
+            return self._loss(functional_call(self.module, tensors, tuple(inputs)), targets)
 
 
 class ModuleProblem(PureProblem):
     """One network, whose trainable parameters are theta; everything else about it stays as it was made."""
 
+    function: _Network
+
     def __init__(self, task: str, network: _Network, minibatches: Minibatches) -> None:
         self.task, self.module, self.function = task, network.module, network
-        self.theta0, self.constants = network.theta0(), network.constants()
+        self.theta0, self.constants, self.parts = network.theta0(), network.constants(), network.parts()
         self._minibatches = minibatches
 
     def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -199,25 +244,9 @@ def _taken_by_vmap(problem: ModuleProblem) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is slow: nothing has been batched yet
             value_and_grad(two, two.theta0, 0)
-    except RuntimeError:
+    except Exception:  # by itself the network is evaluated without an error
         return False
     return True
-
-
-def _attributes(module: nn.Module) -> list[Any]:
-    """All that a network is besides parameters and buffers."""
-    numbers = ("_parameters", "_buffers", "_modules")
-    return [
-        (name, type(part), {key: value for key, value in vars(part).items() if key not in numbers})
-        for name, part in module.named_modules()
-    ]
-
-
-def _equal(one: object, other: object) -> bool:
-    try:
-        return bool(one == other)
-    except (RuntimeError, ValueError):  # there are tensors or arrays in them
-        return False
 
 
 def _trainable(module: nn.Module) -> dict[str, Tensor]:
@@ -234,19 +263,71 @@ def _trainable(module: nn.Module) -> dict[str, Tensor]:
     return trainable
 
 
-def _tensors(data: object) -> tuple[Tensor, Tensor]:
-    if isinstance(data, torch.utils.data.Dataset):
-        if not isinstance(data, Sized) or len(data) == 0:
-            raise ValueError("data: expected a Dataset with a length of at least 1")
-        inputs, targets = zip(*(data[i] for i in range(len(data))), strict=True)
-        return torch.stack([torch.as_tensor(x) for x in inputs]), torch.stack([torch.as_tensor(y) for y in targets])
-    if not isinstance(data, (tuple, list)) or len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
-        raise TypeError(f"data: expected two Tensors (inputs, targets) or a torch Dataset, got {_type(data)}")
-    inputs, targets = data
-    if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets) or len(inputs) == 0:
-        shapes = f"{list(inputs.shape)} and {list(targets.shape)}"
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"make_module: expected it to return a torch.nn.Module, got {_type(module)}")
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                "make_module: expected a network in Python, got one that is scripted or traced"
+                f"{f' in {name}' if name else ''}, whose parameters cannot be replaced; return what it was made from"
+            )
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise ValueError(f"make_module: expected dense gradients, got sparse=True in {name or _type(part)}")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"make_module: expected a network with shapes, got a lazy one, whose {name} has none yet; call it "
+                "once, on an example, before returning it"
+            )
+
+
+def _columns(data: object) -> list[Tensor]:
+    """Inputs and targets, the targets last, as Tensors [n, ...]."""
+    if isinstance(data, Dataset):
+        columns = _read(data)
+    elif isinstance(data, (tuple, list)) and len(data) > 1 and all(isinstance(x, (Tensor, np.ndarray)) for x in data):
+        columns = [_tensor(f"data[{i}]", column) for i, column in enumerate(data)]
+    else:
+        hint = "; pass its dataset: minibatches are drawn here" if isinstance(data, DataLoader) else ""
+        kinds = dict.fromkeys(map(_type, data)) if isinstance(data, (tuple, list)) else ()
+        got = _type(data) + (f" of {', '.join(kinds)}" if kinds else "")
+        raise TypeError(
+            f"data: expected Tensors or arrays (inputs, targets), or a torch Dataset of such pairs, got {got}{hint}"
+        )
+    if len({column.shape[:1] for column in columns}) > 1 or not all(column.ndim and len(column) for column in columns):
+        shapes = " and ".join(str(list(column.shape)) for column in columns)
         raise ValueError(f"data: expected as many targets as inputs, and at least one, got shapes {shapes}")
-    return inputs.detach().contiguous(), targets.detach().contiguous()
+    return columns
+
+
+def _read(dataset: Dataset) -> list[Tensor]:
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or len(dataset) == 0:
+        raise ValueError(f"data: expected a Dataset of numbered items, at least one, got {_type(dataset)}")
+    examples: list[list[Tensor]] = []
+    for i in range(len(dataset)):
+        with _defaults(torch.device("cpu"), torch.get_default_dtype()):
+            item = dataset[i]
+        if not isinstance(item, (tuple, list)) or len(item) < 2:
+            raise TypeError(f"data: item {i}: expected (input, target) or (input, ..., target), got {_type(item)}")
+        examples.append([_tensor(f"data: item {i}, part {j}", part) for j, part in enumerate(item)])
+        first, shapes = ([list(part.shape) for part in example] for example in (examples[0], examples[i]))
+        if shapes != first:
+            raise ValueError(f"data: item {i}: expected shapes {first} as item 0 has, got {shapes}; pad or crop them")
+    return [torch.stack(column) for column in zip(*examples, strict=True)]
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if isinstance(value, np.ndarray):
+        value = np.array(value, order="C")  # torch takes neither read-only arrays nor negative strides
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{_type(value)} of {value.dtype}" if isinstance(value, np.ndarray) else _type(value)
+        raise TypeError(f"{name}: expected a Tensor, an array or a number, got {got}") from error
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense Tensor with numbers, got {tensor.layout} on {tensor.device}")
+    return tensor
 
 
 @contextmanager
@@ -259,6 +340,21 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """What anyone's code makes without a device or dtype has these inside, whatever is the default outside."""
+    before = torch.get_default_dtype()
+    if before == dtype and torch.get_default_device() in (device, torch.device("cpu")):
+        yield  # as a rule; a default device costs time at each of torch's functions
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _random_state(device: torch.device) -> Tensor:

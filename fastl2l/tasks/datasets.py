@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,21 @@ from fastl2l.tasks._torchvision import torchvision
 
 SPLITS = ("train", "test")
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
-NAMES = (*_TORCHVISION, "digits")
+
+
+class _Kind(NamedTuple):
+    """What a data set is; what is read is held against it."""
+
+    images: dict[str, int]
+    """By split."""
+    side: int
+    white: int
+    classes: int
+
+
+_KINDS = {name: _Kind({"train": 60_000, "test": 10_000}, side=28, white=255, classes=10) for name in _TORCHVISION}
+_KINDS["digits"] = _Kind({"train": 1437, "test": 360}, side=8, white=16, classes=10)
+NAMES = tuple(_KINDS)
 
 
 class Images(NamedTuple):
@@ -37,7 +52,8 @@ def load(name: str, split: str, *, dtype: torch.dtype = torch.float32, device: t
     Digits (1,797 images, 8 x 8) comes with scikit-learn; every fifth image, from the first on, is its test split.
 
     Raises:
-        ValueError: unknown name or split.
+        ValueError: unknown name or split; or the files hold something else than this data set: another number or size
+            of images, labels that are out of range.
         ImportError: torchvision or scikit-learn is missing.
         FileNotFoundError: the data set is not there and cannot be downloaded, or its files are damaged.
     """
@@ -50,23 +66,37 @@ def load(name: str, split: str, *, dtype: torch.dtype = torch.float32, device: t
 
 @lru_cache(maxsize=8)
 def _load(name: str, split: str, dtype: torch.dtype, device: torch.device, folder: Path) -> Images:
-    pixels, labels, white = _digits(split) if name == "digits" else _from_torchvision(name, split, folder)
-    images = pixels.unsqueeze(1).to(device, dtype).div_(white)
-    return Images(images, labels.to(device), classes=int(labels.max()) + 1)
+    pixels, labels = _digits(split) if name == "digits" else _from_torchvision(name, split, folder)
+    kind = _KINDS[name]
+    _check(kind, split, pixels, labels, f"data set {name!r}" + f" in {folder}" * (name in _TORCHVISION))
+    images = pixels.unsqueeze(1).to(device, dtype).div_(kind.white)
+    return Images(images, labels.to(device), kind.classes)
 
 
-def _digits(split: str) -> tuple[Tensor, Tensor, int]:
+def _check(kind: _Kind, split: str, pixels: Tensor, labels: Tensor, where: str) -> None:
+    count, side = kind.images[split], kind.side
+    expected = f"{count} images {side} x {side} of numbers 0 to {kind.white}, labels 0 to {kind.classes - 1}"
+    shapes = list(pixels.shape), list(labels.shape)
+    if shapes != ([count, side, side], [count]):
+        raise ValueError(f"{where}, {split}: expected {expected}, got images {shapes[0]} and labels {shapes[1]}")
+    found = [(numbers.min().item(), numbers.max().item()) for numbers in (pixels, labels)]
+    if not all(0 <= low <= high <= top for (low, high), top in zip(found, (kind.white, kind.classes - 1), strict=True)):
+        ranges = " and labels ".join(f"{low:g} to {high:g}" for low, high in found)
+        raise ValueError(f"{where}, {split}: expected {expected}, got numbers {ranges}")
+
+
+def _digits(split: str) -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("the digits need scikit-learn, which is not installed: pip install scikit-learn") from error
     data = load_digits()
-    is_test = torch.arange(len(data.target)) % 5 == 0
-    chosen = is_test if split == "test" else ~is_test
-    return torch.from_numpy(data.images)[chosen], torch.from_numpy(data.target).long()[chosen], 16
+    fifths = np.s_[::5]
+    images, labels = (x[fifths] if split == "test" else np.delete(x, fifths, 0) for x in (data.images, data.target))
+    return torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
-def _from_torchvision(name: str, split: str, folder: Path) -> tuple[Tensor, Tensor, int]:
+def _from_torchvision(name: str, split: str, folder: Path) -> tuple[Tensor, Tensor]:
     dataset = getattr(torchvision().datasets, _TORCHVISION[name])
     try:
         data = dataset(folder, train=split == "train", download=True)  # downloads only what is not there
@@ -77,4 +107,4 @@ def _from_torchvision(name: str, split: str, folder: Path) -> tuple[Tensor, Tens
             f"remove that folder and try again; without one, put the four *-ubyte files of {dataset.__name__} there, "
             "or set FASTL2L_DATA to a folder that has them (the root that torchvision's class takes)."
         ) from error
-    return data.data, data.targets, 255
+    return data.data, data.targets
