@@ -343,8 +343,8 @@ class MetaTrainer:
         mine, self._first = self._first, state.get("first", self._first)  # older ones do not know
         if mine not in (self._first, _fingerprint(self._current), _fingerprint(self._best)):
             raise checkpoint_module.CheckpointError(
-                f"{self._checkpoint}: is of a run from other first weights; expected a rule as that began (its seed, or "
-                "the rule it was trained from) or as that has left it, or another checkpoint"
+                f"{self._checkpoint}: is of a run from other first weights; expected a rule as that began (its seed, "
+                "or the rule it was trained from) or as that has left it, or another checkpoint"
             )
 
     def _log(self, epoch: Epoch) -> None:
