@@ -121,13 +121,8 @@ class PyTorchRule(nn.Module):
 
 
 def fastl2l(work: Workload, backend: str = "native", state_dtype: torch.dtype = torch.float32) -> Runner:
-    chosen, config = select(backend, work.gradients.device), work.rule.config
-    arguments = (
-        [weight.detach() for weight in work.rule.weights()],
-        config.preprocess,
-        config.preprocess_constant,
-        config.output_scale,
-    )
+    chosen = select(backend, work.gradients.device)
+    arguments = [weight.detach() for weight in work.rule.weights()], work.rule.text, work.rule.config.output_scale
     thetas, next_turn = work.parameters(), work.in_turn()
 
     def fresh() -> Tensor:

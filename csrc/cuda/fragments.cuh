@@ -134,8 +134,8 @@ struct Shape {
     return reads_features(layer) ? features : 4 * input_groups(layer);
   }
   FASTL2L_HOST_DEVICE static constexpr int weights_before(int layer, int features) {
-    return layer == 0 ? kProjected * (features + 1)
-                      : weights_before(layer - 1, features) + kGates * (inputs(layer - 1, features) + kHidden + 1);
+    const int projection = kProjected * (features + 1), first = kGates * (inputs(0, features) + kHidden + 1);
+    return projection + (layer == 0 ? 0 : first + (layer - 1) * kGates * (2 * kHidden + 1));
   }
 };
 

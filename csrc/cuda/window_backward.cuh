@@ -209,10 +209,11 @@ struct WindowTile {
     }
   }
   DEVICE int input_row(int group) const { return 4 + 4 * group + lane.q; }
-  // What stage_inputs() has left of the projection.
-  DEVICE Pair<float> projected(int group) const {
-    const auto& row = shared.stage[lane.warp].inputs[input_row(group)];
-    return {{row[2 * lane.g], row[2 * lane.g + 1]}};
+  // The lane's part of what stage_inputs() has left of the layer's input, and a group of it.
+  DEVICE const float* staged() const { return &shared.stage[lane.warp].inputs[input_row(0)][2 * lane.g]; }
+  DEVICE static Pair<float> staged_unit(const float* part, int group) {
+    const float* at = part + 4 * group * Stage<S>::kStride;
+    return {{at[0], at[1]}};
   }
 
   // The gates of one group from their gradients' sources: dh and dc, which become those of the step before.
@@ -257,7 +258,7 @@ struct WindowTile {
                              Pair<float> (&dfeatures)[S::kFeatures]) const {
     if constexpr (S::kProjects) {
       UNROLL for (int u = 0; u < S::input_groups(0); ++u) {
-        const Pair<float> y = projected(u), dy = result(results, u);
+        const Pair<float> y = staged_unit(staged(), u), dy = result(results, u);
         UNROLL for (int i = 0; i < 2; ++i) {
           const float dsum = elu_backward<Scalar<float>>(y[i], dy[i]);
           shared.stage[lane.warp].dprojected(4 * u + lane.q, 2 * lane.g + i) = dsum;
@@ -374,13 +375,8 @@ struct WindowTile {
     sync_warp();  // see step_tile()
     stage_inputs<Layer>(features, before, after);
     float results[S::backward_columns(Layer)][4] = {};
-    const LayerInput<S, Layer> input(before, [&](int u) {
-      if constexpr (Layer == 0) {
-        return projected(u);
-      } else {
-        return load_unit(after, h_row<S>(Layer - 1) + 4 * u);
-      }
-    });
+    const float* part = staged();
+    const LayerInput<S, Layer> input(before, [part](int u) { return staged_unit(part, u); });
     ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
       Pair<float> dgates[4];
       group_backward<Layer>(u, group_gates<S, Layer>(shared.forward, input, features, u, lane), dupdate, before,
@@ -429,8 +425,9 @@ struct WindowTile {
     constexpr int H = S::kHidden;
     const int inputs = S::inputs(Layer, arguments.branches.features);
     double* layer = to + S::weights_before(Layer, arguments.branches.features);
+    const int warp = computed_here(lane.warp);
     UNROLL for (int i = 0; i < GradientSums<S>::products(Layer); ++i) {
-      const int product = lane.warp + i * kWarps;
+      const int product = warp + i * kWarps;
       if (product >= S::gradient_products(Layer)) break;
       UNROLL for (int element = 0; element < 4; ++element) {
         const int row = 16 * (product % S::kGradientRows) + lane.g + 8 * (element / 2);
