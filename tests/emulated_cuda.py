@@ -94,5 +94,12 @@ def elementwise(library: Path, x: torch.Tensor, function: str) -> torch.Tensor:
     return found
 
 
+def offset_of_output(library: Path, rule: str) -> int:
+    """How many weights come before the output's, as the kernels for every size count them."""
+    function = ctypes.CDLL(str(library)).emulated_offset_of_output
+    function.restype = ctypes.c_int64
+    return function(rule.encode())
+
+
 def set_multiprocessors(library: Path, count: int) -> None:
     ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "emulated_multiprocessors").value = count

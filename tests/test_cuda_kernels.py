@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from emulated_cuda import SANITIZE, backend, compile_library, elementwise, set_multiprocessors
+from emulated_cuda import SANITIZE, backend, compile_library, elementwise, offset_of_output, set_multiprocessors
 from helpers import (
     GIVEN,
     RNNPROP,
@@ -301,6 +301,15 @@ def test_parameters_decay_and_a_rate_multiplies_decay_and_update(emulated, text,
             emulated.step_([change], [grad.to(dtype).float()], [new_state(rule, n)], *rest)
         expected = start.double() * (1 - 0.25 * factor) + change.double() * factor
         torch.testing.assert_close(param, expected.to(dtype))
+
+
+HUGE = "adam:0.9,0.99,1e-06 given:32768 elu:32768 lstm:" + ",".join(["32768"] * 64)
+
+
+@pytest.mark.parametrize("text", [*(rule.rsplit(" ", 1)[0] for rule in RULES + GIVEN), HUGE])
+def test_weights_lie_where_they_are_looked_for(library, text):
+    shapes = RuleConfig.parse(text + " none").weight_shapes
+    assert offset_of_output(library, text + " none") == sum(math.prod(shape) for _, shape in shapes)
 
 
 def test_a_rule_without_output_leaves_parameters_alone(emulated):

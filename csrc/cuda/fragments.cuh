@@ -126,8 +126,9 @@ struct Shape {
   FASTL2L_HOST_DEVICE static constexpr int gradient_products(int layer) {
     return kGradientRows * gradient_columns(layer);
   }
-  static constexpr int kMostGradientColumns =
-      gradient_columns(0) > gradient_columns(kLayers - 1) ? gradient_columns(0) : gradient_columns(kLayers - 1);
+  static constexpr int kMostGradientColumns = gradient_columns(0) > gradient_columns(kLayers - 1)
+                                                  ? gradient_columns(0)
+                                                  : gradient_columns(kLayers - 1);
 
   // Where the weights begin and end in the order of ops/schema.py.
   FASTL2L_HOST_DEVICE static constexpr int inputs(int layer, int features) {

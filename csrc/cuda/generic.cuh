@@ -17,9 +17,9 @@ struct GenericRule : Rule {
   PartConstants<T> of_parts;
 
   FASTL2L_HOST_DEVICE int64_t before(int layer) const {
-    if (layer == 0) return (int64_t)projected * (inputs() + 1);
-    const int64_t first = layer_inputs(0), rest = (int64_t)hidden * (layer - 1);
-    return before(0) + (int64_t)4 * hidden * (first + rest + (int64_t)layer * (hidden + 1));
+    const int64_t projection = (int64_t)projected * (inputs() + 1), layers_own = (int64_t)layer * (hidden + 1);
+    const int64_t layers_inputs = layer == 0 ? 0 : layer_inputs(0) + (int64_t)hidden * (layer - 1);
+    return projection + 4 * hidden * (layers_inputs + layers_own);
   }
   DEVICE const T* w_in() const { return weights; }
   DEVICE const T* b_in() const { return weights + (int64_t)projected * inputs(); }

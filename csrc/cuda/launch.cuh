@@ -184,8 +184,9 @@ Error fast_window_backward(const Rule& rule, const std::vector<const float*>& we
   parts = make_parts(rule, window.numel, kWarps * kTile, queue);
   const int64_t blocks = std::min<int64_t>(parts.parts, queue.multiprocessors);
   const SegmentsOfSteps segments(window.steps);
-  WindowArguments<S> arguments{window,   pointers<S::kLayers>(rule, weights), branches_of(rule),
-                               (float)rule.update_scale, segments, parts, nullptr};
+  WindowArguments<S> arguments{
+      window, pointers<S::kLayers>(rule, weights), branches_of(rule), (float)rule.update_scale, segments, parts,
+      nullptr};
   const int64_t floats = blocks * kWarps * segments.tiles() * arguments.kept_rows() * kTile;
   arguments.workspace = static_cast<float*>(queue.workspace(floats * sizeof(float)));
   return launch(window_backward_kernel<S>, blocks, kThreads, sizeof(WindowShared<S>), queue.stream, arguments);

@@ -132,8 +132,8 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     using T = decltype(zero);
     using Stored = decltype(stored_zero);
     const Factors<T> factors{update_scale, decay, data_or_null<T>(rate)};
-    check_cuda(step<T, Stored>(rule, weight_pointers<T>(weights), segments, factors, grad_scale,
-                               data_or_null<T>(given), flag, work.queue()),
+    check_cuda(step<T, Stored>(rule, weight_pointers<T>(weights), segments, factors, grad_scale, data_or_null<T>(given),
+                               flag, work.queue()),
                "step_");
   };
   if (stored == ScalarType::BFloat16) {

@@ -39,7 +39,7 @@ DEVICE void step_tile(const StepArguments<S>& arguments, const StepShared<S>& sh
     const bool exists = first + i < segment.numel;
     gradient[i] = (exists ? element<float>(segment.grad, segment.dtype, first + i) : 0.0f) * arguments.grad_scale;
   }
-  const bool has_row = lane.q < branches.feature_rows;
+  const bool has_row = std::is_same_v<Stored, float> && lane.q < branches.feature_rows;  // see check_state_dtype()
   if (has_row) mine = load_unit(part, S::kRows);
   lane_features<S>(branches, gradient, lane, mine, features);
   if (has_row) store_unit(part, S::kRows, mine);

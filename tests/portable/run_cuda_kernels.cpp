@@ -89,6 +89,12 @@ int emulated_window_backward(const char* text, double update_scale, int is_doubl
   return is_double ? run(double()) : run(float());
 }
 
+// Where the kernels for every size find the output's weights, which come last.
+int64_t emulated_offset_of_output(const char* text) {
+  const GenericRule<float> rule{parse_rule(text), nullptr, {}};
+  return rule.before(rule.layers);
+}
+
 // The activations of the fast kernels, as csrc/cpu's operator elementwise has them.
 void emulated_elementwise(int is_tanh, const float* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = is_tanh ? tanh_of_power(from[i]) : sigmoid_of_power(from[i]);

@@ -53,7 +53,8 @@ int main(int argc, char** argv) {
           float* numbers = static_cast<float*>(to);
           for (int i = 0; i < count; ++i) numbers[i] = (float)kept * numbers[i] + update[i];
         }};
-    kernel.step({rule, constants, packed, 1.0f, 1.0, nullptr, &segment, 1, first_tile, false}, 0, tiles, scratch.data());
+    kernel.step({rule, constants, packed, 1.0f, 1.0, nullptr, &segment, 1, first_tile, false}, 0, tiles,
+                scratch.data());
   }
   std::vector<double> sums(weight_count(rule));
   kernel.window_backward({rule, constants, packed, n, steps, first.data(), gradients.data(), adjoints.data(), nullptr,
