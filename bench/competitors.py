@@ -75,9 +75,9 @@ class PyTorchRule(nn.Module):
     def __init__(self, rule: LSTMRule) -> None:
         super().__init__()
         config = rule.config
-        self.p, self.output_scale = config.p, config.output_scale
+        self.p, self.output_scale = config.features.p, config.output_scale
         self.cells = nn.ModuleList(
-            nn.LSTMCell(config.features if layer == 0 else config.hidden_size, config.hidden_size)
+            nn.LSTMCell(config.feature_count if layer == 0 else config.hidden_size, config.hidden_size)
             for layer in range(config.num_layers)
         )
         self.output = nn.Linear(config.hidden_size, 1)
@@ -115,7 +115,7 @@ class PyTorchRule(nn.Module):
         return self.output_scale * self.output(x).squeeze(1), new_state
 
     def flat_gradient(self) -> Tensor:
-        """In the order of LSTMConfig.weight_shapes."""
+        """In the order of RuleConfig.weight_shapes."""
         parts = [p.grad for cell in self.cells for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih)]
         return torch.cat([part.flatten() for part in (*parts, self.output.weight.grad, self.output.bias.grad)])
 
@@ -184,7 +184,7 @@ def whole_lstm(work: Workload) -> Runner:
     """
     module, device = PyTorchRule(work.rule).to(work.gradients.device), work.gradients.device
     config = work.rule.config
-    lstm = nn.LSTM(config.features, config.hidden_size, config.num_layers, device=device)
+    lstm = nn.LSTM(config.feature_count, config.hidden_size, config.num_layers, device=device)
     with torch.no_grad():
         for layer, cell in enumerate(module.cells):
             for name, weight in cell.named_parameters():
@@ -222,7 +222,7 @@ def jax(work: Workload) -> Runner:
     import jax.numpy as jnp
 
     config = work.rule.config
-    hidden, p, scale = config.hidden_size, config.p, config.output_scale
+    hidden, p, scale = config.hidden_size, config.features.p, config.output_scale
     weights = [jnp.asarray(weight.detach().numpy()) for weight in work.rule.weights()]
     gradients, adjoints = jnp.asarray(work.gradients.numpy()), jnp.asarray(work.adjoints.numpy())
 
