@@ -22,7 +22,7 @@ namespace fastl2l::cuda {
 // Weight gradients are summed in at most so many parts: a multiple of 132, of which an H100 or H200 has as many
 // multiprocessors, and several for each of those of others, so that none is idle for long.
 constexpr int64_t kMostParts = 528;
-// Memory that the generic kernels may take for a window, and that sums may take, in bytes.
+// Memory that the generic kernels may take, and that sums may take, in bytes; a block of theirs may need more.
 constexpr int64_t kMostWorkspace = int64_t(1) << 28;
 
 // What a multiprocessor of compute capability 8.0 has, less what every block takes of it.
