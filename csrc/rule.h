@@ -52,7 +52,7 @@ FASTL2L_HOST_DEVICE constexpr int64_t tiles_of(int64_t numel) { return (numel + 
 
 // Calls visit(dimensions, rows, columns) for each tensor of weights, in their order.
 template <class Visit>
-FASTL2L_HOST_DEVICE inline void each_weight(const Rule& rule, Visit visit) {
+void each_weight(const Rule& rule, Visit visit) {
   if (rule.projected > 0) {
     visit(2, rule.projected, rule.inputs());
     visit(1, rule.projected, 1);
@@ -68,7 +68,7 @@ FASTL2L_HOST_DEVICE inline void each_weight(const Rule& rule, Visit visit) {
 }
 
 // How many weights a rule has.
-FASTL2L_HOST_DEVICE inline int64_t weight_count(const Rule& rule) {
+inline int64_t weight_count(const Rule& rule) {
   int64_t count = 0;
   each_weight(rule, [&](int, int64_t rows, int64_t columns) { count += rows * columns; });
   return count;
