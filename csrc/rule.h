@@ -78,8 +78,10 @@ inline int64_t weight_count(const Rule& rule) {
 template <typename T>
 struct PartConstants {
   Features features;
-  bool one_age;  // both means of Adam's features are of the same age
-  T scale;       // of raw
+  int count;       // features, of a gradient
+  bool has_means;  // a state of their own
+  bool one_age;    // both means of Adam's features are of the same age
+  T scale;         // of raw
   T p, inverse_p, threshold, slope;
   T beta1, beta2, new1, new2, epsilon;
 
@@ -87,6 +89,8 @@ struct PartConstants {
   // exp(-p) and exp(p) come from outside: what is compiled here must be free of the standard library.
   PartConstants(const Rule& rule, double exp_minus_p, double exp_p)
       : features(rule.features),
+        count(rule.feature_count()),
+        has_means(rule.feature_rows() > 0),
         one_age(rule.constants[0] == rule.constants[1]),
         scale((T)rule.constants[0]),
         p((T)rule.constants[0]),

@@ -70,30 +70,6 @@ DEVICE typename P::V root(typename P::V x) {
 #include "formulas.h"
 #undef FORMULA
 
-// The features of gradient g, of which raw has one; the means are brought up to date, for features that have some.
-template <typename T>
-DEVICE void features(const PartConstants<T>& constants, T g, Means<Scalar<T>>& means, T (&to)[2]) {
-  to[0] = to[1] = 0;
-  switch (constants.features) {
-    case Features::kNone: return;
-    case Features::kRaw: to[0] = constants.scale * g; return;
-    case Features::kLogSign: return log_sign<Scalar<T>>(constants, g, to[0], to[1]);
-    case Features::kAdam: return adam<Scalar<T>>(constants, g, means, to[0], to[1]);
-  }
-}
-
-// d gradient from d features; `dmeans` are the gradients of the means `after` the step, and then of those before it.
-template <typename T>
-DEVICE T features_backward(const PartConstants<T>& constants, T g, const Means<Scalar<T>>& after,
-                           const T (&dfeatures)[2], Means<Scalar<T>>& dmeans) {
-  switch (constants.features) {
-    case Features::kNone: return 0;
-    case Features::kRaw: return constants.scale * dfeatures[0];
-    case Features::kLogSign: return log_sign_backward<Scalar<T>>(constants, g, dfeatures[0], dfeatures[1]);
-    default: return adam_backward<Scalar<T>>(constants, g, after, dfeatures[0], dfeatures[1], dmeans);
-  }
-}
-
 // Numbers as they are stored, and as they are computed with.
 DEVICE float wide(float x) { return x; }
 DEVICE double wide(double x) { return x; }
