@@ -116,10 +116,13 @@ def test_bad_input_is_named(curves, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_history_is_drawn_whole_and_empty_ones_are_refused(tmp_path):
+def test_history_is_drawn_whole_and_empty_ones_are_refused(tmp_path, axes):
     history = [Epoch(n, 1 / n, 0.5 / n, 1e-3, 0) for n in range(1, 6)]
     path = plot_history(history, tmp_path / "training.png")
-    assert Image.open(path).size == (1280, 800)
+    assert [len(line.get_xdata()) for line in axes[0].get_lines()] == [5, 5, 1]
+    width, height = Image.open(path).size
+    assert width == 1280
+    assert height > 800  # and a legend beneath
     with pytest.raises(ValueError, match="history: expected at least one epoch"):
         plot_history([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -133,8 +136,11 @@ def test_panels_stand_side_by_side_under_their_titles(curves, tmp_path, axes):
     assert [one.get_title(loc="left") for one in axes] == ["left", "right"]
     assert axes[0].figure.get_suptitle() == "both"
     assert len(axes[1].get_lines()) == 3
+    left, right = (one.get_position() for one in axes)
+    assert left.x1 < right.x0
+    assert (left.y0, left.y1) == pytest.approx((right.y0, right.y1))
     width, height = Image.open(path).size
-    assert width > 2 * height
+    assert width == 1840 > height
 
 
 def test_final_losses_stand_over_their_number(curves, tmp_path, axes):
