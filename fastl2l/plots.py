@@ -45,6 +45,8 @@ _FORMATS: dict[str, dict[str, Any]] = {  # without dates: the same curves give t
     "svg": {"metadata": {"Date": None}},
     "pdf": {"metadata": {"CreationDate": None}},
 }
+_PANEL_HEIGHT = 3.85
+"""Inches of axes and their scales, without title and legend."""
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -215,7 +217,7 @@ def save_panels(
 ) -> Path:
     """Draw panels side by side, each a title and what draws it, under a common title if there is one.
 
-    The figure is as much higher as the highest legend of `legend_beneath`: the axes keep their size.
+    The figure is as much higher as titles and legends (`legend_beneath`) are: the axes keep their size.
     """
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in _FORMATS:
@@ -225,15 +227,17 @@ def save_panels(
     picture = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         width = 6.4 if len(panels) == 1 else 4.6 * len(panels)
-        figure = Figure(figsize=(width, 4.0 if title is None else 4.3), layout="constrained")
+        figure = Figure(figsize=(width, _PANEL_HEIGHT), layout="constrained")
+        titles = []
         for axes, (name, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             draw(axes)
-            axes.set_title(name)
-        if title is not None:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+            titles.append(axes.set_title(_wrapped(name, int(8 * width / len(panels)))))
         legends = [legend for axes in figure.axes if (legend := axes.get_legend())]
-        highest = max((legend.get_window_extent().height for legend in legends), default=0)
-        figure.set_figheight(figure.get_figheight() + highest / figure.dpi)
+        above = (
+            [] if title is None else [figure.suptitle(_wrapped(title, int(8 * width)), x=0.01, ha="left", fontsize=12)]
+        )
+        written = [max((one.get_window_extent().height for one in row), default=0) for row in (above, titles, legends)]
+        figure.set_figheight(_PANEL_HEIGHT + sum(written) / figure.dpi)
         figure.savefig(picture, format=suffix, **_FORMATS[suffix])
     return write_bytes(path, picture.getvalue())
 
@@ -247,10 +251,10 @@ def legend_beneath(axes: Axes, handles: Sequence[Artist | Container], title: str
     box = axes.get_window_extent()
     written = axes.get_tightbbox() or box
     below = (box.y0 - written.y0) / figure.dpi + 0.12
-    for columns in range(min(len(handles), 4), 0, -1):
+    for columns, letters in [(columns, 40) for columns in range(min(len(handles), 4), 0, -1)] + [(1, 20)]:
         legend = axes.legend(
             handles,
-            [textwrap.fill(str(handle.get_label()), 40) for handle in handles],
+            [_wrapped(str(handle.get_label()), letters) for handle in handles],
             title=title,
             ncols=columns,
             alignment="left",
@@ -261,6 +265,10 @@ def legend_beneath(axes: Axes, handles: Sequence[Artist | Container], title: str
         )
         if legend.get_window_extent().width <= box.width:
             break
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
 
 def _draw(axes: Axes, curves: Curves, log: bool) -> None:
