@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -279,7 +282,7 @@ def check_readable(figure):
         assert artists
         assert [(text, one) for text, box in written.items() for one in artists if covers(box, one)] == []
         assert min(axes.get_window_extent().size) > 2.4 * figure.dpi
-    titles = {figure._suptitle, *(axes._left_title for axes in figure.axes)}
+    titles = {figure._suptitle, *(title for axes in figure.axes for title in (axes._left_title, axes.title))}
     blocks = [box for one, box in written.items() if one in titles or one in legends]
     scales = [axis.get_tightbbox() for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
     for number, block in enumerate(blocks):
@@ -334,6 +337,30 @@ def test_many_and_long_names_have_room(names, kind, draw, tmp_path, readable):
 def test_long_titles_have_room(curves, tmp_path, readable):
     plot_panels({"left " * 40: curves, "right " * 40: curves}, tmp_path / "a.png", title="both " * 60 + "\nof them")
     assert len(readable) == 1
+
+
+@pytest.mark.parametrize("slope", [-1, 0, 1])
+def test_benchmarks_have_room(slope, tmp_path, monkeypatch, readable):
+    bench = Path(__file__).parents[1] / "bench"
+    monkeypatch.setattr(sys, "path", [*sys.path, str(bench), str(bench / "gpu")])
+    import figure
+    import picture
+
+    rows = [
+        {"what": what, "group": f"{what}, N = {numel}", "who": who, "state": state, "coordinates": numel}
+        | {"ns_per_coordinate_step": (time := number * numel ** (slope / 2)), "median_s": time * numel / 1e9}
+        | {"sgemm_multiply_adds_per_ns": 90.0, "copy_bytes_per_ns": 30.0}
+        for number, who in enumerate(picture.STYLES | figure.COLOURS, 1)
+        for what in figure.BYTES
+        for numel in (10, 10**4, 10**7)
+        for state in picture.SHARES
+    ]
+    about = {"processor": "a processor", "threads": 2, "instruction_set": "avx2"}
+    (tmp_path / "results.json").write_text(json.dumps({"about": about, "rows": rows}))
+    figure.main(tmp_path / "results.json", tmp_path / "roofline.png")
+    stages = {"machine": {"found": {"copy": {"bytes_per_ns": 4000.0}}}, "speed": {"found": {"rows": rows}}}
+    picture.draw({"about": {"device": "a GPU", "commit": "none", "quick": True}, "stages": stages})
+    assert len(readable) == 2
 
 
 def test_the_check_sees_what_is_covered():
