@@ -45,8 +45,7 @@ _FORMATS: dict[str, dict[str, Any]] = {  # without dates: the same curves give t
     "svg": {"metadata": {"Date": None}},
     "pdf": {"metadata": {"CreationDate": None}},
 }
-_PANEL_HEIGHT = 3.85
-"""Inches of axes and their scales, without title and legend."""
+_PANEL_HEIGHT = 3.85  # inches of axes and their scales, without titles and legend
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -233,9 +232,9 @@ def save_panels(
             draw(axes)
             titles.append(axes.set_title(_wrapped(name, int(8 * width / len(panels)))))
         legends = [legend for axes in figure.axes if (legend := axes.get_legend())]
-        above = (
-            [] if title is None else [figure.suptitle(_wrapped(title, int(8 * width)), x=0.01, ha="left", fontsize=12)]
-        )
+        above = []
+        if title is not None:
+            above.append(figure.suptitle(_wrapped(title, int(8 * width)), x=0.01, ha="left", fontsize=12))
         written = [max((one.get_window_extent().height for one in row), default=0) for row in (above, titles, legends)]
         figure.set_figheight(_PANEL_HEIGHT + sum(written) / figure.dpi)
         figure.savefig(picture, format=suffix, **_FORMATS[suffix])
@@ -251,10 +250,11 @@ def legend_beneath(axes: Axes, handles: Sequence[Artist | Container], title: str
     box = axes.get_window_extent()
     written = axes.get_tightbbox() or box
     below = (box.y0 - written.y0) / figure.dpi + 0.12
+    labels = [str(handle.get_label()).replace("$", r"\$") for handle in handles]  # names are no mathematics
     for columns, letters in [(columns, 40) for columns in range(min(len(handles), 4), 0, -1)] + [(1, 20)]:
         legend = axes.legend(
             handles,
-            [_wrapped(str(handle.get_label()), letters) for handle in handles],
+            [_wrapped(label, letters) for label in labels],
             title=title,
             ncols=columns,
             alignment="left",

@@ -218,6 +218,7 @@ NAMES = {
     "few": ["lstm", "adam", "sgd"],
     "many": [f"optimizer {n}" for n in range(30)],
     "long": ["lstm " * 30, "W" * 99],
+    "odd": ["_a", "$b_{$", "$c$", r"\\$d"],
 }
 
 

@@ -66,7 +66,7 @@ def style(axes: Axes, **settings: Any) -> None:
 
 def label(axes: Axes, height: float, text: str) -> None:
     """A text beside the axes, where no line can run."""
-    axes.text(1.01, height, text, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+    axes.text(1.01, height, text, transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
 
 
 def draw_times(axes: Axes, what: str, rows: list[Row], copy: float | None) -> None:
