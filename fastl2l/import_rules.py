@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -98,10 +99,10 @@ def _read(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file of trained weights, and there is no such file")
     with path.open("rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise RuleFileError(f"{path}: expected at most {MOST_BYTES} bytes, and it has more")
-    return data
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_BYTES:
+            raise RuleFileError(f"{path}: expected at most {MOST_BYTES} bytes, got {size}")
+        return file.read(size)
 
 
 def _config(
@@ -221,8 +222,7 @@ def _read_state_dict(data: bytes) -> Arrays:
                 raise ValueError("it unpacks to more than it is")
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers make of a damaged file
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-        raise ValueError(f"{expected}, and it is damaged or something else: {reason[:200]}") from error
+        raise ValueError(f"{expected}, and it is damaged or something else: {_reason(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{expected}, got {type(found).__name__}")
     for name, value in found.items():
@@ -235,6 +235,14 @@ def _read_state_dict(data: bytes) -> Arrays:
     return {name: value.detach() for name, value in found.items()}
 
 
+def _reason(error: Exception) -> str:
+    """What torch.load found, without its advice to run the file."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return f"got {shortened(refused[1])}, which was refused"
+    return "its pickle cannot be read" if isinstance(error, pickle.UnpicklingError) else str(error)[:200]
+
+
 def _rename_state_dict(found: Arrays) -> Arrays:
     """Weights of a chain of modules: LSTM layers as they stand, a projection and an output wherever they do."""
     lstms = list(dict.fromkeys(match.groups() for match in map(_LSTM.fullmatch, found) if match)) or [("lstm.", "_l0")]
@@ -243,8 +251,8 @@ def _rename_state_dict(found: Arrays) -> Arrays:
     units = _matrix(found, "{}weight_hh{}".format(*lstms[-1]))[1]
     outputs = [name for name in linears if _matrix(found, f"{name}weight") == (1, units)]
     if not outputs or len(linears) > 2:
-        got = shortened(", ".join(f"{name}weight" for name in linears))
-        raise ValueError(f"expected nn.Linear({units}, 1), and at most one other nn.Linear, got {got or 'none'}")
+        got = shortened([f"{name}weight" for name in linears])
+        raise ValueError(f"expected nn.Linear({units}, 1) and at most one other nn.Linear, got {got}")
     output = outputs[-1]
     projection = next((name for name in linears if name != output), None)
 
