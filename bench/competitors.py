@@ -27,8 +27,10 @@ PER_STEP = {"lstm": 4980, "rnnprop": 6460}
 
 
 def multiply_adds(what: str, kind: str = "lstm") -> int:
-    """A coordinate and step: the step; and for the meta-gradient the step, its recomputation, and the backward to the
-    inputs and to the weights."""
+    """Of a coordinate and step.
+
+    For the meta-gradient they are those of the step, its recomputation, and the way back to inputs and to weights.
+    """
     return PER_STEP[kind] * (1 if what == "step" else 4)
 
 

@@ -90,7 +90,8 @@ inline Rule check_rule(const std::vector<Tensor>& weights, const std::string& te
 
 // A factor of the update, in the dtype that the rule computes in.
 inline void check_number(const char* name, double number, ScalarType dtype) {
-  const double most = dtype == ScalarType::Float ? std::numeric_limits<float>::max() : std::numeric_limits<double>::max();
+  const double most =
+      dtype == ScalarType::Float ? std::numeric_limits<float>::max() : std::numeric_limits<double>::max();
   STD_TORCH_CHECK(std::abs(number) <= most, name, ": expected a finite ", dtype_name(dtype), ", got ", number);
 }
 

@@ -34,8 +34,8 @@ struct Means {
 
 // Brings the means up to date, and gives the mean and the gradient over the root of the mean square.
 template <class P>
-FORMULA void adam(const PartConstants<typename P::T>& constants, typename P::V g, Means<P>& means,
-                  typename P::V& first, typename P::V& second) {
+FORMULA void adam(const PartConstants<typename P::T>& constants, typename P::V g, Means<P>& means, typename P::V& first,
+                  typename P::V& second) {
   using V = typename P::V;
   const V beta1 = P::set1(constants.beta1), new1 = P::set1(constants.new1);
   const V beta2 = P::set1(constants.beta2), new2 = P::set1(constants.new2);
@@ -67,6 +67,32 @@ FORMULA typename P::V adam_backward(const PartConstants<typename P::T>& constant
   dmeans.age1 = P::set1(constants.beta1) * (constants.one_age ? dage1 - dage2 : dage1);
   dmeans.age2 = P::set1(constants.beta2) * (dmeans.age2 - dage2);
   return dsecond / unit + P::fma(P::set1(constants.new1), dm, two * P::set1(constants.new2) * g * dv);
+}
+
+// The features of a gradient, of which raw has one; means are brought up to date, for features that have some.
+template <class P>
+FORMULA void features(const PartConstants<typename P::T>& constants, typename P::V g, Means<P>& means,
+                      typename P::V (&to)[2]) {
+  to[0] = to[1] = P::set1(0);
+  switch (constants.features) {
+    case Features::kNone: return;
+    case Features::kRaw: to[0] = P::set1(constants.scale) * g; return;
+    case Features::kLogSign: return log_sign<P>(constants, g, to[0], to[1]);
+    case Features::kAdam: return adam<P>(constants, g, means, to[0], to[1]);
+  }
+}
+
+// d gradient from d features; `dmeans` are the gradients of the means `after` the step, and then of those before it.
+template <class P>
+FORMULA typename P::V features_backward(const PartConstants<typename P::T>& constants, typename P::V g,
+                                        const Means<P>& after, const typename P::V (&dfeatures)[2], Means<P>& dmeans) {
+  switch (constants.features) {
+    case Features::kNone: break;
+    case Features::kRaw: return P::set1(constants.scale) * dfeatures[0];
+    case Features::kLogSign: return log_sign_backward<P>(constants, g, dfeatures[0], dfeatures[1]);
+    case Features::kAdam: return adam_backward<P>(constants, g, after, dfeatures[0], dfeatures[1], dmeans);
+  }
+  return P::set1(0);
 }
 
 // Of exp(x) - 1, or x where that is positive, the gradient of x from that of y.

@@ -52,7 +52,7 @@ FASTL2L_HOST_DEVICE constexpr int64_t tiles_of(int64_t numel) { return (numel + 
 
 // Calls visit(dimensions, rows, columns) for each tensor of weights, in their order.
 template <class Visit>
-FASTL2L_HOST_DEVICE inline void each_weight(const Rule& rule, Visit visit) {
+void each_weight(const Rule& rule, Visit visit) {
   if (rule.projected > 0) {
     visit(2, rule.projected, rule.inputs());
     visit(1, rule.projected, 1);
@@ -68,7 +68,7 @@ FASTL2L_HOST_DEVICE inline void each_weight(const Rule& rule, Visit visit) {
 }
 
 // How many weights a rule has.
-FASTL2L_HOST_DEVICE inline int64_t weight_count(const Rule& rule) {
+inline int64_t weight_count(const Rule& rule) {
   int64_t count = 0;
   each_weight(rule, [&](int, int64_t rows, int64_t columns) { count += rows * columns; });
   return count;
@@ -78,8 +78,10 @@ FASTL2L_HOST_DEVICE inline int64_t weight_count(const Rule& rule) {
 template <typename T>
 struct PartConstants {
   Features features;
-  bool one_age;  // both means of Adam's features are of the same age
-  T scale;       // of raw
+  int count;       // features, of a gradient
+  bool has_means;  // a state of their own
+  bool one_age;    // both means of Adam's features are of the same age
+  T scale;         // of raw
   T p, inverse_p, threshold, slope;
   T beta1, beta2, new1, new2, epsilon;
 
@@ -87,6 +89,8 @@ struct PartConstants {
   // exp(-p) and exp(p) come from outside: what is compiled here must be free of the standard library.
   PartConstants(const Rule& rule, double exp_minus_p, double exp_p)
       : features(rule.features),
+        count(rule.feature_count()),
+        has_means(rule.feature_rows() > 0),
         one_age(rule.constants[0] == rule.constants[1]),
         scale((T)rule.constants[0]),
         p((T)rule.constants[0]),

@@ -33,40 +33,49 @@ def _sizes(tensors):
     return numels, dtypes
 
 
-def _rule(weights, preprocess, constant, update_scale):
-    sizes = len(weights) // 3, weights[-2].numel(), int(preprocess == "log_sign")
-    return *sizes, ctypes.c_double(constant), ctypes.c_double(update_scale)
+def _address(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _rule(rule, update_scale):
+    return rule.encode(), ctypes.c_double(update_scale)
 
 
 def backend(library: Path) -> dispatch.Backend:
     """The operators, as schema.py has them, on the host."""
     kernels = ctypes.CDLL(str(library))
 
-    def step_(params, grads, states, weights, preprocess, constant, update_scale, grad_scale, finite=None):
+    def step_(
+        params, grads, states, weights, rule, update_scale, grad_scale, finite=None, given=None, decay=0.0, rate=None
+    ):
         error = kernels.emulated_step(
-            *_rule(weights, preprocess, constant, update_scale), ctypes.c_double(grad_scale),
-            int(weights[-1].dtype == torch.float64), int(states[0].dtype == torch.bfloat16), _pointers(weights),
+            *_rule(rule, update_scale), ctypes.c_double(grad_scale), ctypes.c_double(decay), _address(rate),
+            int(weights[0].dtype == torch.float64), int(states[0].dtype == torch.bfloat16), _pointers(weights),
             len(params), _pointers(params), _pointers(grads), _pointers(states), *_sizes(params),
-            ctypes.c_void_p(None if finite is None else finite.data_ptr()),
+            _address(finite), _address(given),
         )  # fmt: skip
         assert error == 0
 
     def window_backward(
-        state, grads, adjoints, weights, preprocess, constant, update_scale, dstate, need_dstate, need_dgrads
-    ):
+        state, grads, adjoints, weights, rule, update_scale, dstate, need_dstate, need_dgrads, given=None,
+        need_dgiven=False,
+    ):  # fmt: skip
         steps, numel = grads.shape
+        need_dgiven = need_dgiven and given is not None
         dweights = state.new_full((sum(weight.numel() for weight in weights),), float("nan"))
         dstate_first = torch.full_like(state if need_dstate else state[:0], float("nan"))
         dgrads = torch.full_like(grads if need_dgrads else grads[:0], float("nan"))
-        tensors = [state, grads, adjoints, dstate, dstate_first, dgrads, dweights]
-        needed = [True, True, True, dstate is not None, need_dstate, need_dgrads, True]
-        pointers = [ctypes.c_void_p(x.data_ptr() if need else None) for x, need in zip(tensors, needed, strict=True)]
+        dgiven = torch.full_like(given, float("nan")) if need_dgiven else state.new_empty(0)
+        results = [x if needed else None for x, needed in (
+            (dstate_first, need_dstate), (dgrads, need_dgrads), (dgiven, need_dgiven), (dweights, True)
+        )]  # fmt: skip
         error = kernels.emulated_window_backward(
-            *_rule(weights, preprocess, constant, update_scale), int(weights[-1].dtype == torch.float64),
-            _pointers(weights), ctypes.c_int64(numel), ctypes.c_int64(steps), *pointers,
+            *_rule(rule, update_scale), int(weights[0].dtype == torch.float64),
+            _pointers(weights), ctypes.c_int64(numel), ctypes.c_int64(steps),
+            *map(_address, (state, grads, adjoints, dstate, given, *results)),
         )  # fmt: skip
         assert error == 0
-        return dweights, dstate_first, dgrads
+        return dweights, dstate_first, dgrads, dgiven
 
     def find_nonfinite_(finite, tensors):
         error = kernels.emulated_find_nonfinite(
@@ -83,6 +92,13 @@ def elementwise(library: Path, x: torch.Tensor, function: str) -> torch.Tensor:
     pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(found.data_ptr())
     ctypes.CDLL(str(library)).emulated_elementwise(int(function == "tanh"), *pointers, ctypes.c_int64(x.numel()))
     return found
+
+
+def offset_of_output(library: Path, rule: str) -> int:
+    """How many weights come before the output's, as the kernels for every size count them."""
+    function = ctypes.CDLL(str(library)).emulated_offset_of_output
+    function.restype = ctypes.c_int64
+    return function(rule.encode())
 
 
 def set_multiprocessors(library: Path, count: int) -> None:

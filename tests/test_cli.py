@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastl2l import experiments
+from fastl2l import MetaTrainer, RNNpropRule, experiments
+from fastl2l.build import locked
 from fastl2l.cli import app
 from fastl2l.experiments.experiment import Experiment, Panel
 from fastl2l.rule_files import load_rule, read_recipe
@@ -34,7 +35,10 @@ def trained(tmp_path, monkeypatch):
 
 def test_train_writes_rule_recipe_checkpoint_and_figure(trained):
     rule = load_rule(trained / "rule.safetensors")
-    assert (rule.config.preprocess, rule.config.output_scale) == ("raw", 1.0)  # what the paper has for quadratics
+    assert (rule.text, rule.config.output_scale) == (
+        "raw:1 lstm:20,20 linear",
+        1.0,
+    )  # what the paper has for quadratics
     recipe = read_recipe(trained / "rule.safetensors")
     assert recipe["epochs"] == 2
     assert recipe["task"]["name"] == "quadratic"
@@ -94,8 +98,78 @@ def test_reproduce_prints_the_claim_and_the_table(tmp_path, monkeypatch):
 def test_rules_are_listed_with_what_they_are_good_for():
     done = run("rules")
     assert done.exit_code == 0
-    for words in ("lstm-mnist", "lstm-quadratic", "quadratic functions", "fastl2l train"):
+    for words in ("lstm-mnist", "lstm-quadratic", "quadratic functions", "fastl2l rules NAME"):
         assert words in " ".join(done.stdout.split())
+    assert len(done.stdout.splitlines()) < 20
+
+
+def test_a_rule_is_described_with_how_it_was_trained(trained):
+    told = run("rules", "lstm-mnist").stdout
+    assert "log_sign:10 lstm:20,20 linear, output scale 0.1, 5,141 weights" in told
+    assert told.count("fastl2l train --task mnist") >= 4
+    own = run("rules", trained / "rule.safetensors").stdout
+    assert "raw:1 lstm:20,20 linear" in own
+    assert "validation_loss: " in own
+
+
+def test_rnnprop_is_trained_tuned_and_evaluated_like_any_rule(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
+    assert run("train", *SMALL, "--rule", "rnnprop", "--hidden-size", 5, "--out", tmp_path / "run").exit_code == 0
+    rule = load_rule(tmp_path / "run" / "rule.safetensors")
+    assert type(rule) is RNNpropRule
+    assert rule.text == "adam:0.95,0.95,1e-08 elu:20 lstm:5,5 tanh"
+    search = ["tune", "--task", "quadratic", "--rule", "rnnprop", "--trials", 1, "--epochs", 1, "--trajectories", 1]
+    assert run(*search, "--out", tmp_path / "search").exit_code == 0
+    both = ["--rule", tmp_path / "run" / "rule.safetensors", "--rule", "lstm-quadratic"]
+    options = ["--task", "quadratic", "--steps", 3, "--runs", 2, "--baseline", "none", "--out", tmp_path / "both"]
+    done = run("evaluate", *both, *options)
+    assert done.exit_code == 0
+    assert set(json.loads((tmp_path / "both" / "results.json").read_text())["final"]) == {"rnnprop", "lstm"}
+
+
+def test_a_file_may_have_an_equals_sign_in_its_name(trained, tmp_path):
+    path = tmp_path / "lr=0.1.safetensors"
+    path.write_bytes((trained / "rule.safetensors").read_bytes())
+    options = ["--task", "quadratic", "--steps", 2, "--runs", 2, "--baseline", "none", "--out", tmp_path / "e"]
+    for entry, name in ((path, "lstm"), (f"mine={path}", "mine")):
+        assert run("evaluate", "--rule", entry, *options).exit_code == 0
+        assert set(json.loads((tmp_path / "e" / "results.json").read_text())["final"]) == {name}
+
+
+def test_a_folder_is_one_command_s_at_a_time(trained, tmp_path):
+    with locked(trained / ".lock"):
+        done = program(tmp_path, "train", *SMALL, "--out", trained)
+        assert done.returncode == 1
+        assert "is another command's at this moment" in done.stderr
+    assert program(tmp_path, "train", *SMALL, "--out", trained).returncode == 0
+
+
+def test_a_run_is_of_its_first_weights(trained, tmp_path):
+    """Another --init does not give the weights and the recipe of the run that is there."""
+    before = (trained / "rule.safetensors").read_bytes()
+    for changed in (["--init", "lstm-quadratic"], ["--backend", "reference"]):
+        done = program(tmp_path, "train", *SMALL, *changed, "--out", trained)
+        assert done.returncode == 1
+        assert "checkpoint.pt: is of a run" in done.stderr
+    assert (trained / "rule.safetensors").read_bytes() == before
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
+    epochs = []
+
+    def interrupted(self, *_):
+        epochs.append(self)
+        if len(epochs) > 1:
+            raise KeyboardInterrupt
+        return whole(self, *_)
+
+    whole = MetaTrainer._epoch
+    monkeypatch.setattr(MetaTrainer, "_epoch", interrupted)
+    done = run("train", *SMALL, "--out", tmp_path)
+    assert done.exit_code == 130
+    assert "stopped after epoch 1; the same command goes on from there" in done.stdout
+    monkeypatch.undo()
+    assert "going on after epoch 1" in run("train", *SMALL, "--out", tmp_path).stdout
 
 
 def test_env_names_backends_and_folders():
@@ -126,12 +200,57 @@ def test_help_shows_an_example(command):
         (["reproduce", "fig5", "--rule", "lstm-mnist=missing"], "missing: expected a rule file or one of lstm-mnist"),
         (["tune", "--task", "quadratic", "--low", "2", "--high", "1"], "low, high: expected 0 < low < high, got 2.0"),
         (["evaluate", "--rule", "missing.safetensors"], "missing.safetensors: expected a rule file"),
+        (
+            ["evaluate", "--rule", "lstm-mnist", "--rule", "lstm-quadratic"],
+            "expected another name for each, got 'lstm'",
+        ),
+        (["evaluate", "--rule", "a=lstm-mnist", "--rule", "a=lstm-mnist"], "expected another name for each, got 'a'"),
+        (["evaluate", "--rule", "adam=lstm-mnist"], "rule and baseline: expected another name for each, got 'adam'"),
+        (["evaluate", "--rule", "lstm-mnist", "--baseline", "adam,adam"], "expected another name for each, got 'adam'"),
+        (["reproduce", "fig5", *["--rule", "lstm-mnist=lstm-mnist"] * 2], "rule: expected another name for each"),
+        (["train", "--task", "quadratic", "--epochs", "0"], "epochs: expected an integer >= 1, got 0"),
+        (["train", "--task", "quadratic", "--rule", "gac"], "rule: expected one of lstm, rnnprop, got 'gac'"),
+        (
+            ["train", "--task", "quadratic", "--rule", "rnnprop", "--preprocess", "raw"],
+            "preprocess: expected options of",
+        ),
+        (["train", "--init", "lstm-mnist", "--rule", "rnnprop"], "rule: expected none beside init"),
+        (
+            ["train", "--task", "quadratic", "--seed", str(10**30)],
+            "seed: expected an integer of at least 0 and at most",
+        ),
+        (
+            ["train", "--task", "quadratic", "--hidden-size", str(10**9)],
+            "hidden_size: expected an integer of at least 1",
+        ),
+        (["train", "--task", "digits", "--hidden", str(10**12)], ""),
+        (["train", "--task", "digits", "--batch-size", str(10**15)], ""),
+        (["tune", "--task", "quadratic", "--high", "inf"], "high: expected a finite number, got inf"),
+        (["tune", "--task", "quadratic", "--seed", str(10**30)], "seed: expected an integer below 2^32"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(arguments, message, tmp_path):
-    program = [sys.executable, "-m", "fastl2l.cli", *arguments, "--out", "out"]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = program(tmp_path, *arguments, "--out", "out")
     assert done.returncode == 1
     assert message in done.stderr
+    assert done.stderr.startswith("fastl2l: ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [["train", *SMALL], ["evaluate", "--rule", "lstm-quadratic"], ["tune"], ["reproduce", "fig4-quadratic"]]
+)
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_folder_that_cannot_be_is_noticed_before_the_work(command, out, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = program(tmp_path, *command, "--out", out)
+    assert done.returncode == 1
+    assert f"out: expected a folder, new or to be written to, got {out}, where" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def program(folder, *arguments):
+    """The command as a process of its own in `folder`."""
+    command = [sys.executable, "-m", "fastl2l.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
-    SHAPES,
+    GIVEN,
+    RNNPROP,
+    RULES,
     Case,
     all_finite,
     assert_accurate,
@@ -26,9 +28,11 @@ from helpers import (
     constants,
     detached,
     inputs,
+    lstm,
     random_gradients,
     random_rows,
     random_rule,
+    rule_of,
     steps_by,
     tiles,
 )
@@ -38,19 +42,26 @@ from test_capture import LR, PureCliff
 from fastl2l import FusedLSTMOptimizer, build, tasks
 from fastl2l.ops import dispatch
 from fastl2l.ops.layout import TILE, new_state, to_rows
+from fastl2l.rule_config import RuleConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 SIZES = ((1, 1, 64), (1, 20, 32), (15, 1, 16), (16, 2, 16), (17, 5, 16), (63, 20, 8), (1000, 5, 4))
 """Coordinates, steps, and how often to draw."""
 CASES = [
-    *(Case(pre, *shape, *size) for pre, shape, size in itertools.product(("raw", "log_sign"), SHAPES, SIZES)),
-    Case("log_sign", 20, 2, 9, 70, 8),
-    Case("log_sign", 20, 2, 8200, 5, 2),
-    Case("log_sign", 20, 2, 65537, 2, 1),
-    *(Case(pre, 20, 2, 17, 5, 16, gain=gain) for pre in ("raw", "log_sign") for gain in (10.0, 0.01)),
-    *(Case(pre, 20, 2, 17, 5, 16, magnitude=size) for pre in ("raw", "log_sign") for size in (1e30, 1e-36, 0.0)),
+    *(Case(rule, *size) for rule, size in itertools.product((lstm("raw"), lstm(), RNNPROP), SIZES)),
+    *(Case(rule, *size) for rule, size in itertools.product(RULES + GIVEN, ((1, 20, 16), (17, 5, 16), (1000, 5, 4)))),
+    *(Case(rule, *size) for rule in (lstm(), RNNPROP) for size in ((9, 70, 8), (8200, 5, 2), (65537, 2, 1))),
+    *(
+        Case(rule, 17, 5, 16, **extreme)
+        for rule, largest in ((lstm("raw"), 1e30), (lstm(), 1e30), (RNNPROP, 1e16))  # whose square is finite
+        for extreme in ({"gain": 10.0}, {"gain": 0.01}, *({"magnitude": size} for size in (largest, 1e-36, 0.0)))
+    ),
 ]
+PAPERS = [lstm(), RNNPROP]
+KINDS = [*PAPERS, lstm(hidden=7), "adam:0.9,0.99,1e-06 elu:5 lstm:7 tanh"]
+"""What has kernels of its own sizes, and what has not."""
+HALVED = [rule for rule in RULES if RuleConfig.parse(rule).takes_bfloat16_state]
 
 
 @pytest.fixture(scope="module", params=sorted(set(dispatch.NAMES) - {"reference"}))
@@ -67,16 +78,17 @@ def on_gpu(backend):
     def move(tensors):
         return [tensor.cuda() for tensor in tensors]
 
-    def step_(params, grads, states, weights, *constants):
-        moved, moved_states = move(params), move(states)
-        backend.step_(moved, move(grads), moved_states, move(weights), *constants)
-        for tensor, on_device in zip((*params, *states), (*moved, *moved_states), strict=True):
-            tensor.copy_(on_device)
+    def on_device(rest):
+        return [x.cuda() if isinstance(x, torch.Tensor) else x for x in rest]
 
-    def window_backward(state, grads, adjoints, weights, preprocess, constant, scale, dstate, *needs):
-        dstate = None if dstate is None else dstate.cuda()
-        tensors = move([state, grads, adjoints])
-        found = backend.window_backward(*tensors, move(weights), preprocess, constant, scale, dstate, *needs)
+    def step_(params, grads, states, weights, *rest):
+        moved, moved_states = move(params), move(states)
+        backend.step_(moved, move(grads), moved_states, move(weights), *on_device(rest))
+        for tensor, changed in zip((*params, *states), (*moved, *moved_states), strict=True):
+            tensor.copy_(changed)
+
+    def window_backward(state, grads, adjoints, weights, *rest):
+        found = backend.window_backward(*move([state, grads, adjoints]), move(weights), *on_device(rest))
         return tuple(tensor.cpu() for tensor in found)
 
     return dispatch.Backend(backend.name, step_, window_backward, backend.find_nonfinite_)
@@ -89,9 +101,9 @@ def bits_equal(one, other):
     )
 
 
-def arguments(n, steps=4, **rule_arguments):
+def arguments(n, steps=4, text=PAPERS[0], **rule_arguments):
     """A rule's weights and constants, and state, gradients, adjoints and d state on the GPU; NaN in unused lanes."""
-    rule = random_rule(**rule_arguments)
+    rule = rule_of(text, **rule_arguments)
     grads, adjoints = (random_gradients(steps, n, seed=seed).to(rule.dtype).cuda() for seed in (0, 1))
     state, dstate = (tiles(random_rows(rule, n, seed), rule.dtype).cuda() for seed in (0, 1))
     return ([weight.cuda() for weight in detached(rule)], *constants(rule)), state, grads, adjoints, dstate
@@ -106,7 +118,7 @@ def step(backend, rule, grads, state):
 
 
 def window(backend, rule, state, grads, adjoints, dstate):
-    dweights, dfirst, dgrads = backend.window_backward(state, grads, adjoints, *rule, dstate, True, True)
+    dweights, dfirst, dgrads, _ = backend.window_backward(state, grads, adjoints, *rule, dstate, True, True)
     return dweights, to_rows(dfirst, grads.shape[1]), dgrads
 
 
@@ -120,24 +132,24 @@ def test_steps_and_windows_are_as_accurate_as_pytorch(backend, case):
     assert_accurate(found, case)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_float64_is_as_accurate_as_pytorch(backend, shape):
+@pytest.mark.parametrize("rule", RULES + GIVEN)
+def test_float64_is_as_accurate_as_pytorch(backend, rule):
     if backend.name != "native":
         pytest.skip("float64 is the native backend's")
-    case, gpu = Case("log_sign", *shape, 17, 5, 16), on_gpu(backend)
+    case, gpu = Case(rule, 17, 5, 16), on_gpu(backend)
     assert_accurate(steps_by(gpu, case, torch.float64) | backward_by(gpu, case, torch.float64), case)
 
 
 @pytest.mark.parametrize("size", [(1, 5, 32), (17, 5, 16), (1000, 3, 4)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_steps_with_state_in_bfloat16_are_as_accurate_as_pytorch(backend, shape, size):
-    assert_bfloat16_steps_are_accurate(on_gpu(backend), Case("log_sign", *shape, *size))
+@pytest.mark.parametrize("rule", HALVED)
+def test_steps_with_state_in_bfloat16_are_as_accurate_as_pytorch(backend, rule, size):
+    assert_bfloat16_steps_are_accurate(on_gpu(backend), Case(rule, *size))
 
 
 @pytest.mark.parametrize("n", [1, 37, 12_288])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_state_in_bfloat16_is_what_float32_is_rounded_to(backend, shape, n):
-    assert_bfloat16_is_float32_rounded(on_gpu(backend), random_rule(hidden=shape[0], layers=shape[1]), n)
+@pytest.mark.parametrize("rule", HALVED)
+def test_state_in_bfloat16_is_what_float32_is_rounded_to(backend, rule, n):
+    assert_bfloat16_is_float32_rounded(on_gpu(backend), rule_of(rule), n)
 
 
 def test_state_in_bfloat16_is_rounded_to_even(backend):
@@ -145,8 +157,9 @@ def test_state_in_bfloat16_is_rounded_to_even(backend):
 
 
 @pytest.mark.parametrize("n", [1, 37, 12_288, 100_003])
-def test_any_run_gives_the_same_bits(backend, n):
-    rule, state, grads, adjoints, dstate = arguments(n)
+@pytest.mark.parametrize("text", PAPERS)
+def test_any_run_gives_the_same_bits(backend, text, n):
+    rule, state, grads, adjoints, dstate = arguments(n, text=text)
     runs = [
         (*step(backend, rule, grads, state), *window(backend, rule, state, grads, adjoints, dstate)) for _ in range(3)
     ]
@@ -155,9 +168,9 @@ def test_any_run_gives_the_same_bits(backend, n):
     assert all(tensor.isfinite().all() for tensor in runs[0])
 
 
-@pytest.mark.parametrize("hidden", [20, 7])
-def test_fresh_memory_reaches_nothing(backend, hidden, poisoned_memory):
-    rule, state, grads, adjoints, dstate = arguments(37, hidden=hidden)
+@pytest.mark.parametrize("text", KINDS)
+def test_fresh_memory_reaches_nothing(backend, text, poisoned_memory):
+    rule, state, grads, adjoints, dstate = arguments(37, text=text)
     found = *step(backend, rule, grads, state), *window(backend, rule, state, grads, adjoints, dstate)
     assert all(tensor.isfinite().all() for tensor in found)
 
@@ -190,9 +203,9 @@ def test_work_is_done_on_the_tensors_device(backend):
     assert bits_equal([tensor.cpu() for tensor in found], [tensor.cpu() for tensor in expected])
 
 
-@pytest.mark.parametrize("hidden", [20, 7])
-def test_steps_and_windows_can_be_captured_in_a_cuda_graph(backend, hidden):
-    rule, state, grads, adjoints, dstate = arguments(3000, hidden=hidden)
+@pytest.mark.parametrize("text", KINDS)
+def test_steps_and_windows_can_be_captured_in_a_cuda_graph(backend, text):
+    rule, state, grads, adjoints, dstate = arguments(3000, text=text)
     param, live = torch.zeros(3000, device="cuda"), state.clone()
     expected = torch.zeros_like(param), state.clone()
     for _ in range(3):
@@ -211,8 +224,9 @@ def test_steps_and_windows_can_be_captured_in_a_cuda_graph(backend, hidden):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_optimizer_s_step_can_be_captured_in_a_cuda_graph(backend, compiled):
-    rule, results = random_rule().cuda(), []
+@pytest.mark.parametrize("text", PAPERS)
+def test_the_optimizer_s_step_can_be_captured_in_a_cuda_graph(backend, text, compiled):
+    rule, results = rule_of(text).cuda(), []
     for captured in (False, True):
         params = [torch.nn.Parameter(torch.ones(size, device="cuda")) for size in (3000, 17)]
         optimizer = FusedLSTMOptimizer(params, rule, backend=backend.name, nonfinite="skip", capturable=True)
@@ -269,8 +283,9 @@ def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_strange_gradient_stays_in_its_coordinate(backend, value):
-    rule, state, grads, adjoints, dstate = arguments(37)
+@pytest.mark.parametrize("text", PAPERS)
+def test_a_strange_gradient_stays_in_its_coordinate(backend, text, value):
+    rule, state, grads, adjoints, dstate = arguments(37, text=text)
     strange, others = grads.clone(), torch.arange(37, device="cuda") != 18
     strange[2, 18] = value
     for run in (
@@ -279,7 +294,8 @@ def test_a_strange_gradient_stays_in_its_coordinate(backend, value):
     ):
         before, after = run(grads), run(strange)
         assert bits_equal([x[:, others] for x in before], [x[:, others] for x in after])
-    assert step(backend, rule, strange, state)[0][3, 18].isnan() == math.isnan(value)
+    # The quotient of infinite means is no number.
+    assert step(backend, rule, strange, state)[0][3, 18].isnan() == (math.isnan(value) or text == RNNPROP)
 
 
 def test_states_of_more_than_2_to_the_31_numbers(backend):
@@ -312,6 +328,21 @@ def test_all_finite_misses_nothing(backend, dtype):
             assert not all_finite(backend, [tensor, wrong])
 
 
+@pytest.mark.parametrize("text", KINDS)
+def test_a_rate_on_the_device_multiplies_update_and_decay(backend, text):
+    rule, state, grads, *_ = arguments(3000, text=text)
+    rate, param, live = torch.tensor(0.5, device="cuda"), torch.ones(3000, device="cuda"), state.clone()
+    expected = torch.ones_like(param)
+    backend.step_([expected], [grads[0]], [state.clone()], rule[0], rule[1], 0.5 * rule[2], 1.0, None, None, 0.05)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        backend.step_([param], [grads[0]], [live], *rule, 1.0, None, None, 0.1, rate)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(param, expected)
+
+
 def test_tensors_on_different_devices_are_named():
     if build.load_native() is not None or not torch._C._dispatch_has_kernel_for_dispatch_key("fastl2l::step_", "CUDA"):
         pytest.skip("the native backend has no CUDA kernels")
@@ -319,6 +350,9 @@ def test_tensors_on_different_devices_are_named():
     native, param = dispatch.select("native", "cuda"), torch.zeros(20, device="cuda")
     with pytest.raises(RuntimeError, match=r"states\[0\]: expected a tensor on cuda:0, got one on another device"):
         native.step_([param], [grads[0]], [state.cpu()], *rule, 1.0)
+    rate = torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match="rate: expected a tensor on cuda:0, got one on another device"):
+        native.step_([param], [grads[0]], [state], *rule, 1.0, None, None, 0.0, rate)
     with pytest.raises(RuntimeError, match=r"weights\[7\]: expected a tensor on cuda:0, got one on another device"):
         native.step_([param], [grads[0]], [state], [*rule[0][:-1], rule[0][-1].cpu()], *rule[1:], 1.0)
     assert not param.any()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import constants, detached, excess, random_gradients, random_rows, random_rule, tiles
+from helpers import RULES, constants, detached, excess, random_gradients, random_rows, rule_of, tiles
 
 from fastl2l import build
 from fastl2l.ops import reference
@@ -36,19 +36,17 @@ def program(request, tmp_path_factory):
 
 def run(program, rule, n, steps, numbers, folder):
     (folder / "in").write_bytes(np.concatenate([tensor.numpy().ravel() for tensor in numbers]).tobytes())
-    config = rule.config
-    sizes = [str(size) for size in (config.hidden_size, config.num_layers, n, steps)]
-    subprocess.run([*program, folder / "in", folder / "out", *sizes], check=True)
+    subprocess.run([*program, folder / "in", folder / "out", rule.text, str(n), str(steps)], check=True)
     found = torch.from_numpy(np.fromfile(folder / "out", np.float32))
     state = new_state(rule, n)
     return found.split([n, state.numel(), sum(weight.numel() for weight in rule.weights())]), state.shape
 
 
-@pytest.mark.parametrize(("hidden", "layers"), [(20, 2), (7, 3)])
-def test_plain_kernels_are_accurate(program, hidden, layers, tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", RULES)
+def test_plain_kernels_are_accurate(program, text, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTL2L_CPU_ISA", "generic")
     n, steps = 83, 5
-    rule = random_rule(hidden=hidden, layers=layers, output_scale=0.1)
+    rule = rule_of(text, output_scale=0.1)
     gradients, adjoints = random_gradients(steps, n), torch.randn(steps, n, generator=torch.Generator().manual_seed(1))
     first = tiles(random_rows(rule, n), poison=0.0)
     (update, state, dweights), shape = run(
@@ -67,9 +65,7 @@ def by_reference(rule, first, gradients, adjoints):
     weights, state, update = detached(rule, first.dtype), first.clone(), torch.zeros_like(gradients[0])
     for gradient in gradients:
         reference.step_([update], [gradient], [state], weights, *constants(rule), 1.0)
-    dweights, _, _ = reference.window_backward(
-        first, gradients, adjoints, weights, *constants(rule), None, False, False
-    )
+    dweights, *_ = reference.window_backward(first, gradients, adjoints, weights, *constants(rule), None, False, False)
     return {"update": update, "state": to_rows(state, update.numel()), "dweights": dweights}
 
 

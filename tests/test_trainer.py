@@ -592,3 +592,73 @@ def test_a_missing_tensorboard_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install fastl2l\[tensorboard\]"):
         trainer(tensorboard=tmp_path)
+
+
+# Whose run it is
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_with_or_has_left(tmp_path):
+    path = tmp_path / "run.pt"
+    whole = finished(trainer(), 3)
+    finished(trainer(checkpoint=path), 1)
+    again = trainer(checkpoint=path)
+    finished(again, 2)
+    left = again.rule  # as the run has left it
+    assert finished(trainer(rule=left, checkpoint=path), 3) == whole
+    with pytest.raises(CheckpointError, match="is of a run from other first weights; expected a rule as that began"):
+        trainer(rule=small_rule(seed=1), checkpoint=path)
+
+
+def test_another_backend_is_another_run(tmp_path):
+    finished(trainer(checkpoint=tmp_path / "run.pt"), 1)
+    with pytest.raises(CheckpointError, match="backend: expected 'reference', got 'native'"):
+        trainer(checkpoint=tmp_path / "run.pt", backend="reference")
+    assert len(trainer(checkpoint=tmp_path / "run.pt", backend="native").history) == 1  # which is what auto took
+
+
+def test_a_checkpoint_from_before_runs_had_first_weights_is_taken(tmp_path):
+    path = tmp_path / "run.pt"
+    made = trainer(checkpoint=path)
+    whole = finished(made, 2)
+    settings = {name: value for name, value in made.settings().items() if name != "backend"}
+    settings["rule"] |= {
+        "config": {
+            "preprocess": "raw", "p": 10.0, "scale": 1.0, "output_scale": 1.0, "hidden_size": 4, "num_layers": 1,
+        }
+    }  # fmt: skip
+    state = {
+        "history": [tuple(epoch) for epoch in made.history], "best_loss": made.best_loss, "current": made._current,
+        "best": made._best, "adam": made._adam_state,
+    }  # fmt: skip
+    checkpoint_module.save(path, settings, state)
+    assert finished(trainer(checkpoint=path), 2) == whole
+
+
+def test_two_at_once_do_not_share_a_checkpoint(tmp_path):
+    one, other = trainer(checkpoint=tmp_path / "run.pt"), trainer(checkpoint=tmp_path / "run.pt")
+    one._epoch = lambda *_: other.fit(1, progress=False)
+    with pytest.raises(RuntimeError, match=r"checkpoint: .*run.pt is another run's at this moment"):
+        one.fit(1, progress=False)
+    del one._epoch
+    one.fit(1, progress=False)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_run_that_is_stopped_leaves_the_weights_of_its_last_epoch_and_goes_on(keep, stop, monkeypatch):
+    whole, expected = trainer(keep=keep), []
+    for epochs in (1, 2, 3):
+        expected.append(finished(whole, epochs))
+    stopped = trainer(keep=keep)
+    stopped.fit(2, progress=False)
+
+    def fail(*_, **__):
+        stopped.rule.weight_out.data += 1  # in the middle of an epoch
+        raise stop
+
+    monkeypatch.setattr(stopped, "validate", fail)
+    with pytest.raises(stop):
+        stopped.fit(3, progress=False)
+    assert outcome(stopped) == expected[1]
+    monkeypatch.undo()
+    assert finished(stopped, 3) == expected[2]

@@ -32,8 +32,7 @@ INLINE Means<P> load_means(const PartConstants<typename P::T>& constants, Rows<P
   return {rows.load(0, v), rows.load(1, v), age, constants.one_age ? age : rows.load(3, v)};
 }
 template <class P, int NV>
-INLINE void store_means(const PartConstants<typename P::T>& constants, Rows<P, NV> rows, int v,
-                        const Means<P>& means) {
+INLINE void store_means(const PartConstants<typename P::T>& constants, Rows<P, NV> rows, int v, const Means<P>& means) {
   rows.store(0, v, means.m);
   rows.store(1, v, means.v);
   rows.store(2, v, means.age1);
@@ -45,49 +44,30 @@ INLINE void store_means(const PartConstants<typename P::T>& constants, Rows<P, N
 template <class P, int NV>
 INLINE void write_features(const PartConstants<typename P::T>& constants, const typename P::T* gradient,
                            Rows<P, NV> before, Rows<P, NV> after, Rows<P, NV> out) {
-  using V = typename P::V;
   for (int v = 0; v < NV; ++v) {
-    const V g = P::load(gradient + v * P::lanes);
-    V first = g, second = g;
-    switch (constants.features) {
-      case Features::kNone: continue;
-      case Features::kRaw: out.store(0, v, P::set1(constants.scale) * g); continue;
-      case Features::kLogSign: log_sign<P>(constants, g, first, second); break;
-      case Features::kAdam: {
-        Means<P> means = load_means<P, NV>(constants, before, v);
-        adam<P>(constants, g, means, first, second);
-        store_means<P, NV>(constants, after, v, means);
-      }
-    }
-    out.store(0, v, first);
-    out.store(1, v, second);
+    Means<P> means = {};
+    typename P::V found[2];
+    if (constants.has_means) means = load_means<P, NV>(constants, before, v);
+    features<P>(constants, P::load(gradient + v * P::lanes), means, found);
+    if (constants.has_means) store_means<P, NV>(constants, after, v, means);
+    for (int k = 0; k < constants.count; ++k) out.store(k, v, found[k]);
   }
 }
 
 // d gradient from d features. `dstate` holds the gradients with respect to the features' state after the step, and then
 // to that before it.
 template <class P, int NV>
-INLINE void features_backward(const PartConstants<typename P::T>& constants, const typename P::T* gradient,
-                              Rows<P, NV> after, Rows<P, NV> dfeatures, Rows<P, NV> dstate,
-                              typename P::T* dgradient) {
-  using V = typename P::V;
+INLINE void read_dfeatures(const PartConstants<typename P::T>& constants, const typename P::T* gradient,
+                           Rows<P, NV> after, Rows<P, NV> dfeatures, Rows<P, NV> dstate, typename P::T* dgradient) {
   for (int v = 0; v < NV; ++v) {
-    const V g = P::load(gradient + v * P::lanes);
-    V result = P::set1(0);
-    switch (constants.features) {
-      case Features::kNone: break;
-      case Features::kRaw: result = P::set1(constants.scale) * dfeatures.load(0, v); break;
-      case Features::kLogSign:
-        result = log_sign_backward<P>(constants, g, dfeatures.load(0, v), dfeatures.load(1, v));
-        break;
-      case Features::kAdam: {
-        const Means<P> means = load_means<P, NV>(constants, after, v);
-        Means<P> dmeans = load_means<P, NV>(constants, dstate, v);
-        result = adam_backward<P>(constants, g, means, dfeatures.load(0, v), dfeatures.load(1, v), dmeans);
-        store_means<P, NV>(constants, dstate, v, dmeans);
-      }
-    }
-    P::store(dgradient + v * P::lanes, result);
+    Means<P> means = {}, dmeans = {};
+    typename P::V found[2] = {};
+    if (constants.has_means) means = load_means<P, NV>(constants, after, v);
+    if (constants.has_means) dmeans = load_means<P, NV>(constants, dstate, v);
+    for (int k = 0; k < constants.count; ++k) found[k] = dfeatures.load(k, v);
+    const typename P::V g = P::load(gradient + v * P::lanes);
+    P::store(dgradient + v * P::lanes, features_backward<P>(constants, g, means, found, dmeans));
+    if (constants.has_means) store_means<P, NV>(constants, dstate, v, dmeans);
   }
 }
 

@@ -23,8 +23,8 @@ struct PackedWeights {
   const T* out;  // [hidden], then the bias
 };
 
-// One parameter's coordinates. `read` widens n gradients to T, `add` multiplies n numbers of the parameter by `kept` and
-// adds updates, in its dtype.
+// One parameter's coordinates. `read` widens n gradients to T, `add` multiplies n numbers of the parameter by `kept`
+// and adds updates, in its dtype.
 template <typename T>
 struct Segment {
   char* param;

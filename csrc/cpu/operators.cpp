@@ -284,10 +284,8 @@ Tensor elementwise(Tensor x, std::string function) {
   static const struct {
     const char* name;
     Function function;
-  } kAll[] = {{"sigmoid", Function::kSigmoid},
-              {"tanh", Function::kTanh},
-              {"log", Function::kLog},
-              {"elu", Function::kElu}};
+  } kAll[] = {
+      {"sigmoid", Function::kSigmoid}, {"tanh", Function::kTanh}, {"log", Function::kLog}, {"elu", Function::kElu}};
   const auto* which = std::find_if(std::begin(kAll), std::end(kAll), [&](auto& one) { return function == one.name; });
   STD_TORCH_CHECK(which != std::end(kAll), "function: expected sigmoid, tanh, log or elu, got ", function);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,

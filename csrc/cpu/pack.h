@@ -83,8 +83,8 @@ class Packer {
   std::vector<typename PackedWeights<T>::Layer> layers_;
 };
 
-// From the kernels' order, [unit][inputs, bias] of the projection, for each layer [unit][inputs, bias, h][gate], then the
-// output's, to that of the weights.
+// From the kernels' order, [unit][inputs, bias] of the projection, for each layer [unit][inputs, bias, h][gate], then
+// the output's, to that of the weights.
 template <typename T>
 void unpack_gradients(const Rule& rule, const double* from, T* to) {
   if (rule.projected > 0) {

@@ -1,5 +1,5 @@
-// sigmoid, tanh, elu, log and root on vectors. Included inside the namespace of an instruction set, which defines the precisions
-// F32 and F64: V (a vector of T), lanes, set1, fma, clamp (NaN stays NaN), and, if has_table, eighths.
+// sigmoid, tanh, elu, log and root on vectors. Included inside the namespace of an instruction set, which defines the
+// precisions F32 and F64: V (a vector of T), lanes, set1, fma, clamp (NaN stays NaN), and, if has_table, eighths.
 //
 // Exponentials are powers of 2: the packed weights hold the factor log2(e) already (pack.h), so a gate's sum is rounded
 // to an integer, which becomes the exponent, and what is left over is exact and goes into a polynomial. Every operation

@@ -36,8 +36,8 @@ struct WindowLayout {
   // what the first layer reads
   int64_t first_input(int64_t t) const { return projected > 0 ? project(t) : input(t); }
   int64_t first_input_rows() const { return projected > 0 ? projected_rows() : input_rows(); }
-  // carried backwards through time, once a thread: dh and dc, the gradient of a layer's input, of the rule's inputs, and
-  // of the features' state
+  // carried backwards through time, once a thread: dh and dc, the gradient of a layer's input, of the rule's inputs,
+  // and of the features' state
   int64_t dinput() const { return 2 * layers * hidden; }
   int64_t dinputs() const { return dinput() + (projected > hidden ? projected : hidden); }
   int64_t dstate() const { return dinputs() + inputs; }
@@ -76,8 +76,10 @@ struct WindowBlock {
   INLINE void each_state_row(Visit visit) const {
     int row = 0;
     for (int layer = 0; layer < layout.layers; ++layer) {
-      for (int unit = 0; unit < layout.hidden; ++unit, ++row) visit(row, layout.h(layer, 0) + unit, dh(layer).from(unit));
-      for (int unit = 0; unit < layout.hidden; ++unit, ++row) visit(row, layout.c(layer, 0) + unit, dc(layer).from(unit));
+      for (int unit = 0; unit < layout.hidden; ++unit, ++row)
+        visit(row, layout.h(layer, 0) + unit, dh(layer).from(unit));
+      for (int unit = 0; unit < layout.hidden; ++unit, ++row)
+        visit(row, layout.c(layer, 0) + unit, dc(layer).from(unit));
     }
     for (int i = 0; i < layout.feature_state; ++i, ++row) {
       visit(row, layout.state(0) + i, carried(layout.dstate() + i));
@@ -131,8 +133,8 @@ struct WindowBlock {
       write_features<P, NV>(args.constants, gradient, rows(layout.state(t)), rows(layout.state(t + 1)),
                             rows(layout.input(t)));
       T* given = base + (layout.input(t) + args.rule.feature_count()) * lanes;
-      each_given(args.given, t, [&](int k, int lane, const T* at)
-                                    INLINE_LAMBDA { given[k * lanes + lane] = at ? *at : T(0); });
+      each_given(args.given, t,
+                 [&](int k, int lane, const T* at) INLINE_LAMBDA { given[k * lanes + lane] = at ? *at : T(0); });
       write_ones(layout.input(t) + layout.inputs);
       if (layout.projected > 0) write_ones(layout.project(t) + layout.projected);
       for (int layer = 0; layer < layout.layers; ++layer) write_ones(layout.h(layer, t + 1) + layout.hidden);
@@ -291,8 +293,8 @@ struct WindowBlock {
   INLINE void write_dinputs(int64_t t) const {
     alignas(64) T dgradient[lanes];
     const Rows<P, NV> dinputs = carried(layout.dinputs());
-    features_backward<P, NV>(args.constants, base + layout.gradient(t) * lanes, rows(layout.state(t + 1)), dinputs,
-                             carried(layout.dstate()), dgradient);
+    read_dfeatures<P, NV>(args.constants, base + layout.gradient(t) * lanes, rows(layout.state(t + 1)), dinputs,
+                          carried(layout.dstate()), dgradient);
     if (args.dgrads) {
       for (int64_t i = 0, n = valid(); i < n; ++i) args.dgrads[t * args.numel + first + i] = dgradient[i];
     }

@@ -25,7 +25,8 @@ struct Segments {
   Segment at[kMostSegments];
   int count;
   int64_t tiles;
-  bool* finite;  // null, or whether all gradients are: nothing is changed while they are not
+  int64_t tiles_before;  // of what other launches take
+  bool* finite;          // null, or whether all gradients are: nothing is changed while they are not
 
   DEVICE bool wanted() const { return finite == nullptr || *finite; }
 
@@ -40,9 +41,21 @@ struct Segments {
   }
 };
 
+// What updates and parameters are multiplied by.
+template <typename T>
+struct Factors {
+  double update_scale, decay;
+  const T* rate;  // multiplies both, or null: it is read by the device, so that the host need not wait for it
+
+  DEVICE double rate_now() const { return rate ? (double)*rate : 1.0; }
+  DEVICE T of_update() const { return (T)(update_scale * rate_now()); }
+  DEVICE double of_parameter() const { return 1 - decay * rate_now(); }
+};
+
 // The weights of a rule of few layers, where they lie in torch's memory.
 template <int Layers>
 struct WeightPointers {
+  const float *w_in, *b_in;  // of the projection, or null
   struct Layer {
     const float *w_ih, *w_hh, *bias;
   };
@@ -58,8 +71,13 @@ struct Window {
   const T* grads;     // [steps][numel]
   const T* adjoints;  // [steps][numel]
   const T* dstate;    // [tile][row][16], or null
+  const T* given;     // [steps][tile][given row][16], or null
   T* dstate_first;    // [tile][row][16], or null
   T* dgrads;          // [steps][numel], or null
+  T* dgiven;          // as given, or null
+
+  // Whether the way back goes on to the rule's inputs.
+  DEVICE bool needs_inputs(int feature_rows) const { return dgrads || dgiven || (dstate_first && feature_rows > 0); }
 };
 
 // Weight gradients are summed in parts, whose bounds depend on the number of coordinates alone.

@@ -54,16 +54,59 @@ struct Hidden {
   Pair<float> of[S::kGroups];
 };
 
+// What the kernels are told of a rule beside its sizes and weights; all threads take the same branches.
+struct Branches {
+  PartConstants<float> constants;
+  int features, feature_rows;
+  bool tanh;  // of the output
+};
+
+// The features' own state is a group more: lane (g, q) has row q of it, and asks the lanes beside it for the others.
+DEVICE Means<Scalar<float>> gather_means(const Branches& branches, float mine, const Lane& lane) {
+  const auto row = [&](int q) { return shuffle(mine, 4 * lane.g + q); };
+  const float m = row(0), v = row(1), age = row(2);
+  return {m, v, age, branches.constants.one_age ? age : row(3)};
+}
+DEVICE float own_row(const Means<Scalar<float>>& means, const Lane& lane) {
+  return lane.q < 2 ? (lane.q == 0 ? means.m : means.v) : (lane.q == 2 ? means.age1 : means.age2);
+}
+
+// The features of a lane's two coordinates; its row of their state is brought up to date.
+template <class S>
+DEVICE void lane_features(const Branches& branches, const Pair<float>& gradient, const Lane& lane, Pair<float>& mine,
+                          Pair<float> (&to)[S::kFeatures]) {
+  UNROLL for (int i = 0; i < 2; ++i) {
+    Means<Scalar<float>> means{};
+    if (branches.feature_rows > 0) means = gather_means(branches, mine[i], lane);
+    float both[S::kFeatures];
+    features(branches.constants, gradient[i], means, both);
+    UNROLL for (int feature = 0; feature < S::kFeatures; ++feature) to[feature][i] = both[feature];
+    mine[i] = own_row(means, lane);
+  }
+}
+
+// A lane's unit of one group of the projection. Not on tensor cores: features may be infinite.
+template <class S>
+DEVICE Pair<float> project(const ForwardWeights<S>& weights, const Pair<float> (&features)[S::kFeatures], int group,
+                           const Lane& lane) {
+  const ProjectedUnit unit = weights.projection[4 * group + lane.q];
+  Pair<float> result;
+  UNROLL for (int i = 0; i < 2; ++i) {
+    result[i] = elu(fmaf(unit.feature[1], features[1][i], fmaf(unit.feature[0], features[0][i], unit.bias)));
+  }
+  return result;
+}
+
 // What tensor cores take for a layer's gates: its input, unless that is the features, and its h before the step. The
-// input is h of the layer below after the step, below(u) its group u.
+// input is what is projected of the features, or h of the layer below after the step; below(u) is its group u.
 template <class S, int Layer>
 struct LayerInput {
   Pair<Split> of[2 * S::forward_steps(Layer)];
 
   template <class Stored, class Below>
   DEVICE LayerInput(const Stored* before, Below below) {
+    UNROLL for (int u = 0; u < S::input_groups(Layer); ++u) of[u] = split(below(u));
     UNROLL for (int u = 0; u < S::kGroups; ++u) {
-      if constexpr (Layer > 0) of[u] = split(below(u));
       of[S::input_groups(Layer) + u] = split(load_unit(before, h_row<S>(Layer) + 4 * u));
     }
     // An odd number of groups ends with one of zeros.
@@ -91,7 +134,7 @@ DEVICE Pair<Gates> group_gates(const ForwardWeights<S>& weights, const LayerInpu
     }
   };
   add(weights.bias[Layer][unit], {{1, 1}});
-  if (Layer == 0) {
+  if (S::reads_features(Layer)) {
     UNROLL for (int feature = 0; feature < S::kFeatures; ++feature) {
       add(weights.feature[feature][unit], features[feature]);
     }
@@ -104,7 +147,7 @@ DEVICE Pair<Gates> group_gates(const ForwardWeights<S>& weights, const LayerInpu
   return gates;
 }
 
-DEVICE float tanh_of_cell(float c) { return tanh_of_power(c * (float)(2 * kLog2E)); }
+DEVICE float fast_tanh(float x) { return tanh_of_power(x * (float)(2 * kLog2E)); }
 
 // Brings a tile's state closer, before the gradients are read and their features computed.
 template <class S, class Stored>
@@ -121,7 +164,9 @@ template <class S, int Layer = 0, class Stored>
 DEVICE Pair<float> lstm_step(const ForwardWeights<S>& weights, const Pair<float> (&features)[S::kFeatures],
                              const Lane& lane, const Stored* before, Stored* after, const Hidden<S>& below = {}) {
   const LayerInput<S, Layer> input(before, [&](int u) {
-    if constexpr (std::is_same_v<Stored, float>) {
+    if constexpr (Layer == 0) {
+      return project<S>(weights, features, u, lane);
+    } else if constexpr (std::is_same_v<Stored, float>) {
       return load_unit(after, h_row<S>(Layer - 1) + 4 * u);  // not rounded, and in no register meanwhile
     } else {
       return below.of[u];
@@ -133,8 +178,8 @@ DEVICE Pair<float> lstm_step(const ForwardWeights<S>& weights, const Pair<float>
     Pair<float> c = load_unit(before, c_row<S>(Layer) + 4 * u), h;
     const Pair<Gates> gates = group_gates<S, Layer>(weights, input, features, u, lane);
     UNROLL for (int i = 0; i < 2; ++i) {
-      c[i] = fmaf(gates[i].f, c[i], gates[i].i * gates[i].g);
-      h[i] = gates[i].o * tanh_of_cell(c[i]);
+      c[i] = cell<Scalar<float>>(gates[i].i, gates[i].f, gates[i].g, c[i]);
+      h[i] = gates[i].o * fast_tanh(c[i]);
       out[i] = fmaf(weights.out[4 * u + lane.q], h[i], out[i]);
     }
     store_unit(after, c_row<S>(Layer) + 4 * u, c);

@@ -30,6 +30,7 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
+DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }  // that lane's x
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
 // The block's memory, as many bytes as the launch asked for.
@@ -70,6 +71,12 @@ DEVICE void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// x, but nothing that depends on it is computed before and kept in registers meanwhile.
+DEVICE int computed_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // Brings what is at this address into the second-level cache.

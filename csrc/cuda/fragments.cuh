@@ -12,6 +12,8 @@
 // with rounding. The small parts have a sum of their own, where it does not matter.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/arguments.h"
 #include "cuda/device.cuh"
 
@@ -39,6 +41,16 @@ DEVICE RightFragment right_fragment(const Split& one, const Split& other) {
   return {{one.big, other.big}, {one.small, other.small}};
 }
 
+// The same in half the memory, for what has to be split whenever it is read.
+struct alignas(8) WholeFragment {
+  float of[2];
+};
+
+DEVICE const RightFragment& split(const RightFragment& fragment) { return fragment; }
+DEVICE RightFragment split(const WholeFragment& whole) {
+  return right_fragment(split(whole.of[0]), split(whole.of[1]));
+}
+
 // A lane's part of one group: its unit's number for each of its two coordinates.
 template <typename T>
 struct Pair {
@@ -52,12 +64,12 @@ DEVICE Pair<Split> split(const Pair<float>& x) { return {{split(x[0]), split(x[1
 
 // sum += (16 x 8) (8 x 8), over `Steps` steps; the left factor is 2 groups a step, and right factors lie `stride`
 // apart.
-template <int Steps, int Groups>
-DEVICE void multiply(const Pair<Split> (&left)[Groups], const RightFragment* right, int stride, float (&sum)[4]) {
+template <int Steps, int Groups, class Fragment>
+DEVICE void multiply(const Pair<Split> (&left)[Groups], const Fragment* right, int stride, float (&sum)[4]) {
   static_assert(2 * Steps <= Groups);
   float small[4] = {0, 0, 0, 0};
   UNROLL for (int step = 0; step < Steps; ++step) {
-    const RightFragment b = right[step * stride];
+    const RightFragment b = split(right[step * stride]);
     const Pair<Split>&x = left[2 * step], &y = left[2 * step + 1];
     const uint32_t a_big[4] = {x[0].big, x[1].big, y[0].big, y[1].big};
     const uint32_t a_small[4] = {x[0].small, x[1].small, y[0].small, y[1].small};
@@ -70,19 +82,21 @@ DEVICE void multiply(const Pair<Split> (&left)[Groups], const RightFragment* rig
   UNROLL for (int i = 0; i < 4; ++i) sum[i] += small[i];
 }
 
-// Sizes of a rule that has kernels of its own, and where its weights lie in shared memory.
-template <int HiddenUnits, int LayerCount>
+// Sizes of a rule that has kernels of its own, and where its weights lie in shared memory. Which features and which
+// output it has are branches that all threads take alike.
+template <int HiddenUnits, int LayerCount, int ProjectedUnits>
 struct Shape {
-  static constexpr int kHidden = HiddenUnits, kLayers = LayerCount;
+  static constexpr int kHidden = HiddenUnits, kLayers = LayerCount, kProjected = ProjectedUnits;
+  static constexpr bool kProjects = kProjected > 0;
   static constexpr int kGroups = kHidden / 4;
-  static constexpr int kRows = 2 * kLayers * kHidden;
+  static constexpr int kRows = 2 * kLayers * kHidden;  // of the LSTM's state
   static constexpr int kGates = 4 * kHidden;
-  static constexpr int kFeatures = 2;  // of log_sign; those of raw end with a 0
-  static_assert(kHidden % 4 == 0);
+  static constexpr int kFeatures = 2;  // of log_sign and adam; those of raw end with a 0
+  static_assert(kHidden % 4 == 0 && kProjected % 4 == 0);
 
   // Forward: the left factor is a layer's input, unless that is the features, and its h. Features do not go through
-  // tensor cores: they may be infinite, which cannot be split.
-  FASTL2L_HOST_DEVICE static constexpr int input_groups(int layer) { return layer == 0 ? 0 : kGroups; }
+  // tensor cores, be it to the gates or to a projection: they may be infinite, which cannot be split.
+  FASTL2L_HOST_DEVICE static constexpr int input_groups(int layer) { return layer == 0 ? kProjected / 4 : kGroups; }
   FASTL2L_HOST_DEVICE static constexpr int forward_steps(int layer) { return (input_groups(layer) + kGroups + 1) / 2; }
   static constexpr int kForwardColumns = 2 * kGroups;  // products of 8 columns: gates i and f, or g and o, of a group
   FASTL2L_HOST_DEVICE static constexpr int forward_start(int layer) {
@@ -93,7 +107,10 @@ struct Shape {
   // Backward: the left factor is the gradients of the gates, two of a group a step; the result is h, and before it the
   // input, or after it the features.
   static constexpr int kBackwardSteps = 2 * kGroups;
-  FASTL2L_HOST_DEVICE static constexpr int result_groups(int layer) { return layer == 0 ? kGroups + 1 : 2 * kGroups; }
+  FASTL2L_HOST_DEVICE static constexpr bool reads_features(int layer) { return layer == 0 && !kProjects; }
+  FASTL2L_HOST_DEVICE static constexpr int result_groups(int layer) {
+    return reads_features(layer) ? kGroups + 1 : input_groups(layer) + kGroups;
+  }
   FASTL2L_HOST_DEVICE static constexpr int backward_columns(int layer) { return (result_groups(layer) + 1) / 2; }
   FASTL2L_HOST_DEVICE static constexpr int backward_start(int layer) {
     return layer == 0 ? 0 : backward_start(layer - 1) + backward_columns(layer - 1) * kBackwardSteps;
@@ -109,11 +126,17 @@ struct Shape {
   FASTL2L_HOST_DEVICE static constexpr int gradient_products(int layer) {
     return kGradientRows * gradient_columns(layer);
   }
+  static constexpr int kMostGradientColumns = gradient_columns(0) > gradient_columns(kLayers - 1)
+                                                  ? gradient_columns(0)
+                                                  : gradient_columns(kLayers - 1);
 
   // Where the weights begin and end in the order of ops/schema.py.
-  FASTL2L_HOST_DEVICE static constexpr int inputs(int layer, int features) { return layer == 0 ? features : kHidden; }
+  FASTL2L_HOST_DEVICE static constexpr int inputs(int layer, int features) {
+    return reads_features(layer) ? features : 4 * input_groups(layer);
+  }
   FASTL2L_HOST_DEVICE static constexpr int weights_before(int layer, int features) {
-    return layer == 0 ? 0 : weights_before(layer - 1, features) + kGates * (inputs(layer - 1, features) + kHidden + 1);
+    const int projection = kProjected * (features + 1), first = kGates * (inputs(0, features) + kHidden + 1);
+    return projection + (layer == 0 ? 0 : first + (layer - 1) * kGates * (2 * kHidden + 1));
   }
 };
 
@@ -122,19 +145,30 @@ struct alignas(16) FourGates {
   float of[4];
 };
 
+// A unit of the projection.
+struct alignas(16) ProjectedUnit {
+  float bias, feature[2];
+};
+
 template <class S>
 struct ForwardWeights {
   RightFragment fragment[S::kForwardFragments][kWarp];
   FourGates bias[S::kLayers][S::kHidden];
-  FourGates feature[S::kFeatures][S::kHidden];
+  FourGates feature[S::kFeatures][S::kHidden];  // without a projection
+  ProjectedUnit projection[S::kProjects ? S::kProjected : 1];
   float out[S::kHidden];
   float out_bias;
 };
 
 template <class S>
 struct BackwardWeights {
-  RightFragment fragment[S::kBackwardFragments][kWarp];
+  // With a projection there is no room for more.
+  using Fragment = std::conditional_t<S::kProjects, WholeFragment, RightFragment>;
+  Fragment fragment[S::kBackwardFragments][kWarp];
 };
+
+DEVICE void put_fragment(float one, float other, RightFragment& to) { to = right_fragment(split(one), split(other)); }
+DEVICE void put_fragment(float one, float other, WholeFragment& to) { to = {{one, other}}; }
 
 DEVICE float gate_factor(int gate) { return (float)(gate == 2 ? 2 * kLog2E : -kLog2E); }
 
@@ -158,21 +192,26 @@ DEVICE void load_forward_weights(const WeightPointers<S::kLayers>& from, int fea
       const int step = i / kWarp / S::kForwardColumns;
       const int gate = 2 * (column % 2) + g % 2, row = gate * H + 4 * (column / 2) + g / 2;
       const auto weight = [&](int group) {
-        const int unit = 4 * group + q - 4 * S::input_groups(layer);
+        const int inputs = 4 * S::input_groups(layer), unit = 4 * group + q - inputs;
         if (unit >= H) return Split{};
-        return split_product(unit < 0 ? weights.w_ih[row * H + unit + H] : weights.w_hh[row * H + unit], gate);
+        return split_product(unit < 0 ? weights.w_ih[row * inputs + unit + inputs] : weights.w_hh[row * H + unit],
+                             gate);
       };
       to.fragment[S::forward_start(layer) + i / kWarp][lane] = right_fragment(weight(2 * step), weight(2 * step + 1));
     }
     for (int row = thread_index(); row < S::kGates; row += kThreads) {
       const int gate = row / H, unit = row % H;
       to.bias[layer][unit].of[gate] = gate_factor(gate) * weights.bias[row];
-      if (layer > 0) continue;
+      if (!S::reads_features(layer)) continue;
       for (int feature = 0; feature < S::kFeatures; ++feature) {
         to.feature[feature][unit].of[gate] =
             feature < features ? gate_factor(gate) * weights.w_ih[row * features + feature] : 0.0f;
       }
     }
+  }
+  for (int unit = thread_index(); unit < S::kProjected; unit += kThreads) {
+    const float* weights = from.w_in + unit * features;
+    to.projection[unit] = {from.b_in[unit], {weights[0], features > 1 ? weights[1] : 0.0f}};
   }
   for (int unit = thread_index(); unit < H; unit += kThreads) to.out[unit] = from.w_out[unit];
   if (thread_index() == 0) to.out_bias = *from.b_out;
@@ -188,15 +227,14 @@ DEVICE void load_backward_weights(const WeightPointers<S::kLayers>& from, int fe
       const int lane = i % kWarp, g = lane / 4, q = lane % 4, step = i / kWarp % S::kBackwardSteps;
       const int group = 2 * (i / kWarp / S::kBackwardSteps) + g % 2, place = g / 2;
       const auto weight = [&](int gate) {
-        const int row = gate * H + 4 * (step / 2) + q;
-        const int unit = 4 * (layer > 0 ? group - S::kGroups : group) + place;  // of h
-        if (unit < 0) return weights.w_ih[row * H + unit + H];
+        const int row = gate * H + 4 * (step / 2) + q, inputs = 4 * S::input_groups(layer);
+        const int unit = 4 * group + place - inputs;  // of h
+        if (unit < 0) return weights.w_ih[row * inputs + unit + inputs];
         if (unit < H) return weights.w_hh[row * H + unit];
-        return layer == 0 && unit - H < features ? weights.w_ih[row * features + unit - H] : 0.0f;
+        return S::reads_features(layer) && unit - H < features ? weights.w_ih[row * features + unit - H] : 0.0f;
       };
       const int gate = 2 * (step % 2);
-      to.fragment[S::backward_start(layer) + i / kWarp][lane] =
-          right_fragment(split(weight(gate)), split(weight(gate + 1)));
+      put_fragment(weight(gate), weight(gate + 1), to.fragment[S::backward_start(layer) + i / kWarp][lane]);
     }
   }
 }

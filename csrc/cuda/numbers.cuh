@@ -31,44 +31,44 @@ DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 DEVICE double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
-DEVICE float logarithm(float x) { return logf(x); }
-DEVICE double logarithm(double x) { return log(x); }
 DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 
-// A rule's constants in its dtype.
-template <typename T>
-struct Preprocessing {
-  bool log_sign;
-  T constant, inverse, threshold, slope;  // a product with the inverse takes fewer registers than a division
+// exp(x) - 1, or x where that is positive.
+DEVICE float elu(float x) { return x > 0 ? x : expm1f(x); }
+DEVICE double elu(double x) { return x > 0 ? x : expm1(x); }
 
-  Preprocessing() = default;
-  explicit Preprocessing(const Rule& rule)
-      : log_sign(rule.log_sign),
-        constant((T)rule.constant),
-        inverse((T)(1 / rule.constant)),
-        threshold((T)rule.log_sign_threshold),
-        slope((T)rule.log_sign_slope) {}
+// What formulas.h asks of numbers.
+template <typename Number>
+struct Scalar {
+  using T = Number;
+  using V = Number;
 
-  // The features of gradient g, of which raw has one; reference.py says what they are.
-  DEVICE void features(T g, T (&to)[2]) const {
-    if (!log_sign) {
-      to[0] = constant * g;
-      to[1] = 0;
-      return;
-    }
-    const T magnitude = fabs(g);
-    const bool large = magnitude >= threshold;
-    to[0] = large ? logarithm(magnitude) * inverse : (g == g ? T(-1) : g);
-    to[1] = large ? (g < 0 ? T(-1) : T(1)) : g * slope;
-  }
-
-  // d gradient from d features.
-  DEVICE T backward(T g, const T (&dfeatures)[2]) const {
-    if (!log_sign) return constant * dfeatures[0];
-    return fabs(g) >= threshold ? dfeatures[0] / (constant * g) : dfeatures[1] * slope;
-  }
+  DEVICE static V set1(T x) { return x; }
+  DEVICE static V fma(V a, V b, V c) { return fused(a, b, c); }
+  DEVICE static V over(V x, T, T inverse) { return x * inverse; }  // takes fewer registers than a division
 };
+
+template <class P>
+DEVICE typename P::V logarithm(typename P::V x) {
+  if constexpr (std::is_same_v<typename P::T, float>) {
+    return logf(x);
+  } else {
+    return log(x);
+  }
+}
+template <class P>
+DEVICE typename P::V root(typename P::V x) {
+  if constexpr (std::is_same_v<typename P::T, float>) {
+    return sqrtf(x);
+  } else {
+    return sqrt(x);
+  }
+}
+
+#define FORMULA DEVICE
+#include "formulas.h"
+#undef FORMULA
 
 // Numbers as they are stored, and as they are computed with.
 DEVICE float wide(float x) { return x; }
@@ -88,13 +88,16 @@ DEVICE T element(const void* data, Dtype dtype, int64_t i) {
   }
 }
 
+// Multiplies an element by `kept` and adds x, in the wider of both dtypes; 1 changes no bit.
 template <typename T>
-DEVICE void add_to_element(void* data, Dtype dtype, int64_t i, T x) {
+DEVICE void add_to_element(void* data, Dtype dtype, int64_t i, double kept, T x) {
   const auto add = [&](auto* at) {
-    if constexpr (std::is_arithmetic_v<std::remove_pointer_t<decltype(at)>>) {
-      at[i] = (std::remove_pointer_t<decltype(at)>)(at[i] + x);  // in the wider of both
+    using Stored = std::remove_pointer_t<decltype(at)>;
+    if constexpr (std::is_arithmetic_v<Stored>) {
+      using Wide = std::common_type_t<Stored, T>;
+      at[i] = (Stored)((Wide)kept * (Wide)at[i] + (Wide)x);
     } else {
-      round_to((float)(wide(at[i]) + x), at[i]);
+      round_to((float)((T)kept * (T)wide(at[i]) + x), at[i]);
     }
   };
   switch (dtype) {

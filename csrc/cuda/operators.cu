@@ -101,14 +101,21 @@ void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors) {
   check_cuda(find_nonfinite(segments, static_cast<bool*>(finite.data_ptr()), work.queue()), "find_nonfinite_");
 }
 
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
+}
+
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
-           std::vector<Tensor> weights, std::string preprocess, double constant, double update_scale, double grad_scale,
-           std::optional<Tensor> finite) {
-  const RuleSizes sizes = check_weights(weights, preprocess);
-  const ScalarType dtype = weights.back().scalar_type();
-  const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  const ScalarType stored = check_state_dtype(states, dtype);
-  const std::vector<Segment> segments = segments_of(check_parameters(params, grads, states, stored, rule.state_rows()));
+           std::vector<Tensor> weights, std::string text, double update_scale, double grad_scale,
+           std::optional<Tensor> finite, std::optional<Tensor> given, double decay, std::optional<Tensor> rate) {
+  const Rule rule = check_rule(weights, text, update_scale);
+  const ScalarType dtype = weights[0].scalar_type(), stored = check_state_dtype(rule, states, dtype);
+  const std::vector<Parameter> parameters = check_parameters(params, grads, states, stored, rule.state_rows());
+  check_given(rule, given, dtype, {tiles_of_all(parameters), rule.given, kTile});
+  check_number("update_scale", update_scale, dtype);
+  check_number("decay", decay, dtype);
+  if (rate) check_tensor({"rate"}, *rate, dtype, {});
   if (params.empty()) return;
   const int device = params[0].get_device();
   check_devices("params", params, device);
@@ -116,13 +123,18 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   check_devices("states", states, device);
   check_devices("weights", weights, device);
   if (finite) check_flag(*finite, device);
+  if (given) check_device({"given"}, *given, device);
+  if (rate) check_device({"rate"}, *rate, device);
   bool* flag = finite ? static_cast<bool*>(finite->data_ptr()) : nullptr;
+  const std::vector<Segment> segments = segments_of(parameters);
   const Work work(params[0]);
   const auto run = [&](auto zero, auto stored_zero) {
     using T = decltype(zero);
     using Stored = decltype(stored_zero);
-    const Error error = step<T, Stored>(rule, weight_pointers<T>(weights), segments, grad_scale, flag, work.queue());
-    check_cuda(error, "step_");
+    const Factors<T> factors{update_scale, decay, data_or_null<T>(rate)};
+    check_cuda(step<T, Stored>(rule, weight_pointers<T>(weights), segments, factors, grad_scale, data_or_null<T>(given),
+                               flag, work.queue()),
+               "step_");
   };
   if (stored == ScalarType::BFloat16) {
     run(float(), BFloat16());
@@ -133,14 +145,15 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> window_gradients(Tensor state, Tensor grads, Tensor adjoints,
-                                                    std::vector<Tensor> weights, std::string preprocess,
-                                                    double constant, double update_scale, std::optional<Tensor> dstate,
-                                                    bool need_dstate, bool need_dgrads) {
-  const RuleSizes sizes = check_weights(weights, preprocess);
-  const ScalarType dtype = weights.back().scalar_type();
-  const Rule rule = make_rule(sizes, preprocess, constant, update_scale);
-  check_window(state, grads, adjoints, dstate, dtype, rule.state_rows());
+std::tuple<Tensor, Tensor, Tensor, Tensor> window_gradients(Tensor state, Tensor grads, Tensor adjoints,
+                                                            std::vector<Tensor> weights, std::string text,
+                                                            double update_scale, std::optional<Tensor> dstate,
+                                                            bool need_dstate, bool need_dgrads,
+                                                            std::optional<Tensor> given, bool need_dgiven) {
+  const Rule rule = check_rule(weights, text, update_scale);
+  const ScalarType dtype = weights[0].scalar_type();
+  check_window(state, grads, adjoints, dstate, given, dtype, rule);
+  check_number("update_scale", update_scale, dtype);
   const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel);
   STD_TORCH_CHECK(steps <= INT32_MAX, "grads: expected at most ", INT32_MAX, " steps, got ", steps);
   const int device = weights[0].get_device();
@@ -149,12 +162,16 @@ std::tuple<Tensor, Tensor, Tensor> window_gradients(Tensor state, Tensor grads, 
   check_device({"grads"}, grads, device);
   check_device({"adjoints"}, adjoints, device);
   if (dstate) check_device({"dstate"}, *dstate, device);
+  if (given) check_device({"given"}, *given, device);
+  need_dgiven = need_dgiven && given;
 
   const Work work(state);
   Tensor dweights = torch::stable::new_zeros(state, {weight_count(rule)});
   Tensor dstate_first = torch::stable::new_zeros(state, {need_dstate ? tiles : 0, rule.state_rows(), kTile});
   Tensor dgrads = torch::stable::new_empty(state, {need_dgrads ? steps : 0, numel});
-  if (numel == 0) return {dweights, dstate_first, dgrads};
+  Tensor dgiven = need_dgiven ? torch::stable::new_zeros(state, {steps, tiles, rule.given, kTile})
+                              : torch::stable::new_empty(state, {0});
+  if (numel == 0) return {dweights, dstate_first, dgrads, dgiven};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto data = [](const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); };
@@ -163,9 +180,11 @@ std::tuple<Tensor, Tensor, Tensor> window_gradients(Tensor state, Tensor grads, 
                            data(state),
                            data(grads),
                            data(adjoints),
-                           dstate ? data(*dstate) : nullptr,
+                           data_or_null<T>(dstate),
+                           data_or_null<T>(given),
                            need_dstate ? data(dstate_first) : nullptr,
-                           need_dgrads ? data(dgrads) : nullptr};
+                           need_dgrads ? data(dgrads) : nullptr,
+                           need_dgiven ? data(dgiven) : nullptr};
     check_cuda(window_backward<T>(rule, weight_pointers<T>(weights), window, data(dweights), work.queue()),
                "window_backward");
   };
@@ -174,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> window_gradients(Tensor state, Tensor grads, 
   } else {
     run(double());
   }
-  return {dweights, dstate_first, dgrads};
+  return {dweights, dstate_first, dgrads, dgiven};
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ struct SegmentsOfSteps {
   explicit SegmentsOfSteps(int64_t all_steps) : steps((int)all_steps), length(kSegment) {
     while ((int64_t)length * length < all_steps) ++length;
     if (length > steps) length = steps;
-    count = (steps + length - 1) / length;
+    count = (int)((all_steps + length - 1) / length);
   }
   // Tiles of state: those before the segments, those after each step of one, and dh and dc.
   FASTL2L_HOST_DEVICE int tiles() const { return count + length + 1; }
@@ -37,12 +37,14 @@ template <class S>
 struct WindowArguments {
   Window<float> window;
   WeightPointers<S::kLayers> weights;
-  Preprocessing<float> preprocessing;
-  int features;
+  Branches branches;
   float update_scale;
   SegmentsOfSteps segments;
   Parts parts;
-  float* workspace;  // [blocks][warps][segments.tiles()][rows][16]
+  float* workspace;  // [blocks][warps][segments.tiles()][kept_rows()][16]
+
+  FASTL2L_HOST_DEVICE int rows() const { return S::kRows + branches.feature_rows; }
+  FASTL2L_HOST_DEVICE int kept_rows() const { return (rows() + 3) / 4 * 4; }  // whole groups
 };
 
 // What a warp gives to the others of its block: columns are coordinates. Rows lie 20 floats apart, so that the 8 rows
@@ -51,7 +53,13 @@ template <class S>
 struct Stage {
   static constexpr int kStride = kTile + 4;
   float dgates[S::kGates][kStride];
-  float inputs[8 * S::gradient_columns(S::kLayers - 1)][kStride];
+  float inputs[8 * S::kMostGradientColumns][kStride];
+
+  // The gradients of the projection's sums take what is left of the rows above: 4 numbers of each.
+  DEVICE float& dprojected(int unit, int coordinate) {
+    static_assert(kTile == 4 * (kStride - kTile) && 4 * S::kProjected <= S::kGates);
+    return dgates[4 * unit + coordinate / 4][kTile + coordinate % 4];
+  }
 };
 
 template <class S>
@@ -67,7 +75,7 @@ struct GradientSums {
   FASTL2L_HOST_DEVICE static constexpr int products(int layer) {
     return (S::gradient_products(layer) + kWarps - 1) / kWarps;
   }
-  static constexpr int kMost = products(S::kLayers - 1);
+  static constexpr int kMost = products(0) > products(S::kLayers - 1) ? products(0) : products(S::kLayers - 1);
   float of[S::kLayers][kMost][4];
   float feature;
   float out[S::kGroups], out_bias;
@@ -100,7 +108,9 @@ struct WindowTile {
   DEVICE int64_t coordinate(int i) const { return tile * kTile + 2 * lane.g + i; }
   DEVICE bool exists(int i) const { return coordinate(i) < arguments.window.numel; }
   // The lane's part of the tile that is number `index` in the workspace.
-  DEVICE float* part(int index) const { return lanes_part(workspace + (int64_t)index * (S::kRows * kTile), lane); }
+  DEVICE float* part(int index) const {
+    return lanes_part(workspace + (int64_t)index * (arguments.kept_rows() * kTile), lane);
+  }
   DEVICE float* carry() const { return part(arguments.segments.count + arguments.segments.length); }
   DEVICE float* checkpoint(int segment) const { return part(segment); }
   // The state before step t of a segment, or after the last one.
@@ -114,16 +124,18 @@ struct WindowTile {
 
   // Copies this tile's rows of [tile][row][16]; what belongs to no coordinate is 0.
   DEVICE void read_tile(const float* from, float* to) const {
-    const float* at = from ? lanes_part(from + tile * (S::kRows * kTile), lane) : nullptr;
-    for (int row = 0; row < S::kRows; row += 4) {
+    const float* at = from ? lanes_part(from + tile * (arguments.rows() * kTile), lane) : nullptr;
+    for (int row = 0; row < arguments.kept_rows(); row += 4) {
       Pair<float> unit = {};
-      if (from && exists(0)) unit[0] = at[row * kTile];
-      if (from && exists(1)) unit[1] = at[row * kTile + 1];
+      const bool is_there = from && row + lane.q < arguments.rows();
+      if (is_there && exists(0)) unit[0] = at[row * kTile];
+      if (is_there && exists(1)) unit[1] = at[row * kTile + 1];
       store_unit(to, row, unit);
     }
   }
-  DEVICE void copy_part(const float* from, float* to) const {
-    for (int row = 0; row < S::kRows; row += 4) store_unit(to, row, load_unit(from, row));
+  // Copies `rows` rows of the tile.
+  DEVICE void copy_part(const float* from, float* to, int rows) const {
+    for (int row = 0; row + lane.q < rows; row += 4) store_unit(to, row, load_unit(from, row));
   }
 
   // Of one step and the lane's two coordinates; 0 where there is none.
@@ -135,26 +147,42 @@ struct WindowTile {
     return x;
   }
 
-  DEVICE void read_features(int t, Pair<float> (&features)[S::kFeatures]) const {
+  // Of the step from the state `before`; returns the lane's row of the features' state after it.
+  DEVICE Pair<float> read_features(int t, const float* before, Pair<float> (&features)[S::kFeatures]) const {
     const Pair<float> gradient = read_coordinates(arguments.window.grads, t);
-    UNROLL for (int i = 0; i < 2; ++i) {
-      float both[S::kFeatures];
-      arguments.preprocessing.features(gradient[i], both);
-      UNROLL for (int feature = 0; feature < S::kFeatures; ++feature) features[feature][i] = both[feature];
-    }
+    Pair<float> mine = {};
+    if (arguments.branches.feature_rows > 0) mine = load_unit(before, S::kRows);
+    lane_features<S>(arguments.branches, gradient, lane, mine, features);
+    return mine;
   }
 
-  DEVICE Pair<float> read_dupdate(int t) const {
-    const Pair<float> adjoint = read_coordinates(arguments.window.adjoints, t);
-    return {{adjoint[0] * arguments.update_scale, adjoint[1] * arguments.update_scale}};
+  // The gradient of w_out . h + b_out, of the step that ends with the state `after`.
+  DEVICE Pair<float> read_dupdate(int t, const float* after) const {
+    Pair<float> dupdate = read_coordinates(arguments.window.adjoints, t);
+    UNROLL for (int i = 0; i < 2; ++i) dupdate[i] *= arguments.update_scale;
+    if (arguments.branches.tanh) {
+      Pair<float> out = {};
+      UNROLL for (int u = 0; u < S::kGroups; ++u) {
+        const Pair<float> h = load_unit(after, h_row<S>(S::kLayers - 1) + 4 * u);
+        UNROLL for (int i = 0; i < 2; ++i) out[i] = fmaf(shared.forward.out[4 * u + lane.q], h[i], out[i]);
+      }
+      UNROLL for (int i = 0; i < 2; ++i) {
+        const float tanh_out = fast_tanh(sum_over_units(out[i]) + shared.forward.out_bias);
+        dupdate[i] = tanh_backward<Scalar<float>>(tanh_out, dupdate[i]);
+      }
+    }
+    return dupdate;
   }
 
   DEVICE void forward(int segment) const {
     ONE_AT_A_TIME for (int t = 0; t < steps(segment); ++t) {
+      const float* before = state(segment, t);
+      float* after = state(segment, t + 1);
       Pair<float> features[S::kFeatures];
-      read_features(segment * arguments.segments.length + t, features);
+      const Pair<float> mine = read_features(segment * arguments.segments.length + t, before, features);
+      if (arguments.branches.feature_rows > 0) store_unit(after, S::kRows, mine);
       sync_warp();  // see step_tile()
-      lstm_step<S>(shared.forward, features, lane, state(segment, t), state(segment, t + 1));
+      lstm_step<S>(shared.forward, features, lane, before, after);
     }
   }
 
@@ -169,11 +197,23 @@ struct WindowTile {
       const float first = lane.q == 0 ? features[0][i] : features[1][i];
       rows[lane.q][2 * lane.g + i] = lane.q < 2 ? first : (lane.q == 2 ? 0.0f : 1.0f);
     }
-    ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
-      const int row = 4 + 4 * u + lane.q;
-      if (Layer > 0) stage_unit(rows, row, load_unit(after, h_row<S>(Layer - 1) + 4 * u));
-      stage_unit(rows, row + 4 * S::input_groups(Layer), load_unit(before, h_row<S>(Layer) + 4 * u));
+    ONE_AT_A_TIME for (int u = 0; u < S::input_groups(Layer); ++u) {
+      if constexpr (Layer == 0) {
+        stage_unit(rows, input_row(u), project<S>(shared.forward, features, u, lane));
+      } else {
+        stage_unit(rows, input_row(u), load_unit(after, h_row<S>(Layer - 1) + 4 * u));
+      }
     }
+    ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
+      stage_unit(rows, input_row(S::input_groups(Layer) + u), load_unit(before, h_row<S>(Layer) + 4 * u));
+    }
+  }
+  DEVICE int input_row(int group) const { return 4 + 4 * group + lane.q; }
+  // The lane's part of what stage_inputs() has left of the layer's input, and a group of it.
+  DEVICE const float* staged() const { return &shared.stage[lane.warp].inputs[input_row(0)][2 * lane.g]; }
+  DEVICE static Pair<float> staged_unit(const float* part, int group) {
+    const float* at = part + 4 * group * Stage<S>::kStride;
+    return {{at[0], at[1]}};
   }
 
   // The gates of one group from their gradients' sources: dh and dc, which become those of the step before.
@@ -185,46 +225,85 @@ struct WindowTile {
     Pair<float> dc = load_unit(carry(), c_row<S>(Layer) + 4 * u);
     UNROLL for (int i = 0; i < 2; ++i) {
       const Gates& gate = gates[i];
-      const float tanh_c = tanh_of_cell(fmaf(gate.f, c_before[i], gate.i * gate.g));
+      const float tanh_c = fast_tanh(cell<Scalar<float>>(gate.i, gate.f, gate.g, c_before[i]));
       const float above = Layer + 1 < S::kLayers ? dh[i] : fmaf(shared.forward.out[4 * u + lane.q], dupdate[i], dh[i]);
-      const float dtanh = above * gate.o;
-      const float dc_now = fmaf(-dtanh * tanh_c, tanh_c, dc[i] + dtanh);
-      dgates[0][i] = dc_now * gate.g * gate.i * (1 - gate.i);
-      dgates[1][i] = dc_now * c_before[i] * gate.f * (1 - gate.f);
-      dgates[2][i] = dc_now * gate.i * fmaf(-gate.g, gate.g, 1.0f);
-      dgates[3][i] = above * tanh_c * gate.o * (1 - gate.o);
-      dc[i] = dc_now * gate.f;
+      float both[4];
+      cell_backward<Scalar<float>>(gate.i, gate.f, gate.g, gate.o, tanh_c, c_before[i], above, dc[i], both);
+      UNROLL for (int k = 0; k < 4; ++k) dgates[k][i] = both[k];
     }
     store_unit(carry(), c_row<S>(Layer) + 4 * u, dc);
   }
 
-  // dh of the step before and of the layer below, from the products of the gates' gradients and the weights.
+  // A group of what the products of the gates' gradients and the weights give.
+  template <int Columns>
+  DEVICE static Pair<float> result(const float (&results)[Columns][4], int group) {
+    return {{results[group / 2][group % 2], results[group / 2][2 + group % 2]}};
+  }
+
+  // dh of the step before and of the layer below.
   template <int Layer>
   DEVICE void carry_results(const float (&results)[S::backward_columns(Layer)][4]) const {
     UNROLL for (int u = 0; u < S::kGroups; ++u) {
-      const auto result = [&](int group) {
-        return Pair<float>{{results[group / 2][group % 2], results[group / 2][2 + group % 2]}};
-      };
-      store_unit(carry(), h_row<S>(Layer) + 4 * u, result(S::input_groups(Layer) + u));
+      store_unit(carry(), h_row<S>(Layer) + 4 * u, result(results, S::input_groups(Layer) + u));
       if constexpr (Layer > 0) {
         Pair<float> dh = load_unit(carry(), h_row<S>(Layer - 1) + 4 * u);
-        UNROLL for (int i = 0; i < 2; ++i) dh[i] += result(u)[i];
+        UNROLL for (int i = 0; i < 2; ++i) dh[i] += result(results, u)[i];
         store_unit(carry(), h_row<S>(Layer - 1) + 4 * u, dh);
       }
     }
   }
 
-  // The features' group comes after those of h: lane (g, q) has feature q.
-  DEVICE void write_dgrads(int t, const float (&results)[S::backward_columns(0)][4]) const {
-    constexpr int group = S::kGroups;
-    const Pair<float> gradient = read_coordinates(arguments.window.grads, t);
-    UNROLL for (int i = 0; i < 2; ++i) {
-      const float mine = results[group / 2][2 * i + group % 2], other = shuffle_xor(mine, 1);
-      if (lane.q != 0 || !exists(i)) continue;
-      const float dfeatures[2] = {mine, other};
-      arguments.window.dgrads[(int64_t)t * arguments.window.numel + coordinate(i)] =
-          arguments.preprocessing.backward(gradient[i], dfeatures);
+  // Gradients of the features, which all 4 lanes of a coordinate get.
+  DEVICE void find_dfeatures(const float (&results)[S::backward_columns(0)][4],
+                             Pair<float> (&dfeatures)[S::kFeatures]) const {
+    if constexpr (S::kProjects) {
+      UNROLL for (int u = 0; u < S::input_groups(0); ++u) {
+        const Pair<float> y = staged_unit(staged(), u), dy = result(results, u);
+        UNROLL for (int i = 0; i < 2; ++i) {
+          const float dsum = elu_backward<Scalar<float>>(y[i], dy[i]);
+          shared.stage[lane.warp].dprojected(4 * u + lane.q, 2 * lane.g + i) = dsum;
+          UNROLL for (int feature = 0; feature < S::kFeatures; ++feature) {
+            const float weight = shared.forward.projection[4 * u + lane.q].feature[feature];
+            dfeatures[feature][i] = fmaf(weight, dsum, dfeatures[feature][i]);
+          }
+        }
+      }
+      UNROLL for (int feature = 0; feature < S::kFeatures; ++feature) {
+        UNROLL for (int i = 0; i < 2; ++i) dfeatures[feature][i] = sum_over_units(dfeatures[feature][i]);
+      }
+    } else {
+      // Their group comes after those of h: lane (g, q) has feature q.
+      const Pair<float> mine = result(results, S::kGroups);
+      UNROLL for (int feature = 0; feature < S::kFeatures; ++feature) {
+        UNROLL for (int i = 0; i < 2; ++i) dfeatures[feature][i] = shuffle(mine[i], 4 * lane.g + feature);
+      }
     }
+  }
+
+  // The way back through the features, to the gradients and the features' state.
+  DEVICE void features_backward(int t, const float* after, const Pair<float> (&dfeatures)[S::kFeatures]) const {
+    const Branches& branches = arguments.branches;
+    const bool has_state = branches.feature_rows > 0;
+    const Pair<float> gradient = read_coordinates(arguments.window.grads, t);
+    Pair<float> mine = {}, dmine = {};
+    if (has_state) {
+      mine = load_unit(after, S::kRows);
+      dmine = load_unit(carry(), S::kRows);
+    }
+    UNROLL for (int i = 0; i < 2; ++i) {
+      Means<Scalar<float>> means{}, dmeans{};
+      if (has_state) {
+        means = gather_means(branches, mine[i], lane);
+        dmeans = gather_means(branches, dmine[i], lane);
+      }
+      const float both[S::kFeatures] = {dfeatures[0][i], dfeatures[1][i]};
+      const float found = cuda::features_backward(branches.constants, gradient[i], means, both, dmeans);
+      dmine[i] = own_row(dmeans, lane);
+      if (arguments.window.dgrads && lane.q == 0 && exists(i)) {
+        arguments.window.dgrads[(int64_t)t * arguments.window.numel + coordinate(i)] = found;
+      }
+    }
+    if (has_state) store_unit(carry(), S::kRows, dmine);
   }
 
   // This warp's share of a layer's weight gradients, for the tiles of all warps.
@@ -259,36 +338,45 @@ struct WindowTile {
   }
 
   // Gradients of the features' weights, one a thread: gradients of the optimizee may be too small or too large for two
-  // numbers of 11 bits.
+  // numbers of 11 bits. They are those of the gates, whose biases tensor cores do, or of the projection and its biases.
+  static constexpr int kFeatureRows = S::kProjects ? S::kProjected : S::kGates;
+
   DEVICE void add_feature_products() const {
-    static_assert(S::kFeatures * S::kGates <= kThreads);
-    const int row = thread_index() % S::kGates, feature = thread_index() / S::kGates;
-    if (feature >= arguments.features) return;
+    static_assert((S::kFeatures + S::kProjects) * kFeatureRows <= kThreads);
+    const int row = thread_index() % kFeatureRows, feature = thread_index() / kFeatureRows;
+    if (feature >= arguments.branches.features + S::kProjects) return;
+    const int input = feature < arguments.branches.features ? feature : 3;  // the row of ones
     ONE_AT_A_TIME for (int warp = 0; warp < active; ++warp) {
-      const float *dgates = shared.stage[warp].dgates[row], *inputs = shared.stage[warp].inputs[feature];
+      Stage<S>& stage = shared.stage[warp];
+      const float *dgates = stage.dgates[row], *inputs = stage.inputs[input];
       float sum = 0;
-      UNROLL for (int k = 0; k < kTile; ++k) sum = fmaf(dgates[k], inputs[k], sum);
+      UNROLL for (int k = 0; k < kTile; ++k) {
+        sum = fmaf(S::kProjects ? stage.dprojected(row, k) : dgates[k], inputs[k], sum);
+      }
       sums.feature += sum;
     }
   }
   DEVICE void flush_feature(double* to) const {
-    const int row = thread_index() % S::kGates, feature = thread_index() / S::kGates;
-    if (feature < arguments.features) to[row * arguments.features + feature] += sums.feature;
+    const int row = thread_index() % kFeatureRows, feature = thread_index() / kFeatureRows;
+    const int features = arguments.branches.features;
+    if (feature >= features + S::kProjects) return;
+    to[feature < features ? row * features + feature : kFeatureRows * features + row] += sums.feature;
   }
 
   // One layer of step t, which begins with the state `before` and ends with `after`.
   template <int Layer>
   DEVICE void layer_backward(int t, const float* before, const float* after) const {
     Pair<float> features[S::kFeatures] = {}, dupdate = {};
-    if constexpr (Layer == 0) read_features(t, features);
+    if constexpr (Layer == 0) read_features(t, before, features);
     if constexpr (Layer + 1 == S::kLayers) {
-      dupdate = read_dupdate(t);
+      dupdate = read_dupdate(t, after);
       add_out_products(dupdate, after);
     }
     sync_warp();  // see step_tile()
     stage_inputs<Layer>(features, before, after);
     float results[S::backward_columns(Layer)][4] = {};
-    const LayerInput<S, Layer> input(before, [&](int u) { return load_unit(after, h_row<S>(Layer - 1) + 4 * u); });
+    const float* part = staged();
+    const LayerInput<S, Layer> input(before, [part](int u) { return staged_unit(part, u); });
     ONE_AT_A_TIME for (int u = 0; u < S::kGroups; ++u) {
       Pair<float> dgates[4];
       group_backward<Layer>(u, group_gates<S, Layer>(shared.forward, input, features, u, lane), dupdate, before,
@@ -305,7 +393,10 @@ struct WindowTile {
     }
     carry_results<Layer>(results);
     if constexpr (Layer == 0) {
-      if (arguments.window.dgrads) write_dgrads(t, results);
+      const bool goes_on = arguments.window.needs_inputs(arguments.branches.feature_rows);
+      Pair<float> dfeatures[S::kFeatures] = {};
+      if (S::kProjects || goes_on) find_dfeatures(results, dfeatures);
+      if (goes_on) features_backward(t, after, dfeatures);
     }
   }
 
@@ -332,10 +423,11 @@ struct WindowTile {
   template <int Layer>
   DEVICE void flush_products(double* to) const {
     constexpr int H = S::kHidden;
-    const int inputs = S::inputs(Layer, arguments.features);
-    double* layer = to + S::weights_before(Layer, arguments.features);
+    const int inputs = S::inputs(Layer, arguments.branches.features);
+    double* layer = to + S::weights_before(Layer, arguments.branches.features);
+    const int warp = computed_here(lane.warp);
     UNROLL for (int i = 0; i < GradientSums<S>::products(Layer); ++i) {
-      const int product = lane.warp + i * kWarps;
+      const int product = warp + i * kWarps;
       if (product >= S::gradient_products(Layer)) break;
       UNROLL for (int element = 0; element < 4; ++element) {
         const int row = 16 * (product % S::kGradientRows) + lane.g + 8 * (element / 2);
@@ -371,7 +463,7 @@ struct WindowTile {
     const float bias = sum_over_coordinates(sums.out_bias);
     if (lane.index == 0) row(lane.warp)[S::kHidden] = bias;
     sync_block();
-    double* out = to + S::weights_before(S::kLayers, arguments.features);
+    double* out = to + S::weights_before(S::kLayers, arguments.branches.features);
     for (int i = thread_index(); i <= S::kHidden; i += kThreads) {
       for (int warp = 0; warp < kWarps; ++warp) out[i] += row(warp)[i];
     }
@@ -385,7 +477,7 @@ struct WindowTile {
       read_tile(arguments.window.dstate, carry());
       for (int segment = 0; segment < last; ++segment) {
         forward(segment);
-        copy_part(state(segment, steps(segment)), checkpoint(segment + 1));
+        copy_part(state(segment, steps(segment)), checkpoint(segment + 1), arguments.kept_rows());
       }
     }
     for (int segment = last; segment >= 0; --segment) {
@@ -397,7 +489,8 @@ struct WindowTile {
       flush_out(part_sums);
     }
     if (arguments.window.dstate_first && is_active()) {
-      copy_part(carry(), lanes_part(arguments.window.dstate_first + tile * (S::kRows * kTile), lane));
+      const int rows = arguments.rows();
+      copy_part(carry(), lanes_part(arguments.window.dstate_first + tile * (rows * kTile), lane), rows);
     }
   }
 };
@@ -406,11 +499,11 @@ template <class S>
 KERNEL(kThreads, 1)
 window_backward_kernel(KERNEL_ARGUMENT WindowArguments<S> arguments) {
   auto& shared = *reinterpret_cast<WindowShared<S>*>(shared_memory());
-  load_forward_weights<S>(arguments.weights, arguments.features, shared.forward);
-  load_backward_weights<S>(arguments.weights, arguments.features, shared.backward);
+  load_forward_weights<S>(arguments.weights, arguments.branches.features, shared.forward);
+  load_backward_weights<S>(arguments.weights, arguments.branches.features, shared.backward);
   const Lane lane;
   const int64_t warp = (int64_t)block_index() * kWarps + lane.warp;
-  float* workspace = arguments.workspace + warp * arguments.segments.tiles() * (S::kRows * kTile);
+  float* workspace = arguments.workspace + warp * arguments.segments.tiles() * (arguments.kept_rows() * kTile);
   GradientSums<S> sums;
   const Parts& parts = arguments.parts;
   for (int64_t part = block_index(); part < parts.parts; part += block_count()) {

@@ -185,6 +185,7 @@ inline int block_index() { return emulator::block->index; }
 inline int block_count() { return emulator::block->count; }
 inline char* shared_memory() { return emulator::block->shared.get(); }
 inline void prefetch(const void*) {}
+inline int computed_here(int x) { return x; }
 
 inline void sync_block() {
   emulator::meet(emulator::block->meeting, (void*)&sync_block, [] {});
@@ -193,14 +194,17 @@ inline void sync_warp() {
   emulator::meet(emulator::warp().meeting, (void*)&sync_warp, [] {});
 }
 
-inline float shuffle_xor(float x, int lanes) {
+inline float shuffle(float x, int lane) {
   emulator::Warp& warp = emulator::warp();
-  warp.operands[emulator::lane()][0] = x;
-  emulator::meet(warp.meeting, (void*)&shuffle_xor, [&] {
-    for (int lane = 0; lane < emulator::kLanes; ++lane) warp.results[lane][0] = warp.operands[lane ^ lanes][0];
+  float* mine = warp.operands[emulator::lane()];
+  mine[0] = x;
+  mine[1] = (float)lane;
+  emulator::meet(warp.meeting, (void*)&shuffle, [&] {
+    for (int i = 0; i < emulator::kLanes; ++i) warp.results[i][0] = warp.operands[(int)warp.operands[i][1]][0];
   });
   return warp.results[emulator::lane()][0];
 }
+inline float shuffle_xor(float x, int lanes) { return shuffle(x, emulator::lane() ^ lanes); }
 
 inline float from_bits(uint32_t bits) {
   float x;

@@ -2,24 +2,24 @@
 // updates and the state after the steps, and the gradients of the weights. tests/test_portable.py builds it, for this
 // machine and for others.
 //
-//     run_kernels IN OUT hidden layers N steps
+//     run_kernels IN OUT RULE N steps
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
+#include "rule_text.h"
 
 using namespace fastl2l;
 using namespace fastl2l::cpu;
 
 int main(int argc, char** argv) {
-  if (argc != 7) return 2;
-  const int hidden = std::atoi(argv[3]), layers = std::atoi(argv[4]);
-  const int64_t n = std::atol(argv[5]), steps = std::atol(argv[6]), tiles = (n + kTile - 1) / kTile;
-  const Rule rule{layers, hidden, 2, true, 10.0, 0.1, std::exp(-10.0), std::exp(10.0)};
+  if (argc != 6) return 2;
+  Rule rule = parse_rule(argv[3]);
+  rule.update_scale = 0.1;
+  const int64_t n = std::atol(argv[4]), steps = std::atol(argv[5]), tiles = tiles_of(n);
   std::FILE* in = std::fopen(argv[1], "rb");
   const auto read = [&](size_t count) {
     std::vector<float> numbers(count);
@@ -27,11 +27,7 @@ int main(int argc, char** argv) {
     return numbers;
   };
   std::vector<std::vector<float>> weights;
-  for (int layer = 0; layer < layers; ++layer) {
-    for (int width : {rule.inputs(layer), hidden, 1}) weights.push_back(read((size_t)4 * hidden * width));
-  }
-  weights.push_back(read(hidden));
-  weights.push_back(read(1));
+  each_weight(rule, [&](int, int64_t rows, int64_t columns) { weights.push_back(read(rows * columns)); });
   const std::vector<float> first = read(tiles * rule.state_rows() * kTile);
   const std::vector<float> gradients = read(steps * n), adjoints = read(steps * n);
 
@@ -39,6 +35,7 @@ int main(int argc, char** argv) {
   std::vector<const float*> pointers;
   for (const auto& weight : weights) pointers.push_back(weight.data());
   Packer<float> packer;
+  const PartConstants<float> constants = part_constants<float>(rule);
   const PackedWeights<float> packed = packer.pack(rule, pointers, kernel.blocking, true);
   std::vector<float> scratch(std::max(kernel.step_scratch(rule), kernel.window_scratch(rule, steps)));
 
@@ -52,15 +49,17 @@ int main(int argc, char** argv) {
         n,
         sizeof(float),
         [](const void* from, float* to, int count) { std::copy_n(static_cast<const float*>(from), count, to); },
-        [](void* to, const float* update, int count) {
-          for (int i = 0; i < count; ++i) static_cast<float*>(to)[i] += update[i];
+        [](void* to, double kept, const float* update, int count) {
+          float* numbers = static_cast<float*>(to);
+          for (int i = 0; i < count; ++i) numbers[i] = (float)kept * numbers[i] + update[i];
         }};
-    kernel.step({rule, packed, 1.0f, &segment, 1, first_tile, false}, 0, tiles, scratch.data());
+    kernel.step({rule, constants, packed, 1.0f, 1.0, nullptr, &segment, 1, first_tile, false}, 0, tiles,
+                scratch.data());
   }
   std::vector<double> sums(weight_count(rule));
-  kernel.window_backward(
-      {rule, packed, n, steps, first.data(), gradients.data(), adjoints.data(), nullptr, nullptr, nullptr}, 0, tiles,
-      sums.data(), scratch.data());
+  kernel.window_backward({rule, constants, packed, n, steps, first.data(), gradients.data(), adjoints.data(), nullptr,
+                          nullptr, nullptr, nullptr, nullptr},
+                         0, tiles, sums.data(), scratch.data());
   std::vector<float> dweights(sums.size());
   unpack_gradients(rule, sums.data(), dweights.data());
 
