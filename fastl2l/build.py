@@ -19,7 +19,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
 SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
@@ -207,18 +207,38 @@ def _is_finished(library: Path) -> bool:
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Keep others out; the system gives the lock back when its holder ends, however it ends.
 
-    Where the system has no such locks (Windows), nobody is kept out.
+    The file is gone afterwards, unless its holder was killed. Where there are no such locks (Windows, some network file
+    systems), nobody is kept out.
 
     Raises:
         BlockingIOError: another has the lock, and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        with contextlib.suppress(ImportError):
-            import fcntl
+    while True:
+        with open(path, "w") as file:
+            try:
+                import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except (ImportError, OSError):
+                pass
+            if not _is_at(file, path):  # its holder took the file away while this one waited
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _compile_and_load(build: Parameters, folder: Path) -> None:

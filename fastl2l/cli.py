@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fastl2l import baselines, environment, experiments, files, import_rules, plots, rule_files, tasks
 from fastl2l.build import locked
-from fastl2l.evaluate import comparisons, evaluate
+from fastl2l.evaluate import Curves, check, comparisons, evaluate
 from fastl2l.meta import MetaTrainer, search_meta_lr
+from fastl2l.progress import plain_console
 from fastl2l.rules import RULES, LSTMRule, Rule
 from fastl2l.tasks.base import integer
 
@@ -30,7 +30,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Learned optimizers: meta-train an update rule, and compare it with tuned optimizers.",
 )
-console = Console()
+console = plain_console()
+
+
+def _say(text: str | Text) -> None:
+    """Print a line, which is not cut where the terminal ends: what is copied from it is whole."""
+    console.print(text, soft_wrap=True)
+
 
 TaskName = Annotated[str, typer.Option("--task", help=f"One of {', '.join(tasks.names())}.")]
 Hidden = Annotated[str | None, typer.Option(help="Hidden units of the network, by layer: 20 or 40,40.")]
@@ -109,13 +115,15 @@ def train(
         checkpoint=out / "checkpoint.pt",
         tensorboard=tensorboard,
     )
+    if len(trainer.history) > epochs:
+        raise ValueError(f"epochs: expected at least the {len(trainer.history)} that are done in {out}, got {epochs}")
     if trainer.history:
-        console.print(f"going on after epoch {len(trainer.history)} of {out / 'checkpoint.pt'}")
+        _say(f"going on after epoch {len(trainer.history)} of {out / 'checkpoint.pt'}")
     with _alone(out):
         try:
             history = trainer.fit(epochs)
         except KeyboardInterrupt:
-            console.print(f"stopped after epoch {len(trainer.history)}; the same command goes on from there")
+            _say(f"stopped after epoch {len(trainer.history)}; the same command goes on from there")
             raise
         recipe_made = {
             "command": shlex.join(["fastl2l", *sys.argv[1:]]),
@@ -126,8 +134,8 @@ def train(
         }
         rule_files.save_rule(trained, out / "rule.safetensors", recipe=recipe_made)
     plots.plot_history(history, out / "training.png", title=f"Meta-training on {task}")
-    console.print(f"validation loss {trainer.kept_loss:.4g} ({keep} epoch)")
-    console.print(f"rule:   {out / 'rule.safetensors'}\nfigure: {out / 'training.png'}", highlight=False)
+    _say(f"validation loss {trainer.kept_loss:.4g} ({keep} epoch)")
+    _say(f"rule:   {out / 'rule.safetensors'}\nfigure: {out / 'training.png'}")
 
 
 @app.command(name="evaluate")
@@ -157,22 +165,28 @@ def evaluate_command(
         tuned = [(name, baselines.by_name(name)) for name in baseline.split(",")]
         optimizers = _by_name("rule and baseline", [*optimizers.items(), *tuned])
     problems = _task(task, hidden, activation, batch_size)
+    arguments: dict[str, Any] = {"steps": steps, "runs": runs, "seed": seed, "backend": backend}
+    check(problems, optimizers, **arguments)
     _check_folder(out)
     with _alone(out):
-        curves = evaluate(problems, optimizers, steps=steps, runs=runs, seed=seed, backend=backend, progress=True)
+        curves = evaluate(problems, optimizers, **arguments, progress=True)
         curves.save(out)
         files.write_text(out / "table.md", curves.markdown() + "\n")
         figure = plots.plot_curves(curves, out / "curves.png")
-    console.print(curves.table())
+    _print_curves(curves)
+    _say(f"figure: {figure}\nnumbers: {out}")
+
+
+def _print_curves(curves: Curves, title: str | None = None) -> None:
+    console.print(curves.table(title))
     for line in comparisons(curves):
-        console.print(line, highlight=False)
-    console.print(f"figure: {figure}\nnumbers: {out}", highlight=False)
+        _say(line)
 
 
 def _named_rule(entry: str) -> tuple[str, Rule]:
-    """A rule and its name: what comes before the first =, unless that is in the name of a file, or its kind."""
+    """A rule and its name: what comes before the first =, unless that is in a path, or its kind."""
     name, separator, path = entry.partition("=")
-    if not separator or Path(entry).exists():
+    if not separator or Path(entry).exists() or Path(name).name != name:
         rule = rule_files.load_rule(entry)
         return rule.kind, rule
     return name, rule_files.load_rule(path)
@@ -251,7 +265,7 @@ def tune(
         table.add_row(f"{trial.meta_lr:.3g}", f"{trial.validation_loss:.4g}")
     console.print(table)
     figure = plots.plot_search(found, out / "search.png", title=f"{task}, {epochs} epochs each")
-    console.print(f"figure: {figure}\nthe best: --meta-lr {found[0].meta_lr:.3g}", highlight=False)
+    _say(f"figure: {figure}\nthe best: --meta-lr {found[0].meta_lr:.3g}")
 
 
 @app.command()
@@ -268,20 +282,29 @@ def reproduce(
 
     Example: fastl2l reproduce fig4-mnist --quick
     """
-    chosen = [experiments.by_name(name) for name in (experiments.ALL if names == ["all"] else names)]
+    chosen = [experiments.by_name(name) for name in (experiments.ALL if names == ["all"] else dict.fromkeys(names))]
     replaced = _by_name("rule", map(_replacement, rule or []))
+    if replaced and retrain:
+        raise ValueError("rule: expected none beside retrain, which trains the rules anew")
+    used = {panel.rule for experiment in chosen for panel in experiment.panels}
+    for name in replaced.keys() - used:
+        raise ValueError(f"rule: expected some of {', '.join(sorted(used))}, which are shown, got {name!r}")
     rules = {name: rule_files.load_rule(path) for name, path in replaced.items()}
-    _check_folder(out)
-    for experiment in chosen:
-        made = experiments.retrain(experiment, out, quick=quick) if retrain else {}
-        results = experiments.reproduce(experiment, out, rules={**made, **rules}, quick=quick)
-        console.rule(experiment.title)
-        console.print(f"The paper: {experiment.claim}", highlight=False)
-        for panel, curves in results.items():
-            console.print(curves.table(title=panel))
-            for line in comparisons(curves):
-                console.print(line, highlight=False)
-        console.print(f"in {out / (experiment.name + '-quick' * quick)}", highlight=False)
+    folders = [out / experiments.folder_name(experiment, quick) for experiment in chosen]
+    for folder in (out, *folders):
+        _check_folder(folder)
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(_alone(folder))
+        for experiment, folder in zip(chosen, folders, strict=True):
+            if retrain:
+                rules = experiments.retrain(experiment, out, quick=quick)
+            results = experiments.reproduce(experiment, out, rules=rules, quick=quick)
+            console.rule(experiment.title)
+            _say(f"The paper: {experiment.claim}")
+            for panel, curves in results.items():
+                _print_curves(curves, panel)
+            _say(f"in {folder}")
 
 
 def _replacement(entry: str) -> tuple[str, str]:
@@ -332,18 +355,18 @@ def rules(
     for shipped, path in rule_files.shipped().items():
         table.add_row(shipped, rule_files.load_rule(path).kind, rule_files.read_recipe(path).get("about", ""))
     console.print(table)
-    console.print("how one was trained: fastl2l rules NAME", highlight=False)
+    _say("how one was trained: fastl2l rules NAME")
 
 
 def _print_rule(name: str) -> None:
     rule, recipe = rule_files.load_rule(name), dict(rule_files.read_recipe(name))
     weights = sum(weight.numel() for weight in rule.weights())
-    console.print(f"[bold]{escape(name)}[/bold]: {recipe.pop('about', '')}", highlight=False)
-    console.print(f"{rule.text}, output scale {rule.config.output_scale:g}, {weights:,} weights", highlight=False)
+    _say(Text.assemble((name, "bold"), f": {recipe.pop('about', '')}"))
+    _say(f"{rule.text}, output scale {rule.config.output_scale:g}, {weights:,} weights")
     for command in recipe.pop("commands", []):
-        console.print(command, highlight=False, soft_wrap=True, markup=False)
+        _say(command)
     for about, what in recipe.items():
-        console.print(f"{about}: {what}", highlight=False, soft_wrap=True, markup=False)
+        _say(f"{about}: {what}")
 
 
 @app.command()
@@ -365,11 +388,12 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    Console(stderr=True).print(f"fastl2l: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    plain_console(stderr=True).print(f"fastl2l: {message}", style="yellow", soft_wrap=True)
 
 
 def _fail(error: Exception) -> NoReturn:
-    Console(stderr=True).print(f"fastl2l: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    message = f"fastl2l: {str(error) or 'there is no memory for such sizes'}"
+    plain_console(stderr=True).print(message, style="red", soft_wrap=True)
     raise SystemExit(1)
 
 

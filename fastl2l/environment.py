@@ -28,7 +28,7 @@ def render(description: dict[str, dict[str, str]]) -> Table:
     """What :func:`describe` returned, as a table that rich can print."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for section, entries in description.items():
-        table.add_row(f"[bold]{section}[/bold]")
+        table.add_row(Text(section, "bold"))
         for name, value in entries.items():
             table.add_row(f"  {name}", Text(value))
     return table

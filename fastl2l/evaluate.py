@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from scipy.special import stdtrit  # quantile of Student's t distribution
 from torch import Tensor, nn
 
@@ -104,7 +105,7 @@ class Curves:
         caption = f"mean over {self.runs} problems after {self.steps} steps, 95% intervals"
         table = Table(*header, title=task, caption=caption)
         for name, row in zip(self.ranking(), rows, strict=True):
-            table.add_row(*row, style="bold" if self.kind(name) == "learned" else None)
+            table.add_row(*map(Text, row), style="bold" if self.kind(name) == "learned" else None)
         return table
 
     def markdown(self) -> str:
@@ -232,13 +233,7 @@ def evaluate(
     Raises:
         TypeError, ValueError: an argument is not as above, or the task's first problem breaks the contract of Problem.
     """
-    if not isinstance(task, Task):
-        raise TypeError(f"task: expected a fastl2l Task, got {type(task).__name__}")
-    _check_optimizers(optimizers)
-    integer("steps", steps)
-    integer("runs", runs)
-    integer("seed", seed, least=0)
-    check_start(task.sample(problem_seed(seed, "test", 0)))
+    check(task, optimizers, steps=steps, runs=runs, seed=seed, backend=backend)
     tuned = _tuned(task, optimizers, steps, progress)
     metadata = describe(task, tuned, steps=steps, runs=runs, seed=seed, backend=backend)
     with Progress(f"evaluating on {task.name}", runs * len(tuned), shown=progress) as shown:
@@ -256,6 +251,23 @@ def evaluate(
             for name, optimizer in tuned.items()
         }
     return Curves(losses, metadata)
+
+
+def check(
+    task: Task, optimizers: Mapping[str, Rule | Baseline | Build], *, steps: int, runs: int, seed: int, backend: str
+) -> None:
+    """Raise what is wrong with arguments of `evaluate` before there is work to lose: every optimizer takes a step."""
+    if not isinstance(task, Task):
+        raise TypeError(f"task: expected a fastl2l Task, got {type(task).__name__}")
+    _check_optimizers(optimizers)
+    integer("steps", steps)
+    integer("runs", runs)
+    integer("seed", seed, least=0)
+    first = task.sample(problem_seed(seed, "test", 0))
+    check_start(first)
+    for name, optimizer in optimizers.items():
+        if not (isinstance(optimizer, Baseline) and optimizer.lr == "tune"):
+            descend(first, _build(f"optimizers[{name!r}]", optimizer, backend), 1)
 
 
 def follow(
@@ -321,6 +333,8 @@ def _check_optimizers(optimizers: object) -> None:
     for name, optimizer in optimizers.items():
         if not isinstance(name, str):
             raise TypeError(f"optimizers: expected strings as names, got {name!r}")
+        if not name.isprintable() or name in ("", "__metadata__"):  # files of safetensors have another use for that
+            raise ValueError(f"optimizers: expected names that can be printed and saved, got {name!r}")
         is_class = isinstance(optimizer, type) and not issubclass(optimizer, torch.optim.Optimizer)
         is_module = isinstance(optimizer, nn.Module) and not isinstance(optimizer, Rule)
         if is_class or is_module or not (isinstance(optimizer, Baseline) or callable(optimizer)):

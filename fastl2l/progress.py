@@ -11,6 +11,11 @@ from rich.console import Console
 _SECONDS_BETWEEN_LINES = 15.0
 
 
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that shows texts as they are: brackets and colons in names and paths mean nothing to it."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 class Progress:
     """Use as a context manager, and call :meth:`advance` after every piece of the work.
 
@@ -23,15 +28,15 @@ class Progress:
 
     def __init__(self, title: str, total: int, *, done: int = 0, shown: bool = True) -> None:
         self._title, self._total, self._done, self._shown = title, total, done, shown
-        self._console = Console(stderr=True)
+        self._console = plain_console(stderr=True)
         self._bar = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}"),
+            rich_progress.TextColumn("{task.description}", markup=False),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
             rich_progress.TimeElapsedColumn(),
             rich_progress.TextColumn("left"),
             rich_progress.TimeRemainingColumn(),
-            rich_progress.TextColumn("{task.fields[message]}"),
+            rich_progress.TextColumn("{task.fields[message]}", markup=False),
             console=self._console,
             disable=not (shown and self._console.is_terminal),
         )
@@ -61,4 +66,4 @@ class Progress:
             self._last_line = now
             left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
             text = f"{self._title}: {self._done}/{self._total}, {left:.0f} s left"
-            self._console.print(f"{text}; {message}" if message else text, soft_wrap=True, highlight=False)
+            self._console.print(f"{text}; {message}" if message else text, soft_wrap=True)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import zipfile
 from pathlib import Path
 
@@ -336,6 +337,28 @@ def test_processes_that_start_together_build_once(package):
     results = [process.communicate(timeout=600) for process in start]
     assert [out.strip() for out, _ in results] == ["42"] * 3, results
     assert sum(BUILDING in err for _, err in results) == 1
+
+
+def test_a_lock_is_one_holder_s_and_leaves_no_file(tmp_path):
+    path, held, done = tmp_path / "folder" / "lock", threading.Event(), threading.Event()
+
+    def wait_for_it():
+        with build.locked(path):
+            held.set()
+            done.wait(60)
+
+    waiting = threading.Thread(target=wait_for_it)
+    with build.locked(path):
+        waiting.start()
+        with pytest.raises(BlockingIOError), build.locked(path, wait=False):
+            pass
+        assert not held.wait(0.2)
+    assert held.wait(60)  # with a file of its own: the first holder has taken the other away
+    with pytest.raises(BlockingIOError), build.locked(path, wait=False):
+        pass
+    done.set()
+    waiting.join()
+    assert list(path.parent.iterdir()) == []
 
 
 def test_build_that_was_killed_does_not_stop_the_next(package):

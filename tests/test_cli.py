@@ -15,6 +15,7 @@ from fastl2l import MetaTrainer, RNNpropRule, experiments
 from fastl2l.build import locked
 from fastl2l.cli import app
 from fastl2l.experiments.experiment import Experiment, Panel
+from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule, read_recipe
 from fastl2l.tasks import Quadratic
 
@@ -71,6 +72,27 @@ def test_training_may_start_from_a_rule(trained, tmp_path):
         assert not torch.equal(weight, other)
 
 
+def test_a_run_is_as_long_as_its_recipe_says(trained):
+    """Neither fewer epochs than are done, nor a cosine of another length behind the first ones."""
+    before = (trained / "rule.safetensors").read_bytes()
+    for epochs, message in ((1, "epochs: expected at least the 2 that are done"), (3, "the length of its cosine")):
+        with pytest.raises(ValueError, match=message):
+            run("train", *SMALL, "--epochs", epochs, "--out", trained)
+    assert (trained / "rule.safetensors").read_bytes() == before
+
+
+def test_names_and_paths_are_printed_as_they_are(tmp_path, capsys):
+    out = tmp_path / "a[bold]folder:cat:[of a name that is longer than most terminals are wide, 80 columns and more]"
+    assert str(out / "rule.safetensors") in run("train", *SMALL, "--out", out).stdout
+    names = ["--rule", "[red]:cat:=lstm-quadratic", "--task", "quadratic", "--baseline", "none"]
+    done = run("evaluate", *names, "--steps", 1, "--runs", 1, "--out", out)
+    assert "[red]:cat:" in done.stdout
+    assert f"numbers: {out}" in done.stdout
+    with Progress("[b]title", 1) as shown:
+        shown.advance("[b]:cat:")
+    assert "[b]title: 1/1, 0 s left; [b]:cat:" in capsys.readouterr().err
+
+
 def test_evaluate_prints_a_table_and_writes_everything(trained, tmp_path):
     out = tmp_path / "evaluation"
     rule = f"mine={trained / 'rule.safetensors'}"
@@ -93,6 +115,14 @@ def test_reproduce_prints_the_claim_and_the_table(tmp_path, monkeypatch):
     for words in ("A figure", "The paper: it works.", "lstm ends"):
         assert words in done.stdout
     assert (tmp_path / "tiny-quick" / "figure.png").exists()
+
+
+def test_reproduce_has_its_folder_to_itself(tmp_path):
+    with (
+        locked(tmp_path / "fig5-quick" / ".lock"),
+        pytest.raises(ValueError, match=r"out: .*fig5-quick is another command's at this moment"),
+    ):
+        run("reproduce", "fig4-quadratic", "fig5", "--quick", "--out", tmp_path)
 
 
 def test_rules_are_listed_with_what_they_are_good_for():
@@ -226,6 +256,14 @@ def test_help_shows_an_example(command):
         (["train", "--task", "digits", "--hidden", str(10**12)], ""),
         (["train", "--task", "digits", "--batch-size", str(10**15)], ""),
         (["tune", "--task", "quadratic", "--high", "inf"], "high: expected a finite number, got inf"),
+        (["train", "--task", "quadratic", *["--horizon", str(10**12), "--unroll", str(10**12)]], "no memory for such"),
+        (["evaluate", "--rule", "=lstm-mnist"], "optimizers: expected names that can be printed and saved, got ''"),
+        (["evaluate", "--rule", "__metadata__=lstm-mnist"], "names that can be printed and saved, got '__metadata__'"),
+        (["evaluate", "--rule", "runs/lr=0.1/rule.safetensors"], "runs/lr=0.1/rule.safetensors: expected a rule file"),
+        (["evaluate", "--rule", "lstm-mnist", "--runs", "0"], "runs: expected an integer >= 1, got 0"),
+        (["evaluate", "--rule", "lstm-mnist", "--backend", "fast"], "backend: expected one of auto"),
+        (["reproduce", "fig5", "--rule", "lstm-quadratic=lstm-quadratic"], "rule: expected some of lstm-mnist, which"),
+        (["reproduce", "fig5", "--retrain", "--rule", "lstm-mnist=lstm-mnist"], "rule: expected none beside retrain"),
         (["tune", "--task", "quadratic", "--seed", str(10**30)], "seed: expected an integer below 2^32"),
     ],
 )

@@ -124,6 +124,26 @@ def test_bad_input_is_named(change, error, message, cache):
     assert not cache.exists()
 
 
+@pytest.mark.parametrize(
+    ("optimizers", "options", "message"),
+    [
+        ({"a": LSTMRule()}, {"backend": "fast"}, "backend: expected one of auto"),
+        ({"a": lambda params: 3}, {}, r"optimizers\['a'\]: expected it to return a torch optimizer"),
+        ({"": SGD(0.1)}, {}, "optimizers: expected names that can be printed and saved, got ''"),
+        ({"two\nlines": SGD(0.1)}, {}, "optimizers: expected names that can be printed and saved"),
+        (
+            {"__metadata__": SGD(0.1)},
+            {},
+            "optimizers: expected names that can be .*, got '__metadata__'",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_known_before_rates_are_tuned(optimizers, options, message, cache):
+    with pytest.raises((TypeError, ValueError), match=message):
+        evaluate(Quadratic(dim=2, batch=2), {"adam": Adam(), **optimizers}, steps=2, runs=2, **options)
+    assert not cache.exists()
+
+
 # Statistics
 
 

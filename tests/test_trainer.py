@@ -155,6 +155,36 @@ def test_two_calls_of_fit_are_one():
     assert outcome(parts) == whole
 
 
+@pytest.mark.parametrize("moment", ["validate", "_copy_weights", "_copy_adam", "_save"])
+def test_a_run_that_is_stopped_at_any_moment_goes_on_to_the_same_bits(moment, monkeypatch):
+    """Also where an epoch is over and only half of what it gave has been put away."""
+    whole = finished(trainer(), 4)
+    stopped = trainer()
+    stopped.fit(2, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(stopped, moment, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            stopped.fit(4, progress=False)
+    done = len(stopped.history)
+    assert outcome(stopped) == finished(trainer(), done)
+    assert finished(stopped, 4) == whole
+
+
+def test_the_length_of_a_schedule_stays(tmp_path):
+    """A cosine of another length behind the first epochs would be a run that no arguments describe."""
+    run = trainer(checkpoint=tmp_path / "run", schedule="cosine")
+    run.fit(4, progress=False)
+    before = outcome(run)
+    for epochs in (3, 8):
+        with pytest.raises(ValueError, match=rf"epochs: expected .*cosine schedule, got {epochs}: epoch 2 had"):
+            run.fit(epochs, progress=False)
+    assert outcome(run) == before
+    for epochs in (0, 4):
+        again = trainer(checkpoint=tmp_path / "run", schedule="cosine")
+        again.fit(epochs, progress=False)
+        assert outcome(again) == before
+
+
 @dataclass(frozen=True)
 class Interrupted(Quadratic):
     """Interrupts the run that asks for its `stop_at`-th problem."""
@@ -403,6 +433,22 @@ def test_a_checkpoint_larger_than_its_run_is_not_read(saved):
     os.truncate(saved, 2**40)  # takes no place on the disk
     with pytest.raises(CheckpointError, match=r"checkpoint: expected at most \d+ bytes, got more"):
         trainer(checkpoint=saved)
+
+
+def test_a_checkpoint_that_came_later_is_looked_at(tmp_path):
+    """By a trainer that was made before: it goes on from its own run's, and leaves another's alone."""
+    path, whole = tmp_path / "run", finished(trainer(), 3)
+    early, behind = trainer(checkpoint=path), trainer(checkpoint=path)
+    others = trainer(checkpoint=path, meta_lr=0.02), trainer(checkpoint=path, rule=small_rule(seed=1))
+    trainer(checkpoint=path).fit(2, progress=False)
+    content = path.read_bytes()
+    for other, message in zip(others, ("meta_lr: expected 0.02, got 0.01", "other first weights"), strict=True):
+        with pytest.raises(CheckpointError, match=message):
+            other.fit(1, progress=False)
+    assert path.read_bytes() == content
+    assert len(behind.fit(1, progress=False)) == 2
+    assert path.read_bytes() == content
+    assert finished(early, 3) == whole
 
 
 # What is not finite

@@ -1,13 +1,13 @@
 """Every figure and table of the papers, one declarative entry each, and the recipes of the rules that they show."""
 
 from fastl2l.experiments.andrychowicz2016 import EXPERIMENTS
-from fastl2l.experiments.experiment import Experiment, reproduce, retrain
+from fastl2l.experiments.experiment import Experiment, folder_name, reproduce, retrain
 from fastl2l.experiments.recipes import RECIPES, fresh_rule
 
 ALL = {experiment.name: experiment for experiment in EXPERIMENTS}
 """By name."""
 
-__all__ = ["ALL", "RECIPES", "Experiment", "by_name", "fresh_rule", "reproduce", "retrain"]
+__all__ = ["ALL", "RECIPES", "Experiment", "by_name", "folder_name", "fresh_rule", "reproduce", "retrain"]
 
 
 def by_name(name: str) -> Experiment:

@@ -93,7 +93,7 @@ def reproduce(
     Returns:
         The curves by panel.
     """
-    folder = Path(out) / (experiment.name + "-quick" * quick)
+    folder = Path(out) / folder_name(experiment, quick)
     budget = QUICK if quick else FULL
     panels = [
         panel for panel in experiment.panels if not quick or not experiment.quick or panel.name in experiment.quick
@@ -124,6 +124,11 @@ def reproduce(
     _draw(panels, results, folder / "figure.png", f"{experiment.title}\n{note}" if quick else experiment.title)
     files.write_text(folder / "table.md", _table(experiment, panels, results, note))
     return results
+
+
+def folder_name(experiment: Experiment, quick: bool) -> str:
+    """Where `reproduce` writes, in its folder."""
+    return experiment.name + "-quick" * quick
 
 
 def _draw(panels: Sequence[Panel], results: Mapping[str, Curves], path: Path, title: str) -> None:

@@ -153,8 +153,7 @@ class MetaTrainer:
         self._adam_state = self._copy_adam()
         self._first = _fingerprint(self._current)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
-        if self._checkpoint is not None and self._checkpoint.exists():
-            self._restore(checkpoint_module.load(self._checkpoint, self.settings(), self._current, Epoch))
+        self._take_up()
         self._writer = None if tensorboard is None else _summary_writer(tensorboard)
 
     def _check(self) -> None:
@@ -190,7 +189,7 @@ class MetaTrainer:
     def fit(self, epochs: int, *, progress: bool = True) -> list[Epoch]:
         """Train until `epochs` epochs are done in all, counting those of earlier calls and of the checkpoint.
 
-        With the cosine schedule `epochs` is also its length, so a run that is to be resumed names the same number.
+        With the cosine schedule `epochs` is also its length, so a run that is taken up again names the same number.
 
         Args:
             epochs: epochs in all.
@@ -202,9 +201,13 @@ class MetaTrainer:
 
         Raises:
             RuntimeError: another run is at this checkpoint.
+            CheckpointError: another run has been there, with other settings.
+            ValueError: the finished epochs followed a schedule of another length.
         """
         epochs = integer("epochs", epochs, least=0)
         with self._alone():
+            self._take_up()
+            self._check_schedule(epochs)
             try:
                 self._fit(epochs, progress)
             finally:
@@ -231,12 +234,15 @@ class MetaTrainer:
         train = self._captured().train if self.capture and len(self.history) < epochs else self._train
         with Progress("meta-training", epochs, done=len(self.history), shown=progress) as shown:
             for number in range(len(self.history), epochs):
-                self.history.append(self._epoch(number, epochs, train))
-                self._current, self._adam_state = self._copy_weights(), self._copy_adam()
-                if self.history[-1].validation_loss < self.best_loss:
-                    self.best_loss, self._best = self.history[-1].validation_loss, self._current
+                epoch = self._epoch(number, epochs, train)
+                current, adam_state = self._copy_weights(), self._copy_adam()
+                is_best = epoch.validation_loss < self.best_loss
+                best_loss, best = (epoch.validation_loss, current) if is_best else (self.best_loss, self._best)
+                # At once: whatever stops a run finds it before this epoch or behind it, never in between.
+                self.history, self.best_loss, self._best = [*self.history, epoch], best_loss, best
+                self._current, self._adam_state = current, adam_state
                 self._save()
-                shown.advance(f"validation {self.history[-1].validation_loss:.4g}, best {self.best_loss:.4g}")
+                shown.advance(f"validation {epoch.validation_loss:.4g}, best {self.best_loss:.4g}")
                 _return_freed_memory()
 
     @property
@@ -245,7 +251,7 @@ class MetaTrainer:
         return self.best_loss if self.keep == "best" or not self.history else self.history[-1].validation_loss
 
     def _epoch(self, number: int, epochs: int, train: Callable[[Iterable[Problem]], tuple[Tensor, int]]) -> Epoch:
-        meta_lr = self.meta_lr * SCHEDULES[self.schedule](number / epochs)
+        meta_lr = self._scheduled_lr(number, epochs)
         self._set_lr(meta_lr)
         first_of_batches = range(number * self.trajectories, (number + 1) * self.trajectories, self.batch)
         losses, skipped = train(self._problems("train", first, self.batch) for first in first_of_batches)
@@ -253,6 +259,19 @@ class MetaTrainer:
         epoch = Epoch(number + 1, train_loss, self.validate(), meta_lr, skipped)
         self._log(epoch)
         return epoch
+
+    def _scheduled_lr(self, number: int, epochs: int) -> float:
+        return self.meta_lr * SCHEDULES[self.schedule](number / epochs)
+
+    def _check_schedule(self, epochs: int) -> None:
+        """That the finished epochs are the first of a run of so many; with none to do, all is well."""
+        for epoch in self.history if epochs else ():
+            meta_lr = self._scheduled_lr(epoch.epoch - 1, epochs)
+            if not math.isclose(meta_lr, epoch.meta_lr, rel_tol=1e-12):
+                raise ValueError(
+                    f"epochs: expected the number that the run began with, the length of its {self.schedule} schedule, "
+                    f"got {epochs}: epoch {epoch.epoch} had the rate {epoch.meta_lr:.6g} and would have {meta_lr:.6g}"
+                )
 
     def _train(self, problems: Iterable[Problem]) -> tuple[Tensor, int]:
         """Train along the trajectories of `problems`; see :meth:`capture.CapturedWindow.train`."""
@@ -336,16 +355,22 @@ class MetaTrainer:
         }
         checkpoint_module.save(self._checkpoint, self.settings(), state)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.history = [Epoch(*epoch) for epoch in state["history"]]
-        self.best_loss, self._current, self._best = state["best_loss"], state["current"], state["best"]
-        self._adam_state = state["adam"]
-        mine, self._first = self._first, state.get("first", self._first)  # older ones do not know
-        if mine not in (self._first, _fingerprint(self._current), _fingerprint(self._best)):
+    def _take_up(self) -> None:
+        """Go on from the checkpoint, if there is one and it is further than this run."""
+        if self._checkpoint is None or not self._checkpoint.exists():
+            return
+        state = checkpoint_module.load(self._checkpoint, self.settings(), self._current, Epoch)
+        first = state.get("first", self._first)  # older ones do not know
+        if self._first not in (first, _fingerprint(state["current"]), _fingerprint(state["best"])):
             raise checkpoint_module.CheckpointError(
                 f"{self._checkpoint}: is of a run from other first weights; expected a rule as that began (its seed, "
                 "or the rule it was trained from) or as that has left it, or another checkpoint"
             )
+        self._first = first
+        if len(state["history"]) > len(self.history):
+            self.history = [Epoch(*epoch) for epoch in state["history"]]
+            self.best_loss, self._current, self._best = state["best_loss"], state["current"], state["best"]
+            self._adam_state = state["adam"]
 
     def _log(self, epoch: Epoch) -> None:
         if self._writer is None:
