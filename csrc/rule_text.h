@@ -50,7 +50,10 @@ class RuleParser {
   };
 
   void require(bool condition, const std::string& message) const {
-    if (!condition) throw std::runtime_error("rule '" + text_.substr(0, 100) + "': " + message);
+    if (condition) return;
+    std::string shown = "rule '" + text_.substr(0, 100) + "': " + message.substr(0, 300);
+    for (char& c : shown) c = c < ' ' || c > '~' ? '?' : c;  // cut or not, it is to be UTF-8
+    throw std::runtime_error(shown);
   }
 
   static std::vector<std::string_view> split_at(std::string_view text, char separator) {
@@ -97,7 +100,8 @@ class RuleParser {
   int units(std::string_view text) const {
     int value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    require(error == std::errc() && end == text.data() + text.size() && value >= 1 && value <= kMostUnits,
+    require(error == std::errc() && end == text.data() + text.size() && text.size() <= 9 && value >= 1 &&
+                value <= kMostUnits,
             "expected units from 1 to " + std::to_string(kMostUnits) + ", got " + std::string(text));
     return value;
   }

@@ -64,6 +64,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"path: expected a file name, got the folder {os.fspath(path)!r}")
+    if target.exists() and not target.is_file():  # a device, which renaming would put a file in the place of
+        raise OSError(f"path: expected a file, new or to be replaced, got {os.fspath(path)!r}, which is something else")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
     try:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastl2l.files import shown
 from fastl2l.ops.dispatch import Backend, select
-from fastl2l.optimizer_state import SHAPE, STATE, Together, check_saved, check_shape, select_rows
+from fastl2l.optimizer_state import SHAPE, STATE, Together, check_saved, check_shape, has_data, select_rows
 from fastl2l.rules import Rule, upgraded
 
 NONFINITE = ("raise", "skip", "propagate")
@@ -63,6 +63,12 @@ class _Batch(NamedTuple):
     def checked(self) -> _Batch:
         """With contiguous copies of what is not contiguous. Raises as :meth:`check` does."""
         self.check()
+        for param in self.params:
+            if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+                raise RuntimeError(
+                    f"parameter of shape {list(param.shape)}: expected a place in memory for each number, got an "
+                    "expanded tensor"
+                )
         params = [param.contiguous() for param in self.params]
         copies = [(param, work) for param, work in zip(self.owners, params, strict=True) if work is not param]
         return self._replace(params=params, grads=[grad.contiguous() for grad in self.grads], copies=copies)
@@ -245,7 +251,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             return flags
         together = flags[0]
         for batch, flag in zip(batches, flags, strict=True):
-            self._backend(batch).find_nonfinite_(flag, batch.grads)
+            self._backend(batch).find_nonfinite_(flag, batch.grads, batch.group["rule"].dtype == torch.float32)
             together &= flag.to(together.device)
         return [together.to(flag.device) for flag in flags]
 
@@ -264,7 +270,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 raise
             batch = contiguous
             self._call(batch, states, finite)
-        if finite is not None and not self.capturable and _has_data(finite) and not finite:
+        if finite is not None and not self.capturable and has_data(finite) and not finite:
             return False
         for param, entry in new.items():
             self.state[param].update(entry)
@@ -293,6 +299,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
     def _states(self, batch: _Batch) -> tuple[list[Tensor], dict[Tensor, dict[str, Any]]]:
         """The parameters' states, and what is to be kept, when the step is done, of those whose first one it is."""
+        if batch.owners[0].device != batch.device:  # the rule has been moved
+            batch.check()
         entries, shapes = self._entries(batch.owners), [param.shape for param in batch.owners]
         states: list[Any] = [entry.get(STATE) for entry in entries]
         together = self._together.get(batch.number)
@@ -347,6 +355,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._together = {}
+        for group in self.param_groups:  # those that were saved by an older version have not all of them
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     # Of all hooks, ours is the last before torch loads, and the first after it has saved or loaded: whatever the others
     # see is whole, and their word stands.
@@ -382,6 +393,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
     def _take_states(self, saved: dict[str, Any], loaded: list[_Loaded]) -> dict[str, Any]:
         """Check what is to be loaded, and keep from torch the states, which it would cast to the parameters' dtype."""
+        if not isinstance(saved.get("state"), dict) or not isinstance(saved.get("param_groups"), list):
+            raise ValueError(f"state_dict: expected a dict of states and a list of groups, got {shown(saved)}")
         sizes = [[len(group["params"]) for group in groups] for groups in (self.param_groups, saved["param_groups"])]
         if sizes[0] != sizes[1]:
             return saved  # which torch refuses
@@ -389,6 +402,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         for index, (group, saved_group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
             rule = group["rule"]
             same = _check_same_rule(index, saved_group.get("rule"), rule)
+            _check_factors(saved_group.get("lr", 1.0), saved_group.get("weight_decay", 0.0))
             keys = zip(group["params"], saved_group["params"], strict=True)
             found = {param: (key, entries[key]) for param, key in keys if _is_stepped(entries.get(key))}
             for param, (key, entry) in found.items():
@@ -420,10 +434,6 @@ def _is_captured(device: torch.device) -> bool:
     if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():  # fake tensors
         return False
     return torch.cuda.is_current_stream_capturing()
-
-
-def _has_data(tensor: Tensor) -> bool:
-    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
 def _factors(group: dict[str, Any], rule: Rule) -> tuple[float, float, Tensor | None]:
@@ -467,10 +477,8 @@ def _check_group(group: dict[str, Any], backend: str) -> None:
     rule, lr, decay = group["rule"], group["lr"], group["weight_decay"]
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a rule for every parameter group, got {type(rule).__name__}")
-    if not _is_rate(lr):
-        raise ValueError(f"lr: expected a finite number >= 0, got {shown(lr)}")
-    if isinstance(decay, Tensor) or not _is_rate(decay):
-        raise ValueError(f"weight_decay: expected a finite number >= 0, got {shown(decay)}")
+    rule.check_alone()
+    _check_factors(lr, decay)
     for name in _foreign_options():
         if group.get(name):  # options that are off have no effect anywhere
             raise ValueError(
@@ -480,6 +488,13 @@ def _check_group(group: dict[str, Any], backend: str) -> None:
     if len(set(group["params"])) < len(group["params"]):
         raise ValueError("params: expected every parameter once, got one twice in a group")
     select(backend, rule.device)
+
+
+def _check_factors(lr: Any, decay: Any) -> None:
+    if not _is_rate(lr):
+        raise ValueError(f"lr: expected a finite number >= 0, got {shown(lr)}")
+    if isinstance(decay, Tensor) or not _is_rate(decay):
+        raise ValueError(f"weight_decay: expected a finite number >= 0, got {shown(decay)}")
 
 
 def _is_rate(lr: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastl2l.ops.layout import TILE, from_rows, new_state, state_shape, to_rows
 from fastl2l.rules import Rule
@@ -26,6 +27,7 @@ class Together(NamedTuple):
     states: list[Tensor]
     shapes: list[torch.Size]  # of the parameters
     state: Tensor
+    places: list[int]  # in memory, of the state and of its parts
 
     @classmethod
     def of(cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None) -> Together:
@@ -33,14 +35,28 @@ class Together(NamedTuple):
         shapes = [param.shape for param in params]
         tiles = [state_shape(rule, shape.numel())[0] for shape in shapes]
         state = _allocate(rule, sum(tiles) * TILE, dtype)
-        return cls(list(state.split(tiles)), shapes, state)
+        together = cls(list(state.split(tiles)), shapes, state, [])
+        if not torch.compiler.is_compiling() and has_data(state):
+            together.places.extend(together._places())
+        return together
 
     def holds(self, states: Sequence[Tensor | None]) -> bool:
-        return len(states) == len(self.states) and all(map(operator.is_, states, self.states))
+        """Whether these are the states, and still parts of this memory: somebody may have given them other data."""
+        if len(states) != len(self.states) or not all(map(operator.is_, states, self.states)):
+            return False
+        return torch.compiler.is_compiling() or not has_data(self.state) or self._places() == self.places
+
+    def _places(self) -> list[int]:
+        return [self.state.data_ptr(), *map(Tensor.data_ptr, self.states)]
 
     def entries(self) -> list[dict[str, Any]]:
         """What is kept of each parameter."""
         return [new_entry(state, shape) for state, shape in zip(self.states, self.shapes, strict=True)]
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether there are numbers in it."""
+    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
 def new_entry(state: Tensor, shape: Iterable[int]) -> dict[str, Any]:
@@ -72,9 +88,9 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
         ValueError: its shape or dtype is another, its parameter had another shape, or it is something else.
     """
     found, sizes = entry[STATE], entry.get(SHAPE, {})
-    if not isinstance(found, Tensor) or not isinstance(sizes, dict):
+    if not isinstance(found, Tensor) or found.layout != torch.strided or not isinstance(sizes, dict):
         got = f"{type(found).__name__} and {type(sizes).__name__}"
-        raise ValueError(f"state of parameter {key}: expected a tensor and a dictionary of sizes, got {got}")
+        raise ValueError(f"state of parameter {key}: expected a dense tensor and a dictionary of sizes, got {got}")
     if (shape := kept_shape(entry, param)) != tuple(param.shape):
         raise ValueError(
             f"state of parameter {key}: expected one of a parameter of shape {list(param.shape)}, got {list(shape)}"
@@ -96,8 +112,13 @@ def select_rows(entry: dict[str, Any], old: Tensor, new: Tensor, rows: Any) -> d
     if not shape or new.dim() != len(shape) or new.shape[1:] != shape[1:]:
         raise ValueError(f"new: expected the shape {list(shape)} but for the number of rows, got {list(new.shape)}")
     try:
-        index = torch.arange(shape[0], device=entry[STATE].device)[slice(None) if rows is None else rows]
-    except (IndexError, TypeError) as error:
+        chosen = slice(None) if rows is None else torch.as_tensor(rows, device=entry[STATE].device)
+        if isinstance(chosen, Tensor) and chosen.numel() and (chosen.is_floating_point() or chosen.is_complex()):
+            raise TypeError(f"got numbers of {chosen.dtype}")
+        if isinstance(chosen, Tensor) and not chosen.numel():
+            chosen = slice(0, 0)
+        index = torch.arange(shape[0], device=entry[STATE].device)[chosen]
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"rows: expected a mask or indices of {shape[0]} rows, as old has; {error}") from error
     if index.dim() != 1 or len(index) > len(new):
         raise ValueError(f"rows: expected at most {len(new)}, as many as new has, got {list(index.shape)}")

@@ -48,7 +48,10 @@ def save_rule(rule: Rule, path: str | os.PathLike[str], *, recipe: dict[str, Any
         "recipe": json.dumps(recipe or {}),
     }
     files.parse_json(metadata["recipe"], "recipe")
-    return files.write_tensors(path, dict(rule.named_parameters()), metadata)
+    names = [name for name, _ in rule.config.weight_shapes]
+    # Of their own each, though they be tied, and those alone, though the module has others.
+    weights = {name: weight.detach().clone() for name, weight in zip(names, rule.weights(), strict=True)}
+    return files.write_tensors(path, weights, metadata)
 
 
 def shipped() -> dict[str, Path]:

@@ -104,6 +104,13 @@ class Rule(nn.Module):
         for name in shapes:
             self.get_parameter(name).copy_(weights[name])
 
+    def check_alone(self) -> None:
+        """Raise a ValueError if it needs rows from outside or has no update: it cannot step parameters by itself."""
+        if self.config.given or self.config.output == "none":
+            raise ValueError(
+                f"rule: expected one with an update and no given rows, got {self.text}, which fastl2l.ops.update steps"
+            )
+
     def describe(self) -> dict[str, Any]:
         """What it is, as JSON holds it: kind, configuration, dtype, and a fingerprint of the weights (SHA-256)."""
         return {
@@ -278,6 +285,7 @@ def rules_by_part(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
         ValueError: there is none, one stands for two parts, or they differ in dtype or device.
     """
     if isinstance(rule, Rule):
+        rule.check_alone()
         return {"": rule}
     if not isinstance(rule, Mapping):
         raise TypeError(f"rule: expected a rule or a dict of rules by part, got {type(rule).__name__}")
@@ -286,6 +294,7 @@ def rules_by_part(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
             raise TypeError(f"rule: expected rules by the names of parts, got {part!r}: {type(one).__name__}")
         if not part or "." in part:
             raise ValueError(f"rule: expected names of parts without a point in them, got {part!r}")
+        one.check_alone()
     if not rule or len({id(one) for one in rule.values()}) < len(rule):
         raise ValueError(
             f"rule: expected at least one part, and another rule for each, got {', '.join(rule) or 'none'}"

@@ -77,9 +77,9 @@ def backend(library: Path) -> dispatch.Backend:
         assert error == 0
         return dweights, dstate_first, dgrads, dgiven
 
-    def find_nonfinite_(finite, tensors):
+    def find_nonfinite_(finite, tensors, in_float32=False):
         error = kernels.emulated_find_nonfinite(
-            len(tensors), _pointers(tensors), *_sizes(tensors), ctypes.c_void_p(finite.data_ptr())
+            len(tensors), _pointers(tensors), *_sizes(tensors), int(in_float32), ctypes.c_void_p(finite.data_ptr())
         )
         assert error == 0
 

@@ -136,13 +136,12 @@ void step_all(const std::vector<Parameter>& parameters, const std::vector<Tensor
 }
 
 // x - x is 0 for finite x and NaN otherwise; the sum of such terms is vectorized by any compiler.
-template <typename Stored>
+template <typename Stored, typename Wide>
 bool finite(const void* data, int64_t n) {
   const Stored* x = static_cast<const Stored*>(data);
   constexpr int lanes = 16;
   constexpr int64_t stretch = 4096;
   for (int64_t first = 0; first < n; first += stretch) {
-    using Wide = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
     const int64_t last = std::min(n, first + stretch);
     Wide sums[lanes] = {};
     int64_t i = first;
@@ -157,25 +156,28 @@ bool finite(const void* data, int64_t n) {
   return true;
 }
 
-bool all_finite(const std::vector<Parameter>& parameters) {
-  return std::all_of(parameters.begin(), parameters.end(), [](const Parameter& parameter) {
+bool all_finite(const std::vector<Parameter>& parameters, bool in_float32) {
+  return std::all_of(parameters.begin(), parameters.end(), [&](const Parameter& parameter) {
+    const auto holds = [&](auto* function) { return function(parameter.grad, parameter.numel); };
     switch (parameter.dtype) {
-      case ScalarType::Float: return finite<float>(parameter.grad, parameter.numel);
-      case ScalarType::Double: return finite<double>(parameter.grad, parameter.numel);
-      case ScalarType::Half: return finite<torch::headeronly::Half>(parameter.grad, parameter.numel);
-      default: return finite<torch::headeronly::BFloat16>(parameter.grad, parameter.numel);
+      case ScalarType::Float: return holds(finite<float, float>);
+      case ScalarType::Double: return in_float32 ? holds(finite<double, float>) : holds(finite<double, double>);
+      case ScalarType::Half: return holds(finite<torch::headeronly::Half, float>);
+      default: return holds(finite<torch::headeronly::BFloat16, float>);
     }
   });
 }
 
 // Clears a flag that says that all gradients are finite, if one is not; returns the flag.
-bool find_nonfinite(Tensor& finite, const std::vector<Parameter>& parameters) {
+bool find_nonfinite(Tensor& finite, const std::vector<Parameter>& parameters, bool in_float32) {
   check_tensor({"finite"}, finite, ScalarType::Bool, {1});
   bool& flag = *static_cast<bool*>(finite.data_ptr());
-  return flag = flag && all_finite(parameters);
+  return flag = flag && all_finite(parameters, in_float32);
 }
 
-void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors) { find_nonfinite(finite, check_gradients(tensors)); }
+void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors, bool in_float32) {
+  find_nonfinite(finite, check_gradients(tensors), in_float32);
+}
 
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& tensor) {
@@ -201,7 +203,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     rule.update_scale *= number_in(*rate);
     decay *= number_in(*rate);
   }
-  if (finite && !find_nonfinite(*finite, parameters)) return;
+  if (finite && !find_nonfinite(*finite, parameters, dtype == ScalarType::Float)) return;
   if (parameters.empty()) return;
   if (dtype == ScalarType::Float) {
     const bool is_bfloat16 = stored == ScalarType::BFloat16;

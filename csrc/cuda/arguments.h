@@ -26,6 +26,7 @@ struct Segments {
   int count;
   int64_t tiles;
   int64_t tiles_before;  // of what other launches take
+  bool in_float32;       // whether numbers must be finite as float32
   bool* finite;          // null, or whether all gradients are: nothing is changed while they are not
 
   DEVICE bool wanted() const { return finite == nullptr || *finite; }

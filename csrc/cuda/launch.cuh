@@ -124,8 +124,9 @@ Error each_launch(const std::vector<Segment>& all, bool* finite, F launch_segmen
 }
 
 // Clears the flag if a gradient is not finite; the rest of the segments may be missing. Returns the device's error.
-inline Error find_nonfinite(const std::vector<Segment>& all, bool* finite, const Queue& queue) {
-  return each_launch(all, finite, [&](const Segments& segments) {
+inline Error find_nonfinite(const std::vector<Segment>& all, bool* finite, bool in_float32, const Queue& queue) {
+  return each_launch(all, finite, [&](Segments segments) {
+    segments.in_float32 = in_float32;
     const int64_t most = (int64_t)queue.multiprocessors * 8;
     const int64_t blocks = std::min((segments.tiles * kTile + kReduceThreads - 1) / kReduceThreads, most);
     return launch(find_nonfinite_kernel, blocks, kReduceThreads, 0, queue.stream, segments);
@@ -137,7 +138,7 @@ inline Error find_nonfinite(const std::vector<Segment>& all, bool* finite, const
 template <typename T, typename Stored>
 Error step(const Rule& rule, const std::vector<const T*>& weights, const std::vector<Segment>& all,
            const Factors<T>& factors, double grad_scale, const T* given, bool* finite, const Queue& queue) {
-  Error error = finite ? find_nonfinite(all, finite, queue) : Error{};
+  Error error = finite ? find_nonfinite(all, finite, std::is_same_v<T, float>, queue) : Error{};
   if (error != Error{}) return error;
   const auto fast = [&](auto shape) {
     using S = decltype(shape);

@@ -92,13 +92,14 @@ void check_flag(const Tensor& finite, int device) {
   check_device({"finite"}, finite, device);
 }
 
-void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors) {
+void find_nonfinite_(Tensor finite, std::vector<Tensor> tensors, bool in_float32) {
   const std::vector<Segment> segments = segments_of(check_gradients(tensors));
   const int device = finite.get_device();
   check_flag(finite, device);
   check_devices("tensors", tensors, device);
   const Work work(finite);
-  check_cuda(find_nonfinite(segments, static_cast<bool*>(finite.data_ptr()), work.queue()), "find_nonfinite_");
+  check_cuda(find_nonfinite(segments, static_cast<bool*>(finite.data_ptr()), in_float32, work.queue()),
+             "find_nonfinite_");
 }
 
 template <typename T>

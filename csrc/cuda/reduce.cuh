@@ -36,7 +36,8 @@ find_nonfinite_kernel(KERNEL_ARGUMENT Segments segments) {
     const Segment& segment = segments.of(i / kTile);
     const int64_t coordinate = i - segment.first_tile * kTile;
     if (coordinate >= segment.numel) continue;
-    const double x = element<double>(segment.grad, segment.dtype, coordinate);
+    double x = element<double>(segment.grad, segment.dtype, coordinate);
+    if (segments.in_float32) x = (float)x;
     found |= !(x - x == 0);
   }
   if (found) *segments.finite = false;

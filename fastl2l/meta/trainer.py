@@ -151,14 +151,17 @@ class MetaTrainer:
         self._adam = torch.optim.Adam(trained, lr=self._lr, fused=fused, capturable=capture)
         self._current = self._best = self._copy_weights()
         self._adam_state = self._copy_adam()
-        self._first = _fingerprint(self._current)
+        self._first, self._identity = _fingerprint(self._current), _identity(self._rules)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._take_up()
         self._writer = None if tensorboard is None else _summary_writer(tensorboard)
 
     def _check(self) -> None:
-        if not any(weight.requires_grad for weight in all_weights(self._rules)):
+        weights = all_weights(self._rules)
+        if not any(weight.requires_grad for weight in weights):
             raise ValueError("rule: expected weights to train, got none that require grad")
+        if len(set(map(id, weights))) < len(weights):
+            raise ValueError("rule: expected a tensor for each weight, got one for two of them")
         if not isinstance(self.task, Task):
             raise TypeError(f"task: expected a fastl2l.tasks.Task, got {type(self.task).__name__}")
         if self.horizon % self.unroll:
@@ -181,7 +184,7 @@ class MetaTrainer:
         names += ["second_derivatives", "clip_norm", "schedule"]
         return {
             "task": self.task.spec(),
-            "rule": _identity(self._rules),
+            "rule": self._identity,
             "backend": select(self.backend, next(iter(self._rules.values())).device).name,
             **{name: getattr(self, name) for name in names},
         }
@@ -202,9 +205,14 @@ class MetaTrainer:
         Raises:
             RuntimeError: another run is at this checkpoint.
             CheckpointError: another run has been there, with other settings.
-            ValueError: the finished epochs followed a schedule of another length.
+            ValueError: the finished epochs followed a schedule of another length, or weights were frozen or thawed.
         """
         epochs = integer("epochs", epochs, least=0)
+        if _identity(self._rules) != self._identity:
+            raise ValueError(
+                f"rule: expected {self._identity} with the same weights to train as when the trainer was made, got "
+                f"{_identity(self._rules)}"
+            )
         with self._alone():
             self._take_up()
             self._check_schedule(epochs)
@@ -222,7 +230,7 @@ class MetaTrainer:
             return
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(locked(self._checkpoint.with_name(self._checkpoint.name + ".lock"), wait=False))
+                stack.enter_context(locked(Path(os.path.realpath(self._checkpoint) + ".lock"), wait=False))
             except BlockingIOError as error:
                 raise RuntimeError(f"checkpoint: {self._checkpoint} is another run's at this moment") from error
             yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, util
 from typing import Any
@@ -23,7 +23,7 @@ class Backend:
     name: str
     step_: Callable[..., None]
     window_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    find_nonfinite_: Callable[[Tensor, Sequence[Tensor]], None]
+    find_nonfinite_: Callable[..., None]
 
 
 def _of_operators(name: str, operators: Any) -> Backend:

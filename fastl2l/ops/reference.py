@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastl2l import reference
-from fastl2l.ops.checks import check_numbers, check_parameters, check_rule, check_window
+from fastl2l.ops.checks import check_numbers, check_parameters, check_rule, check_tensor, check_window
 from fastl2l.ops.layout import from_rows, split_state, tiles_of, to_rows
 
 
@@ -31,7 +31,7 @@ def step_(
     check_parameters(config, params, grads, states, given, weights[0], contiguous=False)
     check_numbers(weights[0], update_scale, decay, rate)
     if finite is not None:
-        find_nonfinite_(finite, grads)
+        find_nonfinite_(finite, grads, weights[0].dtype == torch.float32)
     dtype, sizes = weights[0].dtype, [param.numel() for param in params]
     states = split_state(states, sizes)
     tiles = [tiles_of(size) for size in sizes]
@@ -89,6 +89,7 @@ def window_backward(
         if dstate is not None:
             loss = loss + (to_rows(dstate, numel) * rows).sum()
         leaves = [*weights, first, grads] + ([] if given is None else [given])
+        loss = loss if loss.requires_grad else rows.sum() * 0.0  # a rule without output, whose state nobody looks at
         found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     count = len(weights)
     return (
@@ -99,10 +100,11 @@ def window_backward(
     )
 
 
-def find_nonfinite_(finite: Tensor, tensors: Sequence[Tensor]) -> None:
+def find_nonfinite_(finite: Tensor, tensors: Sequence[Tensor], in_float32: bool = False) -> None:
     """See schema.py."""
+    check_tensor("finite", finite, finite, (1,), torch.bool)
     for tensor in tensors:
-        finite &= tensor.isfinite().all()
+        finite &= (tensor.float() if in_float32 else tensor).isfinite().all()
 
 
 def _write(target: Tensor, value: Tensor, finite: Tensor | None) -> None:

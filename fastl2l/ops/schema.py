@@ -12,11 +12,12 @@ step_
     that is float32, changed in place. Everything is computed in the weights' dtype, the update from the new state, and
     only then is that rounded to bfloat16: to the nearest, and halfway to the even one; NaN stays NaN. A rule whose
     features have a state (means) takes none in bfloat16. ``grad_scale`` multiplies the gradients first. ``finite``:
-    None, or a bool [1] that becomes False if a gradient is not finite; while it is False, from before the call or
-    since, nothing else is changed. ``given``: [tiles, rows, 16] in the weights' dtype, as if all parameters were one,
-    for a rule that has given rows. ``decay``: parameters are multiplied by ``1 - decay`` before they are updated.
-    ``rate``: None, or a scalar in the weights' dtype on their device, which multiplies both update_scale and decay. A
-    rule whose output is none changes states alone; its params only say how many coordinates there are.
+    None, or a bool [1] that becomes False if a gradient is not finite in the weights' dtype; while it is False, from
+    before the call or since, nothing else is changed. ``given``: [tiles, rows, 16] in the weights' dtype, as if all
+    parameters were one, for a rule that has given rows. ``decay``: parameters are multiplied by ``1 - decay`` before
+    they are updated. ``rate``: None, or a scalar in the weights' dtype on their device, which multiplies both
+    update_scale and decay. A rule whose output is none changes states alone; its params only say how many coordinates
+    there are.
 
 window_backward
     Gradients of ``sum(adjoints * updates)`` over a window of T steps, by recomputation from its first state.
@@ -26,7 +27,8 @@ window_backward
     given if ``need_dgiven``; what is not needed comes back with a first dimension of 0, and no given rows as [0].
 
 find_nonfinite_
-    Sets ``finite``, a bool [1], to False if a number in ``tensors`` is not finite. The host does not wait for it.
+    Sets ``finite``, a bool [1], to False if a number in ``tensors`` is not finite, or not as a float32 with
+    ``in_float32``: gradients in float64 may be too large for a rule. The host does not wait for it.
 
 describe_rule
     What the native kernels make of a rule's text: weights, state rows, features, and its numbers in order. To hold the
@@ -89,7 +91,7 @@ def _window_backward(
     return dweights, dstate_first, dgrads, dgiven
 
 
-def _find_nonfinite(finite: Tensor, tensors: list[Tensor]) -> None:
+def _find_nonfinite(finite: Tensor, tensors: list[Tensor], in_float32: bool = False) -> None:
     return None
 
 
@@ -104,7 +106,7 @@ def _define(namespace: str) -> torch.library.Library:
         f"window_backward(Tensor state, Tensor grads, Tensor adjoints, {_RULE}, Tensor? dstate, bool need_dstate, "
         "bool need_dgrads, Tensor? given=None, bool need_dgiven=False) -> (Tensor, Tensor, Tensor, Tensor)"
     )
-    library.define("find_nonfinite_(Tensor(a!) finite, Tensor[] tensors) -> ()")
+    library.define("find_nonfinite_(Tensor(a!) finite, Tensor[] tensors, bool in_float32=False) -> ()")
     fakes: dict[str, Callable[..., Any]] = {
         "step_": _step,
         "window_backward": _window_backward,

@@ -41,7 +41,7 @@ def step_(
     check_numbers(like, update_scale, decay, rate)
     if finite is not None:
         check_tensor("finite", finite, like, (1,), torch.bool)
-        find_nonfinite_(finite, grads)
+        find_nonfinite_(finite, grads, weights[0].dtype == torch.float32)
     sizes = [param.numel() for param in params]
     rows = [None] * len(sizes) if given is None else given.split([tiles_of(size) for size in sizes])
     if params:

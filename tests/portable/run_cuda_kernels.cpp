@@ -59,11 +59,12 @@ int emulated_step(const char* text, double update_scale, double grad_scale, doub
   return is_double ? run(double(), double()) : run(float(), float());
 }
 
-int emulated_find_nonfinite(int count, void** tensors, const int64_t* numels, const int* dtypes, bool* finite) {
+int emulated_find_nonfinite(int count, void** tensors, const int64_t* numels, const int* dtypes, int in_float32,
+                            bool* finite) {
   std::vector<Segment> segments;
   for (int i = 0; i < count; ++i) segments.push_back({nullptr, tensors[i], nullptr, numels[i], 0, (Dtype)dtypes[i]});
   Workspaces workspaces;
-  return find_nonfinite(segments, finite, workspaces.queue());
+  return find_nonfinite(segments, finite, in_float32, workspaces.queue());
 }
 
 int emulated_window_backward(const char* text, double update_scale, int is_double, void** weights, int64_t numel,
