@@ -5,23 +5,22 @@ python bench/figure.py bench/results/FILE.json docs/images/roofline.png
 
 from __future__ import annotations
 
-import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from competitors import BYTES, multiply_adds
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from fastl2l.files import write_bytes
+from fastl2l.plots import legend_beneath, save_panels
 
 COLOURS = {"fastl2l": "#D55E00", "compile": "#0072B2", "eager": "#7F7F7F", "jax": "#009E73"}
 LABELS = {"compile": "torch.compile", "eager": "PyTorch", "jax": "JAX"}
 
 
-def draw(axes: Axes, what: str, rows: list[dict[str, Any]]) -> None:
+def draw(axes: Axes, *, what: str, rows: list[dict[str, Any]]) -> None:
     """One panel: a line for everyone, and the two floors."""
     rows = [row for row in rows if row["group"].startswith(what + ",")]
     for who, colour in COLOURS.items():
@@ -37,23 +36,17 @@ def draw(axes: Axes, what: str, rows: list[dict[str, Any]]) -> None:
         sgemm, color="black", linewidth=1, linestyle="--", label=f"sgemm, as many multiply-adds: {sgemm:.0f} ns"
     )
     axes.axhline(copy, color="black", linewidth=1, linestyle=":", label=f"memory copy, as many bytes: {copy:.0f} ns")
-    axes.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="ns a coordinate and step", title=what)
-    axes.grid(axis="y", color="#E6E6E6")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="ns a coordinate and step")
+    axes.grid(axis="y")
+    legend_beneath(axes, axes.get_lines())
 
 
 def main(source: str, target: str) -> None:
     """Draw the figure."""
     results = json.loads(Path(source).read_text())
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, what in zip(figure.subplots(1, 2), BYTES, strict=True):
-        draw(axes, what, results["rows"])
     about = results["about"]
-    figure.suptitle(f"{about['processor']}, {about['threads']} threads, {about['instruction_set']}", fontsize=10)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=160)
-    write_bytes(target, picture.getvalue())
+    title = f"{about['processor']}, {about['threads']} threads, {about['instruction_set']}"
+    save_panels(target, [(what, partial(draw, what=what, rows=results["rows"])) for what in BYTES], title)
 
 
 if __name__ == "__main__":

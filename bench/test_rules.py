@@ -30,9 +30,7 @@ def _group(what: str, kind: str, numel: int) -> str:
     return f"{what}{'' if kind == 'lstm' else f' of {kind}'}, N = {numel:,}"
 
 
-def _note(
-    benchmark: Any, who: str, what: str, kind: str, numel: int, steps: int, machine: dict[str, float]
-) -> None:
+def _note(benchmark: Any, who: str, what: str, kind: str, numel: int, steps: int, machine: dict[str, float]) -> None:
     nanoseconds = benchmark.stats.stats.median / numel / steps * 1e9
     floor = multiply_adds(what, kind) / machine["sgemm_multiply_adds_per_ns"]
     benchmark.extra_info.update(

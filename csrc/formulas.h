@@ -25,6 +25,29 @@ FORMULA typename P::V log_sign_backward(const PartConstants<typename P::T>& cons
   return large ? dfirst / (P::set1(constants.p) * g) : dsecond * P::set1(constants.slope);
 }
 
+// The same without a switch, as TensorFlow code has it.
+template <class P>
+FORMULA void log_and_sign(const PartConstants<typename P::T>& constants, typename P::V g, typename P::V& first,
+                          typename P::V& second) {
+  using V = typename P::V;
+  const V one = P::set1(1), magnitude = (g < P::set1(0) ? -g : g) + P::set1((typename P::T)0x1p-23);
+  const V log = P::over(logarithm<P>(magnitude), constants.p, constants.inverse_p),
+          linear = g * P::set1(constants.slope);
+  first = log < -one ? -one : log;
+  second = linear < -one ? -one : (linear > one ? one : linear);
+}
+
+template <class P>
+FORMULA typename P::V log_and_sign_backward(const PartConstants<typename P::T>& constants, typename P::V g,
+                                            typename P::V dfirst, typename P::V dsecond) {
+  using V = typename P::V;
+  const V zero = P::set1(0), one = P::set1(1), sign = g < zero ? -one : one;
+  const V magnitude = sign * g + P::set1((typename P::T)0x1p-23), linear = sign * g * P::set1(constants.slope);
+  const V log = P::over(logarithm<P>(magnitude), constants.p, constants.inverse_p);
+  const V dlog = sign * dfirst / (P::set1(constants.p) * magnitude), dlinear = dsecond * P::set1(constants.slope);
+  return (log < -one ? zero : (g == zero ? zero : dlog)) + (linear > one ? zero : dlinear);
+}
+
 // The state of Adam's features: means of the gradient and of its square, and their ages, which are the means of ones.
 // With one age both are the same.
 template <class P>
@@ -78,6 +101,7 @@ FORMULA void features(const PartConstants<typename P::T>& constants, typename P:
     case Features::kNone: return;
     case Features::kRaw: to[0] = P::set1(constants.scale) * g; return;
     case Features::kLogSign: return log_sign<P>(constants, g, to[0], to[1]);
+    case Features::kLogAndSign: return log_and_sign<P>(constants, g, to[0], to[1]);
     case Features::kAdam: return adam<P>(constants, g, means, to[0], to[1]);
   }
 }
@@ -90,6 +114,7 @@ FORMULA typename P::V features_backward(const PartConstants<typename P::T>& cons
     case Features::kNone: break;
     case Features::kRaw: return P::set1(constants.scale) * dfeatures[0];
     case Features::kLogSign: return log_sign_backward<P>(constants, g, dfeatures[0], dfeatures[1]);
+    case Features::kLogAndSign: return log_and_sign_backward<P>(constants, g, dfeatures[0], dfeatures[1]);
     case Features::kAdam: return adam_backward<P>(constants, g, after, dfeatures[0], dfeatures[1], dmeans);
   }
   return P::set1(0);

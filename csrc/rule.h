@@ -14,7 +14,7 @@ namespace fastl2l {
 // State is kept in tiles of 16 coordinates, [tile][row][16]: a tile's rows are neighbours in memory, whatever N is.
 constexpr int kTile = 16;
 
-enum class Features : int32_t { kNone, kRaw, kLogSign, kAdam };
+enum class Features : int32_t { kNone, kRaw, kLogSign, kAdam, kLogAndSign };
 enum class Projection : int32_t { kNone, kElu };
 enum class Output : int32_t { kLinear, kTanh, kNone };
 

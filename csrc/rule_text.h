@@ -17,6 +17,10 @@ namespace fastl2l {
 constexpr int kMostUnits = 1 << 15, kMostLayers = 64;
 constexpr size_t kMostText = 1000;
 
+inline bool takes_logarithm(const Rule& rule) {
+  return rule.features == Features::kLogSign || rule.features == Features::kLogAndSign;
+}
+
 class RuleParser {
  public:
   explicit RuleParser(const std::string& text) : text_(text) {}
@@ -31,7 +35,7 @@ class RuleParser {
       rule.projection = Projection::kElu;
       rule.projected = units(take(1).numbers[0]);
     }
-    require(next_is("lstm"), "expected the parts [raw|log_sign|adam] [given] [elu] lstm linear|tanh|none");
+    require(next_is("lstm"), "expected the parts [raw|log_sign|log_and_sign|adam] [given] [elu] lstm linear|tanh|none");
     read_layers(rule);
     read_output(rule);
     require(next_ == parts_.size(), "expected nothing after the output");
@@ -103,7 +107,10 @@ class RuleParser {
       const char* name;
       Features features;
       size_t constants;
-    } kAll[] = {{"raw", Features::kRaw, 1}, {"log_sign", Features::kLogSign, 1}, {"adam", Features::kAdam, 3}};
+    } kAll[] = {{"raw", Features::kRaw, 1},
+                {"log_sign", Features::kLogSign, 1},
+                {"log_and_sign", Features::kLogAndSign, 1},
+                {"adam", Features::kAdam, 3}};
     for (const auto& one : kAll) {
       if (!next_is(one.name)) continue;
       const Part part = take(one.constants);
@@ -111,7 +118,7 @@ class RuleParser {
       for (size_t i = 0; i < one.constants; ++i) rule.constants[i] = number(part.numbers[i]);
       break;
     }
-    if (rule.features == Features::kLogSign) require(rule.constants[0] <= 87, "expected p of at most 87");
+    if (takes_logarithm(rule)) require(rule.constants[0] <= 87, "expected p or k of at most 87");
     if (rule.features == Features::kAdam) {
       require(rule.constants[0] < 1 && rule.constants[1] < 1, "expected beta1 and beta2 below 1");
     }
@@ -153,7 +160,7 @@ inline const Rule& parse_rule(const std::string& text) {
 
 template <typename T>
 PartConstants<T> part_constants(const Rule& rule) {
-  const double p = rule.features == Features::kLogSign ? rule.constants[0] : 0;
+  const double p = takes_logarithm(rule) ? rule.constants[0] : 0;
   return {rule, std::exp(-p), std::exp(p)};
 }
 

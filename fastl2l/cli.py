@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fastl2l import baselines, environment, experiments, files, plots, rule_files, tasks
+from fastl2l import baselines, environment, experiments, files, import_rules, plots, rule_files, tasks
 from fastl2l.build import locked
 from fastl2l.evaluate import Curves, check, comparisons, evaluate
 from fastl2l.meta import MetaTrainer, search_meta_lr
@@ -312,6 +312,32 @@ def _replacement(entry: str) -> tuple[str, str]:
     if not separator or name not in experiments.RECIPES:
         raise ValueError(f"rule: expected NAME=FILE with a name of {', '.join(experiments.RECIPES)}, got {entry!r}")
     return name, path
+
+
+@app.command(name="import")
+def import_command(
+    file: Annotated[Path, typer.Argument(help="An .l2l file, or a state_dict that torch.save wrote.")],
+    out: Annotated[Path, typer.Option(help="The rule file to write.")],
+    source: Annotated[str, typer.Option("--from", help="What wrote it: tensorflow or torch.")] = "tensorflow",
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Of gradients: raw:SCALE, log_sign:P or adam:BETA1,BETA2,EPSILON; by default raw:1 for one input, "
+            "log_and_sign:5 (tensorflow) or log_sign:10 (torch) for two, adam:0.95,0.95,1e-08 with a projection."
+        ),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="linear, or tanh, the default with a projection.")] = None,
+    output_scale: Annotated[
+        float | None, typer.Option(help="Factor on updates; by default 0.01 (tensorflow) or 0.1 (torch).")
+    ] = None,
+) -> None:
+    """Make a rule file of weights that others trained. Nothing in their file is executed.
+
+    Example: fastl2l import rnnprop.l2l --out rnnprop.safetensors
+    """
+    rule, recipe = import_rules.import_rule(file, source, features=features, output=output, output_scale=output_scale)
+    rule_files.save_rule(rule, out, recipe=recipe)
+    console.print(f"{rule.text}, output scale {rule.config.output_scale:g}\nrule: {out}", highlight=False)
 
 
 @app.command()

@@ -147,6 +147,7 @@ def shown(value: object) -> str:
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple, _REPR.maxother = 5, 12, 12, 12, 80
+_REPR.maxstring = 100
 
 
 def _inside(value: Any) -> Collection[Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -16,9 +17,12 @@ from typing import Any
 
 import matplotlib
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from fastl2l.evaluate import Curves, with_half_width
 from fastl2l.files import write_bytes
@@ -41,6 +45,7 @@ _FORMATS: dict[str, dict[str, Any]] = {  # without dates: the same curves give t
     "svg": {"metadata": {"Date": None}},
     "pdf": {"metadata": {"CreationDate": None}},
 }
+_PANEL_HEIGHT = 3.85  # inches of axes and their scales, without titles and legend
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -57,8 +62,10 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": "#444444",
     "grid.color": "#E6E6E6",
     "grid.linewidth": 0.7,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
+    "legend.frameon": False,
+    "legend.borderpad": 0,
+    "legend.handlelength": 3,
+    "legend.columnspacing": 1.5,
     "pdf.fonttype": 42,
     "svg.hashsalt": "fastl2l",
 }
@@ -78,7 +85,7 @@ def plot_curves(curves: Curves, path: str | os.PathLike[str], *, title: str | No
     """
     if not isinstance(curves, Curves):
         raise TypeError(f"curves: expected what fastl2l.evaluate returns, got {type(curves).__name__}")
-    return _figure(path, [(_title(curves) if title is None else title, lambda axes: _draw(axes, curves, log))])
+    return save_panels(path, [(_title(curves) if title is None else title, lambda axes: _draw(axes, curves, log))])
 
 
 def plot_panels(panels: Mapping[str, Curves], path: str | os.PathLike[str], *, title: str) -> Path:
@@ -91,7 +98,9 @@ def plot_panels(panels: Mapping[str, Curves], path: str | os.PathLike[str], *, t
     Raises:
         ValueError: there is no panel, or the suffix is another.
     """
-    return _figure(path, [(name, partial(_draw, curves=curves, log=True)) for name, curves in panels.items()], title)
+    return save_panels(
+        path, [(name, partial(_draw, curves=curves, log=True)) for name, curves in panels.items()], title
+    )
 
 
 def plot_final_losses(
@@ -109,16 +118,16 @@ def plot_final_losses(
         ValueError: there is no group, or the suffix is another.
     """
     finals = [curves.final(name)[0] for group in groups.values() for curves in group.values() for name in curves.losses]
-    shown = [final for final in finals if math.isfinite(final)] or [1.0]
 
     def draw(axes: Axes, group: Mapping[int, Curves], first: bool) -> None:
         sample = next(iter(group.values()))
         colours = dict(_colours(sample))
+        bars = []
         for name in reversed(sample.ranking()):
             learned = sample.kind(name) == "learned"
-            finals = [curves.final(name) if not curves.diverged(name) else (math.nan, 0.0) for curves in group.values()]
-            means, halves = zip(*finals, strict=True)
-            line, *_ = axes.errorbar(
+            ends = [curves.final(name) if not curves.diverged(name) else (math.nan, 0.0) for curves in group.values()]
+            means, halves = zip(*ends, strict=True)
+            bar = axes.errorbar(
                 list(group),
                 means,
                 yerr=halves,
@@ -131,19 +140,18 @@ def plot_final_losses(
                 zorder=4 if learned else 3,
             )
             if not learned:
-                line.set_dashes(_DASHES.get(name.lower(), (4, 2)))
+                bar.lines[0].set_dashes(_DASHES.get(name.lower(), (4, 2)))
+            bars.append(bar)
         if first:
             axes.axvline(marked, color="#999999", linewidth=1, linestyle=":", zorder=1)
         axes.set(xlabel=xlabel, ylabel="final loss", xticks=list(group))
-        _logarithmic(axes, min(shown), max(shown))
-        axes.grid(axis="y")
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1])
+        _loss_axis(axes, finals)
+        legend_beneath(axes, bars[::-1])
 
     panels = [
         (name, partial(draw, group=group, first=number == 0)) for number, (name, group) in enumerate(groups.items())
     ]
-    return _figure(path, panels, title)
+    return save_panels(path, panels, title)
 
 
 def plot_history(history: Sequence[Epoch], path: str | os.PathLike[str], *, title: str = "meta-training") -> Path:
@@ -161,22 +169,20 @@ def plot_history(history: Sequence[Epoch], path: str | os.PathLike[str], *, titl
 
     def draw(axes: Axes) -> None:
         epochs = [epoch.epoch for epoch in history]
-        axes.plot(
-            epochs, [epoch.train_loss for epoch in history], color="#999999", label="training, mean over all steps"
-        )
+        training = [epoch.train_loss for epoch in history]
         validation = [epoch.validation_loss for epoch in history]
-        axes.plot(epochs, validation, color=COLOURS["lstm"], linewidth=2, label="validation, last step")
         best = min(history, key=lambda epoch: epoch.validation_loss)
         label = f"best, {best.validation_loss:.4g}"
-        axes.plot(best.epoch, best.validation_loss, "o", color="#222222", markersize=5, zorder=5, label=label)
-        axes.set(xlabel="epoch", ylabel="loss", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.grid(axis="y")
-        axes.legend()
+        lines = [
+            *axes.plot(epochs, training, color="#999999", label="training, mean over all steps"),
+            *axes.plot(epochs, validation, color=COLOURS["lstm"], linewidth=2, label="validation, last step"),
+            *axes.plot(best.epoch, best.validation_loss, "o", color="#222222", markersize=5, zorder=5, label=label),
+        ]
+        axes.set(xlabel="epoch", ylabel="loss")
+        _loss_axis(axes, training + validation)
+        legend_beneath(axes, lines)
 
-    return _figure(path, [(title, draw)])
+    return save_panels(path, [(title, draw)])
 
 
 def plot_search(trials: Sequence[tuple[float, float]], path: str | os.PathLike[str], *, title: str) -> Path:
@@ -197,21 +203,21 @@ def plot_search(trials: Sequence[tuple[float, float]], path: str | os.PathLike[s
         highest = max((loss for _, loss in finite), default=1.0)
         failed = [lr for lr, loss in trials if not math.isfinite(loss)]
         axes.plot([lr for lr, _ in finite], [loss for _, loss in finite], "o", color=COLOURS["lstm"])
-        if failed:
-            axes.plot(failed, [highest] * len(failed), "x", color="#777777", label="diverged")
-            axes.legend()
         axes.set(xlabel="meta learning rate", ylabel="validation loss, last step", xscale="log")
-        if finite:
-            _logarithmic(axes, min(loss for _, loss in finite), highest)
-        axes.grid(axis="y")
+        _loss_axis(axes, [loss for _, loss in trials])
+        if failed:
+            legend_beneath(axes, axes.plot(failed, [highest] * len(failed), "x", color="#777777", label="diverged"))
 
-    return _figure(path, [(title, draw)])
+    return save_panels(path, [(title, draw)])
 
 
-def _figure(
+def save_panels(
     path: str | os.PathLike[str], panels: Sequence[tuple[str, Callable[[Axes], None]]], title: str | None = None
 ) -> Path:
-    """Panels side by side, each a title and what draws it, under a common title if there is one."""
+    """Draw panels side by side, each a title and what draws it, under a common title if there is one.
+
+    The figure is as much higher as titles and legends (`legend_beneath`) are: the axes keep their size.
+    """
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in _FORMATS:
         raise ValueError(f"path: expected a name that ends in .{', .'.join(_FORMATS)}, got {os.fspath(path)!r}")
@@ -220,19 +226,54 @@ def _figure(
     picture = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         width = 6.4 if len(panels) == 1 else 4.6 * len(panels)
-        figure = Figure(figsize=(width, 4.0 if title is None else 4.3), layout="constrained")
+        figure = Figure(figsize=(width, _PANEL_HEIGHT), layout="constrained")
+        titles = []
         for axes, (name, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             draw(axes)
-            axes.set_title(name)
+            titles.append(axes.set_title(_wrapped(name, int(8 * width / len(panels)))))
+        legends = [legend for axes in figure.axes if (legend := axes.get_legend())]
+        above = []
         if title is not None:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+            above.append(figure.suptitle(_wrapped(title, int(8 * width)), x=0.01, ha="left", fontsize=12))
+        written = [max((one.get_window_extent().height for one in row), default=0) for row in (above, titles, legends)]
+        figure.set_figheight(_PANEL_HEIGHT + sum(written) / figure.dpi)
         figure.savefig(picture, format=suffix, **_FORMATS[suffix])
     return write_bytes(path, picture.getvalue())
 
 
+def legend_beneath(axes: Axes, handles: Sequence[Artist | Container], title: str | None = None) -> None:
+    """A legend beneath the axes and all that is written there, where no curve can run, in as many columns as fit.
+
+    To be called when the axes are finished: it is placed by what is there.
+    """
+    figure = axes.figure
+    box = axes.get_window_extent()
+    written = axes.get_tightbbox() or box
+    below = (box.y0 - written.y0) / figure.dpi + 0.12
+    labels = [str(handle.get_label()).replace("$", r"\$") for handle in handles]  # names are no mathematics
+    for columns, letters in [(columns, 40) for columns in range(min(len(handles), 4), 0, -1)] + [(1, 20)]:
+        legend = axes.legend(
+            handles,
+            [_wrapped(label, letters) for label in labels],
+            title=title,
+            ncols=columns,
+            alignment="left",
+            loc="upper left",
+            borderaxespad=0,
+            bbox_to_anchor=(0, 0),
+            bbox_transform=axes.transAxes + ScaledTranslation(0, -below, figure.dpi_scale_trans),
+        )
+        if legend.get_window_extent().width <= box.width:
+            break
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+
+
 def _draw(axes: Axes, curves: Curves, log: bool) -> None:
     colours = dict(_colours(curves))
-    low, high = _limits(curves)
+    lines = []
     for name in reversed(curves.ranking()):  # the best on top
         learned = curves.kind(name) == "learned"
         (line,) = axes.plot(
@@ -245,19 +286,14 @@ def _draw(axes: Axes, curves: Curves, log: bool) -> None:
         )
         if not learned:
             line.set_dashes(_DASHES.get(name.lower(), (4, 2)))
+        lines.append(line)
         low_end, high_end = curves.interval(name)
         known = high_end.isfinite().numpy()
         steps = range(curves.steps + 1)
         axes.fill_between(steps, low_end, high_end, where=known, color=colours[name], alpha=0.16, linewidth=0, zorder=2)
     axes.set(xlabel="step", ylabel="loss", xlim=(0, curves.steps))
-    if log and low > 0:
-        _logarithmic(axes, low, high)
-    else:
-        margin = 0.04 * (high - low) or 1.0
-        axes.set_ylim(low - margin, high + margin)
-    axes.grid(axis="y")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], title="final loss, 95% interval", alignment="left", handlelength=3)
+    _loss_axis(axes, _limits(curves), log)
+    legend_beneath(axes, lines[::-1], title="final loss, 95% interval")
 
 
 def _colours(curves: Curves) -> Iterator[tuple[str, str]]:
@@ -266,20 +302,28 @@ def _colours(curves: Curves) -> Iterator[tuple[str, str]]:
         yield name, COLOURS.get(name.lower()) or next(others)
 
 
-def _limits(curves: Curves) -> tuple[float, float]:
-    """The range of losses to show: all means, except that what climbs far above every start is cut off."""
+def _limits(curves: Curves) -> tuple[float, ...]:
+    """The range of losses to show, if any: all means, except that what climbs far above every start is cut off."""
     means = torch.stack([curves.mean(name) for name in curves.losses])
     shown = means[means.isfinite()]
     if not len(shown):
-        return 0.0, 1.0
+        return ()
     lowest, highest, start = shown.min().item(), shown.max().item(), means[:, 0].max().item()
     return lowest, min(highest, start + 2 * abs(start))
 
 
-def _logarithmic(axes: Axes, low: float, high: float) -> None:
+def _loss_axis(axes: Axes, losses: Iterable[float], log: bool = True) -> None:
+    """From the lowest finite loss to the highest: logarithmic if asked for and if all are positive."""
+    finite = [loss for loss in losses if math.isfinite(loss)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    axes.grid(axis="y")
+    if not log or low <= 0:
+        margin = 0.04 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+        return
     axes.set_yscale("log")
     axes.set_ylim(low / 1.25, high * 1.25)
-    decades = math.log10(high / low)
+    decades = math.log10(high) - math.log10(low)
     labelled = (1, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=labelled))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastl2l.rule_config import Adam, Features, LogSign, Raw, RuleConfig
+from fastl2l.rule_config import Adam, Features, LogAndSign, LogSign, Raw, RuleConfig
 
 
 def exact(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -39,6 +39,12 @@ def log_sign(gradient: Tensor, part: LogSign) -> Tensor:
     first = torch.where(large, log, torch.where(gradient.isnan(), gradient, -1.0))
     second = torch.where(large, gradient.sign(), gradient * math.exp(part.p))
     return torch.stack([first, second])
+
+
+def log_and_sign(gradient: Tensor, part: LogAndSign) -> Tensor:
+    """The same as TensorFlow code has it: ``max(log(|g| + 2^-23) / k, -1), clip(exp(k) g, -1, 1)``: [N] -> [2, N]."""
+    log = (gradient.abs() + 2.0**-23).log() / part.k
+    return torch.stack([log.clamp(min=-1), (gradient * math.exp(part.k)).clamp(-1, 1)])
 
 
 def adam(gradient: Tensor, rows: Tensor, part: Adam) -> tuple[Tensor, Tensor]:
@@ -73,6 +79,8 @@ def features(gradient: Tensor, rows: Tensor, part: Features | None) -> tuple[Ten
         return adam(gradient, rows, part)
     if isinstance(part, LogSign):
         return log_sign(gradient, part), rows
+    if isinstance(part, LogAndSign):
+        return log_and_sign(gradient, part), rows
     if isinstance(part, Raw):
         return raw(gradient, part), rows
     return gradient.new_empty(0, len(gradient)), rows

@@ -74,6 +74,11 @@ class _Part:
         return dataclasses.asdict(self)
 
 
+def _require_normal(name: str, p: float) -> None:
+    if p > 87:
+        raise ValueError(f"{name}: expected at most 87, beyond which exp(-{name}) is no normal float32, got {p!r}")
+
+
 @dataclass(frozen=True)
 class Raw(_Part):
     """The gradient times a constant."""
@@ -95,8 +100,21 @@ class LogSign(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.p > 87:
-            raise ValueError(f"p: expected at most 87, beyond which exp(-p) is no normal float32, got {self.p!r}")
+        _require_normal("p", self.p)
+
+
+@dataclass(frozen=True)
+class LogAndSign(_Part):
+    """The same without a switch, as that paper's TensorFlow code computes it, for weights that were trained there."""
+
+    name = "log_and_sign"
+    count: ClassVar[int] = 2
+    state_rows: ClassVar[int] = 0
+    k: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_normal("k", self.k)
 
 
 @dataclass(frozen=True)
@@ -122,8 +140,8 @@ class Adam(_Part):
         return 3 if self.beta1 == self.beta2 else 4
 
 
-Features = Raw | LogSign | Adam
-FEATURES: dict[str, type[Features]] = {part.name: part for part in (Raw, LogSign, Adam)}
+Features = Raw | LogSign | LogAndSign | Adam
+FEATURES: dict[str, type[Features]] = {part.name: part for part in (Raw, LogSign, LogAndSign, Adam)}
 """What is made of a gradient, by name."""
 PROJECTIONS = ("elu",)
 """What may follow the linear layer between inputs and LSTM."""

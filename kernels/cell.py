@@ -129,6 +129,26 @@ def log_sign_backward(gradient, dfirst, dsecond, constants):
 
 
 @triton.jit
+def log_and_sign(gradient, constants):
+    p, slope = constants[0], constants[2]
+    logarithm = log(tl.abs(gradient) + 1.1920928955078125e-07) / p
+    linear = gradient * slope
+    first = tl.where(logarithm < -1.0, -1.0, logarithm)
+    return first.to(gradient.dtype), tl.where(linear < -1.0, -1.0, tl.where(linear > 1.0, 1.0, linear)).to(
+        gradient.dtype
+    )
+
+
+@triton.jit
+def log_and_sign_backward(gradient, dfirst, dsecond, constants):
+    p, slope = constants[0], constants[2]
+    magnitude = tl.abs(gradient) + 1.1920928955078125e-07
+    sign = tl.where(gradient < 0, -1.0, 1.0).to(gradient.dtype)
+    dlog = tl.where((log(magnitude) / p < -1.0) | (gradient == 0), 0.0, sign * dfirst / (p * magnitude))
+    return dlog + tl.where(tl.abs(gradient) * slope > 1.0, 0.0, dsecond * slope)
+
+
+@triton.jit
 def adam(gradient, means, constants, COUNT: tl.constexpr):
     """Both features, and the means up to date: of the gradient, of its square, and of ones, once or for each."""
     beta1, beta2, new1, new2, epsilon = constants[0], constants[1], constants[2], constants[3], constants[4]
@@ -176,6 +196,8 @@ def features(gradient, means, constants, RULE: tl.constexpr):
         first, second, means = adam(gradient, means, constants, RULE.means)
     elif RULE.features == "log_sign":
         first, second = log_sign(gradient, constants)
+    elif RULE.features == "log_and_sign":
+        first, second = log_and_sign(gradient, constants)
     elif RULE.features == "raw":
         first, second = constants[0] * gradient, tl.zeros_like(gradient)
     else:
@@ -190,6 +212,8 @@ def features_backward(gradient, means, dfirst, dsecond, dmeans, constants, RULE:
         dgradient, dmeans = adam_backward(gradient, means, dfirst, dsecond, dmeans, constants, RULE.means)
     elif RULE.features == "log_sign":
         dgradient = log_sign_backward(gradient, dfirst, dsecond, constants)
+    elif RULE.features == "log_and_sign":
+        dgradient = log_and_sign_backward(gradient, dfirst, dsecond, constants)
     elif RULE.features == "raw":
         dgradient = constants[0] * dfirst
     else:

@@ -24,7 +24,7 @@ from fastl2l.kernels.window import (
     output_backward_kernel,
     projection_gradient_kernel,
 )
-from fastl2l.rule_config import Adam, LogSign, Raw, RuleConfig
+from fastl2l.rule_config import Adam, LogAndSign, LogSign, Raw, RuleConfig
 
 if triton.knobs.runtime.interpret:
     mend()
@@ -166,7 +166,7 @@ class Rule:
         match self.config.features:
             case Raw(scale):
                 found = [scale]
-            case LogSign(p):
+            case LogSign(p) | LogAndSign(p):
                 found = [p, math.exp(-p), math.exp(p)]
             case Adam(beta1, beta2, epsilon):
                 found = [beta1, beta2, 1 - beta1, 1 - beta2, epsilon]

@@ -36,6 +36,7 @@ RULES = [
     "adam:0.5,0.5,0.001 elu:33 lstm:5 tanh",
     "log_sign:5 elu:3 lstm:20 linear",
     "raw:0.7 elu:1 lstm:1,1 tanh",
+    "log_and_sign:5 lstm:20,20 linear",
 ]
 """What every backend is tested on: all parts, alone and together, and sizes that fit no block of the kernels."""
 GIVEN = [

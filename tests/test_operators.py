@@ -728,7 +728,7 @@ def tensors_of(arguments):
         ({"weights": lambda x: [w.double() for w in x]}, r"states\[0\]: expected float64, got float32"),
         (
             {"rule": lambda x: "log:10 lstm:20,20 linear"},
-            "rule 'log:10 lstm:20,20 linear': expected the parts .*raw.log_sign.adam",
+            "rule 'log:10 lstm:20,20 linear': expected the parts .*raw.log_sign.log_and_sign.adam",
         ),
         ({"rule": lambda x: lstm("raw")}, r"weights\[0\]: expected shape \[80, 1\], got \[80, 2\]"),
         ({"rule": lambda x: RNNPROP}, "weights: expected 10 tensors for adam.*, got 8"),

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from fastl2l.evaluate import Curves
@@ -116,10 +124,13 @@ def test_bad_input_is_named(curves, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_history_is_drawn_whole_and_empty_ones_are_refused(tmp_path):
+def test_history_is_drawn_whole_and_empty_ones_are_refused(tmp_path, axes):
     history = [Epoch(n, 1 / n, 0.5 / n, 1e-3, 0) for n in range(1, 6)]
     path = plot_history(history, tmp_path / "training.png")
-    assert Image.open(path).size == (1280, 800)
+    assert [len(line.get_xdata()) for line in axes[0].get_lines()] == [5, 5, 1]
+    width, height = Image.open(path).size
+    assert width == 1280
+    assert height > 800  # and a legend beneath
     with pytest.raises(ValueError, match="history: expected at least one epoch"):
         plot_history([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -133,8 +144,11 @@ def test_panels_stand_side_by_side_under_their_titles(curves, tmp_path, axes):
     assert [one.get_title(loc="left") for one in axes] == ["left", "right"]
     assert axes[0].figure.get_suptitle() == "both"
     assert len(axes[1].get_lines()) == 3
+    left, right = (one.get_position() for one in axes)
+    assert left.x1 < right.x0
+    assert (left.y0, left.y1) == pytest.approx((right.y0, right.y1))
     width, height = Image.open(path).size
-    assert width > 2 * height
+    assert width == 1840 > height
 
 
 def test_final_losses_stand_over_their_number(curves, tmp_path, axes):
@@ -183,3 +197,184 @@ def test_nothing_is_not_drawn(tmp_path, draw, message):
     with pytest.raises(ValueError, match=message):
         draw(tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
+
+
+# What is written, and what is drawn
+
+KINDS = {  # losses that leave no room, no range or no end, from uniform numbers [runs, steps + 1]
+    "random": lambda uniform, number: 10 ** (2 * uniform - 1),
+    "everywhere": lambda uniform, number: 10.0 ** (6 * ((torch.arange(uniform.shape[1]) + number) % 2) - 3) + uniform,
+    "rising": lambda uniform, number: torch.logspace(-2, 2, uniform.shape[1], dtype=torch.float64) * (uniform + number),
+    "falling": lambda uniform, number: torch.logspace(2, -2, uniform.shape[1], dtype=torch.float64) + 0.1 * uniform,
+    "flat": lambda uniform, number: torch.full_like(uniform, 1.0 + number),
+    "equal": lambda uniform, number: torch.ones_like(uniform),
+    "negative": lambda uniform, number: 2 * uniform - 1,
+    "zero": lambda uniform, number: torch.zeros_like(uniform),
+    "infinite": lambda uniform, number: torch.where(torch.arange(uniform.shape[1]) < 7 * number, 10**uniform, math.inf),
+    "lost": lambda uniform, number: torch.full_like(uniform, math.inf),
+    "huge": lambda uniform, number: 10 ** (200 * uniform - 100),
+}
+NAMES = {
+    "few": ["lstm", "adam", "sgd"],
+    "many": [f"optimizer {n}" for n in range(30)],
+    "long": ["lstm " * 30, "W" * 99],
+    "odd": ["_a", "$b_{$", "$c$", r"\\$d"],
+}
+
+
+def losses_of(kind, names=NAMES["few"], steps=40):
+    uniform = torch.rand(len(names), 3, steps + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses = {name: KINDS[kind](uniform[number], number) for number, name in enumerate(names)}
+    return Curves(losses, {"optimizers": {name: {"kind": "learned"} for name in names[:1]}})
+
+
+def draw_history(kind, path):
+    (training, *_), (validation, *_) = losses_of(kind, ["a", "b"]).losses.values()
+    pairs = enumerate(zip(training.tolist(), validation.tolist(), strict=True))
+    plot_history([Epoch(number, *pair, 1e-3, 0) for number, pair in pairs], path)
+
+
+def draw_search(kind, path):
+    (losses,) = losses_of(kind, ["a"]).losses.values()
+    losses[0, ::3] = math.inf
+    rates = torch.logspace(-5, 0, losses.shape[1]).tolist()
+    plot_search(list(zip(rates, losses[0].tolist(), strict=True)), path, title="search")
+
+
+def draw_final_losses(kind, path, names=NAMES["few"]):
+    groups = {title: {units: losses_of(kind, names, units) for units in (5, 20, 80)} for title in ("one", "two")}
+    plot_final_losses(groups, path, title="final", xlabel="units", marked=20)
+
+
+def draw_panels(kind, path, names=NAMES["few"]):
+    plot_panels({"a": losses_of(kind, names), "b": losses_of("random", names[:1])}, path, title="panels")
+
+
+def drawn(artist):
+    """The paths of a line or of a collection in pixels."""
+    paths = [artist.get_path()] if isinstance(artist, Line2D) else artist.get_paths()
+    return [artist.get_transform().transform_path(path).cleaned(remove_nans=True) for path in paths]
+
+
+def covers(box, artist):
+    """Whether any of an artist lies under a box; what is outside of the axes is clipped."""
+    box = Bbox.intersection(box, artist.axes.bbox)
+    if box is None:
+        return False
+    line = isinstance(artist, Line2D)
+    box = box.padded(max(artist.get_linewidth(), artist.get_markersize()) / 2 * artist.figure.dpi / 72 if line else 0)
+    filled = isinstance(artist, PolyCollection)
+    return any(path.intersects_bbox(box, filled=filled) or box.count_contains(path.vertices) for path in drawn(artist))
+
+
+def overlap(one, other):
+    """By how many pixels two boxes overlap, in the direction where it is less."""
+    return min(min(one.x1, other.x1) - max(one.x0, other.x0), min(one.y1, other.y1) - max(one.y0, other.y0))
+
+
+def check_readable(figure):
+    """Nothing written covers what is drawn or other writing, or is cut off, and the axes have room."""
+    figure.draw_without_rendering()
+    legends = figure.findobj(Legend)
+    texts = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text())
+    written = {one: one.get_window_extent() for one in (*legends, *texts)}
+    for axes in figure.axes:
+        artists = [*axes.lines, *axes.collections]
+        assert artists
+        assert [(text, one) for text, box in written.items() for one in artists if covers(box, one)] == []
+        assert min(axes.get_window_extent().size) > 2.4 * figure.dpi
+    titles = {figure._suptitle, *(title for axes in figure.axes for title in (axes._left_title, axes.title))}
+    blocks = [box for one, box in written.items() if one in titles or one in legends]
+    scales = [axis.get_tightbbox() for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    for number, block in enumerate(blocks):
+        assert all(overlap(block, other) < 1 for other in blocks[:number] + scales)
+    page = figure.bbox.padded(1)
+    assert all(page.fully_contains(*corner) for box in blocks + scales for corner in (box.min, box.max))
+
+
+@pytest.fixture
+def readable(monkeypatch):
+    """Check every figure in place of saving it; how many were checked."""
+    checked = []
+
+    def check(figure, *args, **options):
+        check_readable(figure)
+        checked.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", check)
+    return checked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda kind, path: plot_curves(losses_of(kind), path),
+        lambda kind, path: plot_curves(losses_of(kind), path, log=False),
+        draw_panels,
+        draw_final_losses,
+        draw_history,
+        draw_search,
+    ],
+    ids=["curves", "linear", "panels", "final losses", "history", "search"],
+)
+def test_no_label_covers_what_is_drawn(kind, draw, tmp_path, readable):
+    draw(kind, tmp_path / "a.png")
+    assert len(readable) == 1
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("kind", ["random", "infinite"])
+@pytest.mark.parametrize(
+    "draw",
+    [lambda kind, path, names: plot_curves(losses_of(kind, names), path), draw_panels, draw_final_losses],
+    ids=["curves", "panels", "final losses"],
+)
+def test_many_and_long_names_have_room(names, kind, draw, tmp_path, readable):
+    draw(kind, tmp_path / "a.png", NAMES[names])
+    assert len(readable[0].findobj(Legend)[0].get_texts()) == len(NAMES[names])
+
+
+def test_long_titles_have_room(curves, tmp_path, readable):
+    plot_panels({"left " * 40: curves, "right " * 40: curves}, tmp_path / "a.png", title="both " * 60 + "\nof them")
+    assert len(readable) == 1
+
+
+@pytest.mark.parametrize("slope", [-1, 0, 1])
+def test_benchmarks_have_room(slope, tmp_path, monkeypatch, readable):
+    bench = Path(__file__).parents[1] / "bench"
+    monkeypatch.setattr(sys, "path", [*sys.path, str(bench), str(bench / "gpu")])
+    import figure
+    import picture
+
+    rows = [
+        {"what": what, "group": f"{what}, N = {numel}", "who": who, "state": state, "coordinates": numel}
+        | {"ns_per_coordinate_step": (time := number * numel ** (slope / 2)), "median_s": time * numel / 1e9}
+        | {"sgemm_multiply_adds_per_ns": 90.0, "copy_bytes_per_ns": 30.0}
+        for number, who in enumerate(picture.STYLES | figure.COLOURS, 1)
+        for what in figure.BYTES
+        for numel in (10, 10**4, 10**7)
+        for state in picture.SHARES
+    ]
+    about = {"processor": "a processor", "threads": 2, "instruction_set": "avx2"}
+    (tmp_path / "results.json").write_text(json.dumps({"about": about, "rows": rows}))
+    figure.main(tmp_path / "results.json", tmp_path / "roofline.png")
+    stages = {"machine": {"found": {"copy": {"bytes_per_ns": 4000.0}}}, "speed": {"found": {"rows": rows}}}
+    picture.draw({"about": {"device": "a GPU", "commit": "none", "quick": True}, "stages": stages})
+    assert len(readable) == 2
+
+
+def test_the_check_sees_what_is_covered():
+    """A legend, a text, and a text that is cut off, each over what is there."""
+    for cover in (
+        lambda axes: axes.legend(loc="upper right"),
+        lambda axes: axes.text(0.5, 0.5, "a"),
+        lambda axes: axes.set_xlabel("x" * 200),
+    ):
+        axes = Figure(layout="constrained").add_subplot()
+        axes.plot([0, 1], [0, 1], "o-", label="a")
+        axes.fill_between([0, 1], [0, 0], [1, 1])
+        check_readable(axes.figure)
+        cover(axes)
+        with pytest.raises(AssertionError):
+            check_readable(axes.figure)

@@ -12,7 +12,7 @@ from torch import nn
 from fastl2l import LSTMRule, reference
 from fastl2l.ops import dispatch, update
 from fastl2l.ops.layout import from_rows, new_state
-from fastl2l.rule_config import Adam, LogSign, Raw
+from fastl2l.rule_config import Adam, LogAndSign, LogSign, Raw
 
 F64 = torch.float64
 EXACT = {"rtol": 1e-13, "atol": 1e-15}
@@ -44,6 +44,15 @@ def test_log_sign_is_continuous_at_the_switch(dtype):
     torch.testing.assert_close(found, torch.tensor([[-1.0], [1.0]], dtype=dtype).expand(2, 3), rtol=0, atol=8 * eps)
     assert found[0, 0] == -1
     assert found[1, 1] == 1  # the edge itself belongs to the logarithm
+
+
+def test_log_and_sign_is_log_sign_without_a_switch():
+    values = torch.tensor([1e-9, -1e-4, 0.3, -7.0, 1e30, 0.0], dtype=F64)
+    first, second = reference.log_and_sign(values, LogAndSign(5))
+    for value, log, sign in zip(values.tolist(), first.tolist(), second.tolist(), strict=True):
+        assert log == pytest.approx(max(math.log(abs(value) + 2**-23) / 5, -1), rel=1e-14)
+        assert sign == pytest.approx(min(max(value * math.exp(5), -1), 1), rel=1e-14)
+    assert reference.log_and_sign(torch.tensor([math.nan]), LogAndSign(5)).isnan().all()
 
 
 def test_what_is_not_finite_is_not_hidden():

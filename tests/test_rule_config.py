@@ -34,6 +34,7 @@ WRONG = {
     "log_sign:10; lstm:20 linear": "expected parts such as",
     "log_sign:10,5 lstm:20 linear": "log_sign: expected 1 numbers, got 2",
     "log_sign:88 lstm:20 linear": "p: expected at most 87",
+    "log_and_sign:88 lstm:20 linear": "k: expected at most 87",
     "log_sign:-1 lstm:20 linear": "expected parts such as",
     "log_sign:+1 lstm:20 linear": "expected parts such as",
     "log_sign:.5 lstm:20 linear": "expected parts such as",
@@ -156,7 +157,7 @@ def test_the_papers_rules_have_the_papers_sizes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"features": "raw"}, "features: expected one of raw, log_sign, adam, got 'raw'"),
+        ({"features": "raw"}, "features: expected one of raw, log_sign, log_and_sign, adam, got 'raw'"),
         ({"features": None}, "got neither"),
         ({"layers": []}, "layers: expected 1 to 64 numbers of units"),
         ({"layers": (20, 10)}, "layers: expected as many units in every layer"),

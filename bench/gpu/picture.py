@@ -64,6 +64,11 @@ def style(axes: Axes, **settings: Any) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
 
 
+def label(axes: Axes, height: float, text: str) -> None:
+    """A text beside the axes, where no line can run."""
+    axes.text(1.01, height, text, transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
+
+
 def draw_times(axes: Axes, what: str, rows: list[Row], copy: float | None) -> None:
     """A line for everyone, and the floor."""
     for who, (_, colour) in STYLES.items():
@@ -74,8 +79,7 @@ def draw_times(axes: Axes, what: str, rows: list[Row], copy: float | None) -> No
     if copy:
         floor = BYTES[what] / copy
         axes.axhline(floor, color="black", linewidth=1, linestyle=":")
-        text, place = f"copying as many bytes: {floor:.3g} ns", axes.get_yaxis_transform()
-        axes.text(0.02, floor * 1.03, text, transform=place, fontsize=8, va="bottom")
+        label(axes, floor, f"copying\nas many\nbytes:\n{floor:.3g} ns")
     style(axes, xscale="log", yscale="log", ylabel="ns a coordinate and step", title=what)
 
 
@@ -88,7 +92,7 @@ def draw_shares(axes: Axes, rows: list[Row], copy: float | None) -> None:
                 shares = [100 * share_of_copy(row, copy) for row in mine.values()]
                 axes.plot(list(mine), shares, "o" + line, color=STYLES[who][1], markersize=4)
         axes.hlines(100 * mark, LARGE, 1e8, color="black", linewidth=1, linestyle=line)
-        axes.text(LARGE, 100 * mark, "to reach ", va="center", ha="right", fontsize=8)
+        label(axes, 100 * mark, "to reach")
     title = "step: state moved (solid float32, broken bfloat16)"
     style(axes, xscale="log", ylabel="% of the copy bandwidth", ylim=(0, 110), title=title)
 

@@ -55,6 +55,11 @@ class Case(NamedTuple):
     coordinates: int
     state: str
     modes: tuple[str, ...]
+    kind: str = "lstm"
+
+
+OTHER_RULES = [("step", 49_152, "rnnprop"), ("meta-gradient", 49_152, "rnnprop")]
+"""One size says what another rule costs beside the LSTM rule."""
 
 
 def cases(who: str, quick: bool) -> list[Case]:
@@ -68,6 +73,10 @@ def cases(who: str, quick: bool) -> list[Case]:
         states = ("float32", "bfloat16") if who in OURS and what == "step" else ("float32",)
         modes = ("launches", "graph") if numel <= GRAPHS_UP_TO[what] else ("launches",)
         found += [Case(what, numel, state, modes) for state in states]
+    if who != "lstm":  # torch's nn.LSTM has no projection
+        numels = {what: QUICK_SIZES[0] if quick else numel for what, numel, _ in OTHER_RULES}
+        others = [Case(what, numels[what], "float32", ("launches",), kind) for what, _, kind in OTHER_RULES]
+        found[len(MARKED) : len(MARKED)] = others
     return found
 
 
@@ -90,13 +99,14 @@ def turns(numel: int, state: str, device: str) -> int:
 
 def workload(case: Case, device: str) -> Workload:
     if case.what == "meta-gradient":
-        return Workload.of(case.coordinates, UNROLL, device)
+        return Workload.of(case.coordinates, UNROLL, device, kind=case.kind)
     in_turn = turns(case.coordinates, case.state, device)
-    return Workload.of(case.coordinates, in_turn, device, in_turn)
+    return Workload.of(case.coordinates, in_turn, device, in_turn, case.kind)
 
 
 def describe(case: Case, who: str) -> dict[str, Any]:
-    return {"who": who, "what": case.what, "coordinates": case.coordinates, "state": case.state}
+    what = case.what if case.kind == "lstm" else f"{case.what} of {case.kind}"
+    return {"who": who, "what": what, "coordinates": case.coordinates, "state": case.state}
 
 
 def run_case(case: Case, who: str, device: str, seconds: float, quick: bool) -> list[dict[str, Any]]:
@@ -142,9 +152,9 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def check(who: str, device: str, quick: bool) -> None:
+def check(who: str, device: str, quick: bool, kind: str = "lstm") -> None:
     """What is timed computes the same, within what float32 allows over 20 steps."""
-    work = Workload.of(1003 if quick else CHECKED.get(who, 1003), UNROLL, device)
+    work = Workload.of(1003 if quick else CHECKED.get(who, 1003), UNROLL, device, kind=kind)
     mine, plain = implementation(who, "float32", quick)(work), competitors.eager(work)
     torch.testing.assert_close(mine.step(), plain.step(), rtol=1e-4, atol=1e-6)
     expected = plain.meta_gradient()
@@ -187,6 +197,8 @@ def main() -> int:
         return 0
     torch.backends.cudnn.allow_tf32 = False  # float32 for everyone
     check(who, args.device, args.quick)
+    if who != "lstm":
+        check(who, args.device, args.quick, "rnnprop")
     each = 0.02 if args.quick else 0.5
     for case in cases(who, args.quick):
         if findings.out_of_time:
