@@ -74,13 +74,16 @@ def test_dry_run(tmp_path):
     assert machine["copy"]["bytes_per_ns"] > 0
     assert machine["versions"]["torch"] == str(torch.__version__)
     rows = {tuple(row[key] for key in ("what", "coordinates", "state", "mode")): row for row in speed["rows"]}
-    assert len(rows) == len(speed["rows"]) == 2 * 2 * 2 + 2 * 2
+    assert len(rows) == len(speed["rows"]) == 2 * 2 * 2 + 2 * 2 + 2
+    assert {what for what, *_ in rows} == {
+        kind + of for kind in ("step", "meta-gradient") for of in ("", " of rnnprop")
+    }
     for (what, numel, _, mode), row in rows.items():
         assert row["who"] == "native"
         if mode == "graph":
             assert row["failed"] == "no CUDA device"
         else:
-            steps = 20 if what == "meta-gradient" else 1
+            steps = 20 if what.startswith("meta-gradient") else 1
             assert 0 < row["low_s"] <= row["median_s"] <= row["high_s"]
             assert row["ns_per_coordinate_step"] == pytest.approx(row["median_s"] / numel / steps * 1e9)
     assert {row["model"] for row in speed["optimizer"]} == {"one tensor", "300 tensors"}
@@ -425,9 +428,11 @@ def test_training_is_timed_without_what_is_done_once():
 def test_sizes_of_the_marks_come_first():
     import speed
 
-    first = [(case.what, case.coordinates) for case in speed.cases("native", False) if case.state == "float32"]
+    cases = [case for case in speed.cases("native", False) if case.state == "float32"]
+    first = [(case.what, case.coordinates) for case in cases if case.kind == "lstm"]
     assert first[: len(speed.MARKED)] == speed.MARKED
     assert len(set(first)) == len(first) == sum(map(len, speed.SIZES.values()))
+    assert [(case.what, case.coordinates, case.kind) for case in cases if case.kind != "lstm"] == speed.OTHER_RULES
     compiled = [(case.what, case.coordinates) for case in speed.cases("compile", False)]
     assert {("step", 49_152), ("meta-gradient", 1_000_000)} == set(compiled[:2])
 
