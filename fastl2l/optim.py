@@ -339,8 +339,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if self.nonfinite == "skip":
             self._skipped.add_(1)
             return
-        grads = [grad for batch in batches for grad in batch.grads]
-        shapes = [list(grad.shape) for grad in grads if not grad.isfinite().all()]
+        grads = [(grad, batch.group["rule"].dtype) for batch in batches for grad in batch.grads]
+        # As the rule sees them: float64 has larger numbers than float32.
+        shapes = [list(grad.shape) for grad, dtype in grads if not grad.to(dtype).isfinite().all()]
         raise FloatingPointError(
             f"gradient: expected finite numbers, got NaN or infinity in {len(shapes)} of {len(grads)} "
             f"parameters, the first of shape {shapes[0]}; nothing was changed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import subprocess
 import sys
 
@@ -299,3 +300,11 @@ def test_the_cache_stops_nobody(tmp_path, obstacle, monkeypatch):
     with pytest.warns(RuntimeWarning) as caught:
         assert files.cached(path, read_number, lambda: 7, write_number) == 7
     assert "deep: what was computed cannot be kept there: " in str(caught[-1].message)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"path: expected a file, new or to be replaced, got .*pipe"):
+        files.write_bytes(tmp_path / "pipe", b"x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]

@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import RNNPROP, constants, detached, random_gradients, random_rule, rule_of
+from helpers import GIVEN, RNNPROP, constants, detached, lstm, random_gradients, random_rule, rule_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1344,6 +1344,101 @@ def test_torch_compile_takes_the_step_without_a_break(rule, several, stepped):
         results.append((*params, *(entry["lstm_state"] for entry in optimizer.state.values())))
         assert optimizer.skipped_steps == 1
     assert same(*results)
+
+
+# What others do to it behind its back
+
+
+@pytest.mark.parametrize(
+    "change", [lambda state: setattr(state, "data", state.data.clone()), lambda state: state.set_(state.clone())]
+)
+def test_states_that_were_given_other_data_are_used_as_they_are(rule, change):
+    """As loops over all states do, to move or to copy them."""
+    results = []
+    for changed in (False, True):
+        params = parameters()
+        optimizer = FusedLSTMOptimizer(params, rule)
+        run(optimizer, params, [0, 1])
+        if changed:
+            with torch.no_grad():
+                for entry in optimizer.state.values():
+                    change(entry["lstm_state"])
+        run(optimizer, params, [2, 3])
+        results.append((*params, *(entry["lstm_state"] for entry in optimizer.state_dict()["state"].values())))
+    assert same(*results)
+    with torch.no_grad():
+        optimizer.state[params[0]]["lstm_state"].data = torch.zeros_like(optimizer.state[params[0]]["lstm_state"])
+    run(optimizer, params, [4])
+    fresh = FusedLSTMOptimizer([params[0]], rule)
+    run(fresh, [params[0]], [4])
+    n = params[0].numel()
+    assert same(*([to_rows(o.state[params[0]]["lstm_state"], n)] for o in (optimizer, fresh)))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("several", [False, True])
+def test_gradients_that_are_infinite_for_the_rule_are_found(backend, several):
+    params = [nn.Parameter(torch.zeros(5, dtype=torch.float64)), nn.Parameter(torch.zeros(3))]
+    groups = [{"params": [param]} for param in params]
+    optimizer = FusedLSTMOptimizer(groups if several else params, rule_of(RNNPROP), backend=backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    params[0].grad[3] = 1e300
+    with pytest.raises(FloatingPointError, match="gradient: expected finite numbers"):
+        optimizer.step()
+    assert not any(param.any() for param in params)
+    double = FusedLSTMOptimizer(params[:1], rule_of(lstm(), dtype=torch.float64), backend=backend)
+    double.step()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_expanded_parameter_is_refused_and_nothing_is_changed(rule, backend):
+    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1).expand(10))]
+    optimizer = FusedLSTMOptimizer(params, rule, backend=backend)
+    for param in params:
+        param.grad = torch.ones(param.shape)
+    with pytest.raises(RuntimeError, match=r"parameter of shape \[10\]: expected a place in memory for each number"):
+        optimizer.step()
+    assert not any(param.any() for param in params)
+    assert not optimizer.state
+
+
+def test_a_state_dict_of_the_first_version_goes_on(rule):
+    params, twins = parameters(), parameters()
+    optimizer, twin = FusedLSTMOptimizer(params, rule), FusedLSTMOptimizer(twins, rule)
+    run(optimizer, params, [0, 1])
+    run(twin, twins, [0, 1])
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        for name in ("weight_decay", "momentum"):
+            del group[name]
+        group["rule"]["config"] = {
+            "preprocess": "log_sign", "p": 10.0, "scale": 0.7, "output_scale": 0.3, "hidden_size": 7, "num_layers": 2,
+        }  # fmt: skip
+    for entry in saved["state"].values():
+        del entry["shape"]
+    again = FusedLSTMOptimizer(params, rule)
+    again.load_state_dict(saved)
+    assert same(run(again, params, [2, 3]), run(twin, twins, [2, 3]))
+
+
+@pytest.mark.parametrize("factors", [{"lr": -1}, {"lr": "abc"}, {"lr": None}, {"weight_decay": -5}])
+def test_factors_that_are_loaded_are_checked(rule, factors):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, rule)
+    run(optimizer, params, [0])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= factors
+    with pytest.raises(ValueError, match=f"{next(iter(factors))}: expected a finite number >= 0"):
+        optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match="state_dict: expected a dict of states and a list of groups"):
+        optimizer.load_state_dict({**saved, "state": None})
+
+
+@pytest.mark.parametrize("text", GIVEN)
+def test_rules_that_cannot_step_by_themselves_are_refused(text):
+    with pytest.raises(ValueError, match="rule: expected one with an update and no given rows, got"):
+        FusedLSTMOptimizer(parameters(), rule_of(text))
 
 
 # Without numbers

@@ -64,6 +64,8 @@ WRONG = {
     "raw:1 lstm:20,10 linear": "as many units in every layer",
     "raw:1 lstm:20,,20 linear": "expected parts such as",
     "raw:1 lstm:40000 linear": "units: expected an integer of at least 1 and at most 32768, got 40000",
+    "raw:1 lstm:0000000020 none": "lstm: expected whole numbers of units, got 0000000020",
+    "lstm:" + "１," * 60: "expected parts such as",
     "raw:1 lstm:99999999999999999999 linear": "lstm: expected whole numbers of units",
     "raw:1 lstm:1" + ",1" * 64 + " linear": "layers: expected 1 to 64",
     "raw:1 lstm:20 linear:1": "linear: expected 0 numbers, got 1",

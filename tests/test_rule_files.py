@@ -297,3 +297,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, whole):
         save_rule(random_rule(hidden=4), path)
     assert path.read_bytes() == whole
     assert [entry.name for entry in tmp_path.iterdir()] == ["whole"]
+
+
+def test_rules_with_tied_or_further_weights_come_back(tmp_path):
+    rule = random_rule(hidden=3, layers=3)
+    rule.weight_hh_l2 = rule.weight_hh_l1
+    rule.extra = torch.nn.Parameter(torch.ones(2))
+    loaded = load_rule(save_rule(rule, tmp_path / "a"))
+    assert same(loaded, rule)
+    assert loaded.weight_hh_l2 is not loaded.weight_hh_l1

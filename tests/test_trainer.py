@@ -662,3 +662,22 @@ def test_a_run_that_is_stopped_leaves_the_weights_of_its_last_epoch_and_goes_on(
     assert outcome(stopped) == expected[1]
     monkeypatch.undo()
     assert finished(stopped, 3) == expected[2]
+
+
+def test_weights_that_are_tied_or_thawed_are_refused():
+    tied = LSTMRule("raw", hidden_size=4)
+    tied.weight_hh_l1 = tied.weight_hh_l0
+    with pytest.raises(ValueError, match="rule: expected a tensor for each weight, got one for two of them"):
+        trainer(rule=tied)
+    made = trainer()
+    made.rule.weight_out.requires_grad_(False)
+    with pytest.raises(ValueError, match="with the same weights to train as when the trainer was made"):
+        made.fit(1, progress=False)
+
+
+def test_a_checkpoint_is_one_file_s_by_whatever_name(tmp_path):
+    (tmp_path / "other.pt").symlink_to(tmp_path / "run.pt")
+    one, other = trainer(checkpoint=tmp_path / "run.pt"), trainer(checkpoint=tmp_path / "other.pt")
+    one._epoch = lambda *_: other.fit(1, progress=False)
+    with pytest.raises(RuntimeError, match=r"checkpoint: .*other.pt is another run's at this moment"):
+        one.fit(1, progress=False)
