@@ -21,6 +21,7 @@ from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.meta.step import meta_step
 from fastl2l.ops.dispatch import select
 from fastl2l.progress import Progress
+from fastl2l.rule_config import require_positive
 from fastl2l.rules import Rule, all_weights, named_weights, rules_by_part
 from fastl2l.tasks.base import Problem, Task, check_start, fingerprint, integer, problem_seed
 from fastl2l.tasks.batch import batch as side_by_side
@@ -175,8 +176,7 @@ class MetaTrainer:
         for name, value in (("meta_lr", self.meta_lr), ("clip_norm", self.clip_norm)):
             if value is None and name == "clip_norm":
                 continue
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a finite positive number, got {value!r}")
+            require_positive(name, value)
 
     def settings(self) -> dict[str, Any]:
         """All that decides what this run computes, as JSON would hold it: a checkpoint is good for these alone."""
