@@ -173,10 +173,9 @@ class MetaTrainer:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.keep not in ("best", "last"):
             raise ValueError(f"keep: expected best or last, got {self.keep!r}")
-        for name, value in (("meta_lr", self.meta_lr), ("clip_norm", self.clip_norm)):
-            if value is None and name == "clip_norm":
-                continue
-            require_positive(name, value)
+        self.meta_lr = require_positive("meta_lr", self.meta_lr)
+        if self.clip_norm is not None:
+            self.clip_norm = require_positive("clip_norm", self.clip_norm)
 
     def settings(self) -> dict[str, Any]:
         """All that decides what this run computes, as JSON would hold it: a checkpoint is good for these alone."""
