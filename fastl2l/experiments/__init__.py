@@ -1,13 +1,24 @@
 """Every figure and table of the papers, one declarative entry each, and the recipes of the rules that they show."""
 
-from fastl2l.experiments.andrychowicz2016 import EXPERIMENTS
-from fastl2l.experiments.experiment import Experiment, folder_name, reproduce, retrain
+from fastl2l.experiments import andrychowicz2016, lv2017
+from fastl2l.experiments.experiment import Experiment, check_rules, folder_name, missing, reproduce, retrain
 from fastl2l.experiments.recipes import RECIPES, fresh_rule
 
-ALL = {experiment.name: experiment for experiment in EXPERIMENTS}
+ALL = {experiment.name: experiment for experiment in (*andrychowicz2016.EXPERIMENTS, *lv2017.EXPERIMENTS)}
 """By name."""
 
-__all__ = ["ALL", "RECIPES", "Experiment", "by_name", "folder_name", "fresh_rule", "reproduce", "retrain"]
+__all__ = [
+    "ALL",
+    "RECIPES",
+    "Experiment",
+    "by_name",
+    "check_rules",
+    "folder_name",
+    "fresh_rule",
+    "missing",
+    "reproduce",
+    "retrain",
+]
 
 
 def by_name(name: str) -> Experiment:
