@@ -7,12 +7,13 @@ from typing import Any
 
 from fastl2l.tasks.base import Problem, PureProblem, Task
 from fastl2l.tasks.batch import batch
-from fastl2l.tasks.classification import MNIST, Digits, FashionMNIST
+from fastl2l.tasks.classification import CIFAR10, MNIST, Digits, FashionMNIST
 from fastl2l.tasks.custom import from_module
 from fastl2l.tasks.parts import conv_and_fc
 from fastl2l.tasks.quadratic import Quadratic
 
 __all__ = [
+    "CIFAR10",
     "MNIST",
     "Digits",
     "FashionMNIST",
@@ -27,7 +28,7 @@ __all__ = [
     "names",
 ]
 
-_TASKS: dict[str, type[Task]] = {task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits)}
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits, CIFAR10)}
 
 
 def names() -> list[str]:
