@@ -7,18 +7,23 @@ from typing import Any
 
 from fastl2l.tasks.base import Problem, PureProblem, Task
 from fastl2l.tasks.batch import batch
-from fastl2l.tasks.classification import MNIST, Digits, FashionMNIST
+from fastl2l.tasks.classification import CIFAR10, MNIST, Digits, FashionMNIST
 from fastl2l.tasks.custom import from_module
 from fastl2l.tasks.parts import conv_and_fc
 from fastl2l.tasks.quadratic import Quadratic
+from fastl2l.tasks.recurrent import Sine
+from fastl2l.tasks.tables import Table
 
 __all__ = [
+    "CIFAR10",
     "MNIST",
     "Digits",
     "FashionMNIST",
     "Problem",
     "PureProblem",
     "Quadratic",
+    "Sine",
+    "Table",
     "Task",
     "batch",
     "by_name",
@@ -27,7 +32,9 @@ __all__ = [
     "names",
 ]
 
-_TASKS: dict[str, type[Task]] = {task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits)}
+_TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits, CIFAR10, Sine, Table)
+}
 
 
 def names() -> list[str]:

@@ -113,7 +113,8 @@ class Task(ABC):
     def spec(self) -> dict[str, Any]:
         """Complete description of the distribution, as JSON would hold it: cache key, and part of every result file.
 
-        The fields of a dataclass, without the device, which changes no problem. Other tasks must override this.
+        The fields of a dataclass, without the device, which changes no problem; of a field that has a spec() of its
+        own, that. Other tasks must override this.
 
         Raises:
             TypeError: a field holds something that JSON has no word for.
@@ -137,6 +138,8 @@ def _plain(name: str, value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if callable(getattr(value, "spec", None)):
+        return _plain(name, value.spec())
     raise TypeError(f"{name}: expected what JSON has a word for, got {_kind(value)}; override spec() to describe it")
 
 
