@@ -267,7 +267,7 @@ def check(
     check_start(first)
     for name, optimizer in optimizers.items():
         if not (isinstance(optimizer, Baseline) and optimizer.lr == "tune"):
-            descend(first, _build(f"optimizers[{name!r}]", optimizer, backend), 1)
+            descend(first, builder(f"optimizers[{name!r}]", optimizer, backend), 1)
 
 
 def follow(
@@ -285,7 +285,7 @@ def follow(
 
     `advance` is called after each of them, and errors speak of `name`; everything else is as for `evaluate`.
     """
-    build = _build(name, optimizer, backend)
+    build = builder(name, optimizer, backend)
     losses = []
     for number in numbers:
         losses.append(descend(task.sample(problem_seed(seed, "test", number)), build, steps))
@@ -360,7 +360,8 @@ def _tuned(task: Task, optimizers: Mapping[str, Any], steps: int, progress: bool
     return found
 
 
-def _build(name: str, optimizer: Rule | Baseline | Build, backend: str) -> Build:
+def builder(name: str, optimizer: Rule | Baseline | Build, backend: str = "auto") -> Build:
+    """What makes the torch optimizer of any of the three kinds for a list of parameters; errors speak of `name`."""
     if isinstance(optimizer, Baseline):
         return optimizer.build
     if isinstance(optimizer, Rule):

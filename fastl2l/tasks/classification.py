@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastl2l.tasks.base import Minibatches, PureProblem, Task, floating, generator, integer, normal, take
+from fastl2l.tasks.base import DataProblem, Minibatches, Task, floating, generator, integer, normal, take
 from fastl2l.tasks.datasets import Images, load
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -116,20 +116,17 @@ class _Network:
         return output
 
 
-class ClassificationProblem(PureProblem):
+class ClassificationProblem(DataProblem):
     """One initialisation of the network and one sequence of minibatches."""
 
     def __init__(self, task: Classification, seed: int) -> None:
         self.task = task.name
         self._data = task.data
         data = task.data(task.split)
+        super().__init__(Minibatches(seed, len(data.labels), task.batch_size))
         self.function = network = _Network(data, task.hidden, task.activation)
         self.theta0 = normal(generator(seed, "theta0"), (network.parameters,), task.init_std, task.dtype, task.device)
-        self._minibatches = Minibatches(seed, len(data.labels), task.batch_size)
         self.logits = network.logits
-
-    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        return (self._minibatches.at(step, device),)
 
     @torch.no_grad()
     def accuracy(self, theta: Tensor, split: str = "test") -> float:
