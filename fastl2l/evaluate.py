@@ -195,10 +195,10 @@ class Curves:
     def _results(self) -> dict[str, Any]:
         final = {
             name: {
-                "mean": _json_number(self.final(name)[0]),
-                "half_width_95": _json_number(self.final(name)[1]),
+                "mean": json_number(self.final(name)[0]),
+                "half_width_95": json_number(self.final(name)[1]),
                 "diverged": self.diverged(name),
-                "runs": [_json_number(loss) for loss in self._finals(name).tolist()],
+                "runs": [json_number(loss) for loss in self._finals(name).tolist()],
             }
             for name in self.losses
         }
@@ -277,7 +277,7 @@ def check(
     check_start(first)
     for name, optimizer in optimizers.items():
         if not (isinstance(optimizer, Baseline) and optimizer.lr == "tune"):
-            descend(first, _build(f"optimizers[{name!r}]", optimizer, backend), 1)
+            descend(first, builder(f"optimizers[{name!r}]", optimizer, backend), 1)
 
 
 def follow(
@@ -295,7 +295,7 @@ def follow(
 
     `advance` is called after each of them, and errors speak of `name`; everything else is as for `evaluate`.
     """
-    build = _build(name, optimizer, backend)
+    build = builder(name, optimizer, backend)
     losses = []
     for number in numbers:
         losses.append(descend(task.sample(problem_seed(seed, "test", number)), build, steps))
@@ -320,7 +320,7 @@ def describe(
         "runs": runs,
         "seed": seed,
         "backend": backend,
-        "versions": _versions(),
+        "versions": versions(),
         "optimizers": {name: describe_optimizer(optimizer) for name, optimizer in optimizers.items()},
     }
 
@@ -387,7 +387,8 @@ def _tuned(task: Task, optimizers: Mapping[str, Any], steps: int, progress: bool
     return found
 
 
-def _build(name: str, optimizer: Rule | Baseline | Build, backend: str) -> Build:
+def builder(name: str, optimizer: Rule | Baseline | Build, backend: str = "auto") -> Build:
+    """What makes the torch optimizer of any of the three kinds for a list of parameters; errors speak of `name`."""
     if isinstance(optimizer, Baseline):
         return optimizer.build
     if isinstance(optimizer, Rule):
@@ -411,7 +412,8 @@ def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     return {"kind": "other"}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what results depend on: fastl2l, torch, Python and the machine."""
     try:
         version = importlib.metadata.version("fastl2l")
     except importlib.metadata.PackageNotFoundError:  # used from a checkout that was not installed
@@ -445,6 +447,6 @@ def with_half_width(mean: float, half: float) -> str:
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
-def _json_number(value: float) -> float | str:
+def json_number(value: float) -> float | str:
     """JSON has no infinity and no NaN: they become "inf" and "nan", which float() understands."""
     return value if math.isfinite(value) else str(value)

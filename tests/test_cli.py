@@ -279,6 +279,8 @@ def test_help_shows_an_example(command):
         (["evaluate", "--rule", "lstm-mnist", "--runs", "0"], "runs: expected an integer >= 1, got 0"),
         (["evaluate", "--rule", "lstm-mnist", "--backend", "fast"], "backend: expected one of auto"),
         (["reproduce", "fig5", "--rule", "lstm-quadratic=lstm-quadratic"], "rule: expected some of lstm-mnist, which"),
+        (["reproduce", "fig5", "--rule", "mine=lstm-mnist"], "rule: expected some of lstm-mnist, which are shown, got"),
+        (["reproduce", "own-networks", "--rule", "adam=lstm-mnist"], "rules: expected other names than adam, nag"),
         (["reproduce", "fig5", "--retrain", "--rule", "lstm-mnist=lstm-mnist"], "rule: expected none beside retrain"),
         (["tune", "--task", "quadratic", "--seed", str(10**30)], "seed: expected an integer below 2^32"),
     ],

@@ -1,16 +1,29 @@
 """Every figure and table of the papers, one declarative entry each, and the recipes of the rules that they show."""
 
 from fastl2l.experiments import andrychowicz2016, lv2017
-from fastl2l.experiments.experiment import Experiment, check_rules, folder_name, missing, reproduce, retrain
+from fastl2l.experiments.experiment import (
+    Experiment,
+    Reproducible,
+    check_rules,
+    folder_name,
+    missing,
+    reproduce,
+    retrain,
+)
+from fastl2l.experiments.own_networks import OwnNetworks
 from fastl2l.experiments.recipes import RECIPES, fresh_rule
 
-ALL = {experiment.name: experiment for experiment in (*andrychowicz2016.EXPERIMENTS, *lv2017.EXPERIMENTS)}
+ALL: dict[str, Reproducible] = {
+    experiment.name: experiment for experiment in (*andrychowicz2016.EXPERIMENTS, *lv2017.EXPERIMENTS, OwnNetworks())
+}
 """By name."""
 
 __all__ = [
     "ALL",
     "RECIPES",
     "Experiment",
+    "OwnNetworks",
+    "Reproducible",
     "by_name",
     "check_rules",
     "folder_name",
@@ -21,7 +34,7 @@ __all__ = [
 ]
 
 
-def by_name(name: str) -> Experiment:
+def by_name(name: str) -> Reproducible:
     """The experiment called `name`. Raises ValueError for another name, with those there are."""
     if name not in ALL:
         raise ValueError(f"name: expected one of {', '.join(ALL)}, got {name!r}")

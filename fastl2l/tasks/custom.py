@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastl2l.tasks.base import (
+    DataProblem,
     Minibatches,
-    PureProblem,
     Task,
     check_start,
     fingerprint,
@@ -210,18 +210,15 @@ class _Network:
             return self._loss(functional_call(self.module, tensors, tuple(inputs)), targets)
 
 
-class ModuleProblem(PureProblem):
+class ModuleProblem(DataProblem):
     """One network, whose trainable parameters are theta; everything else about it stays as it was made."""
 
     function: _Network
 
     def __init__(self, task: str, network: _Network, minibatches: Minibatches) -> None:
+        super().__init__(minibatches)
         self.task, self.module, self.function = task, network.module, network
         self.theta0, self.constants, self.parts = network.theta0(), network.constants(), network.parts()
-        self._minibatches = minibatches
-
-    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        return (self._minibatches.at(step, device),)
 
 
 class LoneModuleProblem(ModuleProblem):
@@ -232,10 +229,17 @@ class LoneModuleProblem(ModuleProblem):
         self._draws_from = draws_from
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
+        with self._random_numbers("forward", step, theta.device):
+            return super().loss(theta, step)
+
+    def whole_loss(self, theta: Tensor) -> Tensor:
+        with self._random_numbers("whole", 0, theta.device):
+            return super().whole_loss(theta)
+
+    def _random_numbers(self, purpose: str, index: int, device: torch.device) -> AbstractContextManager[None]:
         if self._draws_from is None:
-            return super().loss(theta, step)
-        with _seeded(problem_seed(self._draws_from, "forward", step), theta.device):
-            return super().loss(theta, step)
+            return nullcontext()
+        return _seeded(problem_seed(self._draws_from, purpose, index), device)
 
 
 def _taken_by_vmap(problem: ModuleProblem) -> bool:
