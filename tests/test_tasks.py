@@ -820,7 +820,7 @@ def test_non_finite_losses_pass_through_evaluation():
 
 
 def test_by_name():
-    assert tasks.names() == ["quadratic", "mnist", "fashion-mnist", "digits"]
+    assert {"quadratic", "mnist", "fashion-mnist", "digits", "random-networks"} <= set(tasks.names())
     assert tasks.by_name("quadratic", dim=3) == tasks.Quadratic(dim=3)
     assert tasks.by_name("digits", hidden=[8]) == tasks.Digits(hidden=(8,))
     with pytest.raises(ValueError, match="name: expected one of quadratic, mnist, fashion-mnist, digits, got 'cifar'"):

@@ -8,18 +8,26 @@ from typing import Any
 from fastl2l.tasks.base import Problem, PureProblem, Task
 from fastl2l.tasks.batch import batch
 from fastl2l.tasks.classification import MNIST, Digits, FashionMNIST
+from fastl2l.tasks.convex import WithConvex
 from fastl2l.tasks.custom import from_module
+from fastl2l.tasks.mixture import Mixture
 from fastl2l.tasks.parts import conv_and_fc
 from fastl2l.tasks.quadratic import Quadratic
+from fastl2l.tasks.random_networks import RandomNetworks
+from fastl2l.tasks.scaled import Scaled
 
 __all__ = [
     "MNIST",
     "Digits",
     "FashionMNIST",
+    "Mixture",
     "Problem",
     "PureProblem",
     "Quadratic",
+    "RandomNetworks",
+    "Scaled",
     "Task",
+    "WithConvex",
     "batch",
     "by_name",
     "conv_and_fc",
@@ -27,7 +35,7 @@ __all__ = [
     "names",
 ]
 
-_TASKS: dict[str, type[Task]] = {task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits)}
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits, RandomNetworks)}
 
 
 def names() -> list[str]:

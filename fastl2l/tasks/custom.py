@@ -114,7 +114,7 @@ class ModuleTask(Task):
         ]
         self._draws = self._alone = False
         first = self.sample(0)
-        with _seeded(0, self.device):
+        with seeded(0, self.device):
             before = _random_state(self.device)
             check_start(first)
             self._draws = not torch.equal(before, _random_state(self.device))
@@ -123,7 +123,7 @@ class ModuleTask(Task):
 
     def sample(self, seed: int) -> ModuleProblem:
         minibatches = Minibatches(seed, len(self._data[0]), self.batch_size)
-        network = _Network(self._module(seed), self._loss, self._data, self._parts, self._dtype)
+        network = Network(self._module(seed), self._loss, self._data, self._parts, self._dtype)
         if self._alone:
             return LoneModuleProblem(self.name, network, minibatches, seed if self._draws else None)
         return ModuleProblem(self.name, network, minibatches)
@@ -132,7 +132,7 @@ class ModuleTask(Task):
         return dict(self._spec)
 
     def _module(self, seed: int) -> nn.Module:
-        with _seeded(seed, torch.device("cpu")), _defaults(torch.device("cpu"), self._dtype):
+        with seeded(seed, torch.device("cpu")), _defaults(torch.device("cpu"), self._dtype):
             module = self._make_module()
         _check_module(module)
         return module
@@ -152,7 +152,7 @@ class ModuleTask(Task):
         } | ({} if self._parts is None else {"parts": problem.function.names_by_part})
 
 
-class _Network:
+class Network:
     """From theta, what else a network holds and the rows of a minibatch to the loss."""
 
     def __init__(
@@ -160,8 +160,8 @@ class _Network:
         module: nn.Module,
         loss: Loss,
         data: Sequence[Tensor],
-        parts: Parts | None,
-        default_dtype: torch.dtype,
+        parts: Parts | None = None,
+        default_dtype: torch.dtype = torch.float32,
     ) -> None:
         trainable = _trainable(module)
         self.module = module.to(data[0].device)
@@ -170,12 +170,13 @@ class _Network:
         self._names = list(chain(*self.names_by_part.values())) if self.names_by_part else list(trainable)
         self._shapes = [trainable[name].shape for name in self._names]
         self._sizes = [shape.numel() for shape in self._shapes]
+        self._has_tied = len(list(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters()))
         self._frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         self._buffers = [name for name, _ in module.named_buffers()]
 
     def __eq__(self, other: object) -> bool:
         """Whether the two differ in the numbers of theta, frozen parameters and buffers alone."""
-        if not isinstance(other, _Network) or self._loss is not other._loss or self._data is not other._data:
+        if not isinstance(other, Network) or self._loss is not other._loss or self._data is not other._data:
             return False
         return self._names == other._names and self.identity == other.identity
 
@@ -207,15 +208,16 @@ class _Network:
         tensors |= {name: tensors[name].clone() for name in self._buffers}  # which the network may write to
         *inputs, targets = (take(column, rows) for column in self._data)
         with _defaults(*self._defaults):
-            return self._loss(functional_call(self.module, tensors, tuple(inputs)), targets)
+            output = functional_call(self.module, tensors, tuple(inputs), tie_weights=self._has_tied)
+            return self._loss(output, targets)
 
 
 class ModuleProblem(PureProblem):
     """One network, whose trainable parameters are theta; everything else about it stays as it was made."""
 
-    function: _Network
+    function: Network
 
-    def __init__(self, task: str, network: _Network, minibatches: Minibatches) -> None:
+    def __init__(self, task: str, network: Network, minibatches: Minibatches) -> None:
         self.task, self.module, self.function = task, network.module, network
         self.theta0, self.constants, self.parts = network.theta0(), network.constants(), network.parts()
         self._minibatches = minibatches
@@ -227,14 +229,14 @@ class ModuleProblem(PureProblem):
 class LoneModuleProblem(ModuleProblem):
     """One that cannot be evaluated with others, since its network draws random numbers or vmap does not take it."""
 
-    def __init__(self, task: str, network: _Network, minibatches: Minibatches, draws_from: int | None) -> None:
+    def __init__(self, task: str, network: Network, minibatches: Minibatches, draws_from: int | None) -> None:
         super().__init__(task, network, minibatches)
         self._draws_from = draws_from
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
         if self._draws_from is None:
             return super().loss(theta, step)
-        with _seeded(problem_seed(self._draws_from, "forward", step), theta.device):
+        with seeded(problem_seed(self._draws_from, "forward", step), theta.device):
             return super().loss(theta, step)
 
 
@@ -331,7 +333,7 @@ def _tensor(name: str, value: object) -> Tensor:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's random numbers of the CPU and `device` start from `seed` inside, and go on as before afterwards."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):

@@ -1,0 +1,312 @@
+"""Networks of many kinds on small data: a training ground for rules that are to be taken to networks of other people.
+
+Nothing here is one of the papers' problems. Each network, its data and its start are drawn anew, small enough that a
+step takes less than a millisecond: images are scikit-learn's digits (8 x 8), all else is made of random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastl2l.tasks.base import Minibatches, Problem, Task, generator, problem_seed
+from fastl2l.tasks.custom import Loss, ModuleProblem, Network, seeded
+from fastl2l.tasks.datasets import load
+
+
+class Sampled(NamedTuple):
+    """A network that was drawn, its loss and its data: inputs and, last, targets [n, ...]."""
+
+    module: nn.Module
+    loss: Loss
+    data: list[Tensor]
+
+
+class Random:
+    """Random numbers as networks are described by them."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self.numpy = random
+
+    def between(self, low: float, high: float) -> float:
+        """Log-uniform."""
+        return math.exp(self.numpy.uniform(math.log(low), math.log(high)))
+
+    def whole(self, low: int, high: int) -> int:
+        """Log-uniform, both ends included."""
+        return round(self.between(low - 0.49, high + 0.49))
+
+    def one(self, *choices: object) -> object:
+        return choices[self.numpy.integers(len(choices))]
+
+    def chance(self, probability: float) -> bool:
+        return bool(self.numpy.random() < probability)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.from_numpy(self.numpy.standard_normal(shape)).float()
+
+
+# Networks
+
+
+def activation(random: Random) -> nn.Module:
+    return random.one(nn.ReLU, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.ELU, nn.SiLU, nn.LeakyReLU)()  # type: ignore
+
+
+def mlp(random: Random, inputs: int, outputs: int, *, deepest: int = 4) -> nn.Sequential:
+    """A perceptron of up to `deepest` hidden layers, some with norms."""
+    units, function, layers = random.whole(5, 32), activation(random), list[nn.Module]()
+    norm = random.one(*[nn.Identity] * 6, nn.LayerNorm, nn.BatchNorm1d)
+    for _ in range(random.whole(1, deepest) - random.chance(0.1)):
+        layers += [nn.Linear(inputs, units), *([] if norm is nn.Identity else [norm(units)]), function]  # type: ignore
+        inputs = units
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+class Recurrent(nn.Module):
+    """The last output of an RNN, GRU or LSTM over [batch, steps, inputs]."""
+
+    def __init__(self, kind: Callable[..., nn.Module], inputs: int, units: int, outputs: int) -> None:
+        super().__init__()
+        self.recurrent = kind(inputs, units, batch_first=True)
+        self.head = nn.Linear(units, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    """A small transformer over [batch, tokens, inputs], its mean over the tokens read out."""
+
+    def __init__(self, inputs: int, tokens: int, width: int, layers: int, outputs: int, *, norm_first: bool) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Linear(inputs, width), nn.Parameter(0.02 * torch.randn(tokens, width))
+        options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first}
+        blocks = (nn.TransformerEncoderLayer(width, 2, 2 * width, **options) for _ in range(layers))
+        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(x) + self.position).mean(1))
+
+
+class Symbols(nn.Module):
+    """A perceptron on the embeddings of a few symbols [batch, symbols]."""
+
+    def __init__(self, symbols: int, context: int, width: int, head: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(symbols, width), head(context * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x).flatten(1))
+
+
+class Factors(nn.Module):
+    """Products of the embeddings of two symbols [batch, 2], with a bias each."""
+
+    def __init__(self, symbols: int, width: int) -> None:
+        super().__init__()
+        self.embed, self.bias = nn.Embedding(symbols, width), nn.Embedding(symbols, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.embed(x).unbind(1)
+        return (one * other).sum(-1) + self.bias(x).sum((1, 2))
+
+
+# Problems
+
+
+def _digits(random: Random, *, flat: bool = True) -> tuple[Tensor, Tensor]:
+    """Images [n, 1, 8, 8] or [n, 64] and labels: some of them, in half of the cases standardized (and, flat, permuted).
+
+    Few of them can be learned by heart, as small tables are.
+    """
+    images, labels, _ = load("digits", "train")
+    chosen = torch.from_numpy(random.numpy.permutation(len(labels))[: random.whole(100, len(labels))])
+    images, labels = images[chosen], labels[chosen]
+    if flat:
+        images = images.flatten(1)
+    if random.chance(0.5):
+        images = (images - images.mean(0)) / (images.std(0) + 0.1)
+        if flat:
+            images = images[:, torch.from_numpy(random.numpy.permutation(images.shape[1]))]
+    return images, labels
+
+
+def _classes(random: Random, labels: Tensor) -> tuple[Tensor, int]:
+    """All ten digits, or fewer classes of them."""
+    if random.chance(0.6):
+        return labels, 10
+    classes = random.whole(2, 5)
+    return torch.from_numpy(random.numpy.integers(classes, size=10))[labels], classes
+
+
+def _table(random: Random) -> tuple[Tensor, Tensor]:
+    """Rows [n, 3 to 40], some of them sparse or correlated, and a teacher's standardized answers [n, 1 to 3]."""
+    rows, columns, answers = random.whole(100, 2000), random.whole(3, 40), random.whole(1, 3)
+    inputs = random.normal(rows, columns)
+    if random.chance(0.5):
+        inputs = inputs @ random.normal(columns, columns) / math.sqrt(columns)
+    if random.chance(0.3):
+        inputs = inputs.exp().clamp(max=20) if random.chance(0.5) else (inputs > 0.5).float()
+    inputs = (inputs - inputs.mean(0)) / (inputs.std(0) + 1e-3)
+    hidden = torch.tanh(inputs @ random.normal(columns, 16) * random.between(0.3, 3) / math.sqrt(columns))
+    targets = hidden @ random.normal(16, answers)
+    targets = (targets - targets.mean(0)) / targets.std(0)
+    return inputs, targets + random.one(0.0, 0.1, 0.5) * random.normal(rows, answers)  # type: ignore[operator]
+
+
+def image_mlp(random: Random) -> Sampled:
+    images, labels = _digits(random)
+    labels, classes = _classes(random, labels)
+    return Sampled(mlp(random, 64, classes), F.cross_entropy, [images, labels])
+
+
+def image_cnn(random: Random) -> Sampled:
+    images, labels = _digits(random, flat=False)
+    labels, classes = _classes(random, labels)
+    channels, function, norm = random.whole(3, 10), activation(random), random.chance(0.4)
+    layers: list[nn.Module] = []
+    for before, after in ((1, channels), (channels, 2 * channels))[: random.whole(1, 2)]:
+        layers += [nn.Conv2d(before, after, 3, padding=1), *[nn.BatchNorm2d(after)] * norm, function, nn.MaxPool2d(2)]
+        last = after * (64 // 4 ** (len(layers) // (3 + norm)))
+    return Sampled(nn.Sequential(*layers, nn.Flatten(), nn.Linear(last, classes)), F.cross_entropy, [images, labels])
+
+
+def autoencoder(random: Random) -> Sampled:
+    images, _ = _digits(random)
+    wide, narrow, function = random.whole(8, 24), random.whole(2, 8), activation(random)
+    sizes = [64, wide, narrow, wide, 64] if random.chance(0.5) else [64, narrow, 64]
+    layers = [part for n_in, n_out in pairwise(sizes) for part in (nn.Linear(n_in, n_out), function)]
+    return Sampled(nn.Sequential(*layers[:-1]), F.mse_loss, [images, images])
+
+
+def table_regression(random: Random) -> Sampled:
+    inputs, targets = _table(random)
+    loss = random.one(F.mse_loss, F.mse_loss, F.smooth_l1_loss)
+    return Sampled(mlp(random, inputs.shape[1], targets.shape[1]), loss, [inputs, targets])  # type: ignore[arg-type]
+
+
+def table_classification(random: Random) -> Sampled:
+    inputs, targets = _table(random)
+    labels = (targets > 0).long() @ (2 ** torch.arange(targets.shape[1]))
+    return Sampled(mlp(random, inputs.shape[1], 2 ** targets.shape[1]), F.cross_entropy, [inputs, labels])
+
+
+def curve(random: Random) -> Sampled:
+    """A sum of waves over one or two coordinates."""
+    points, dimensions = random.whole(200, 2000), random.whole(1, 2)
+    inputs = torch.from_numpy(random.numpy.uniform(-1, 1, (points, dimensions))).float()
+    waves = inputs @ random.normal(dimensions, 6) * random.between(2, 8)
+    targets = torch.sin(waves + 6 * random.normal(6)) @ random.normal(6, 1)
+    return Sampled(mlp(random, dimensions, 1), F.mse_loss, [inputs, targets / targets.std()])
+
+
+def sequence(random: Random) -> Sampled:
+    """Digits read row by row."""
+    images, labels = _digits(random, flat=False)
+    labels, classes = _classes(random, labels)
+    kind: Any = random.one(nn.RNN, nn.GRU, nn.LSTM)
+    return Sampled(Recurrent(kind, 8, random.whole(5, 16), classes), F.cross_entropy, [images.squeeze(1), labels])
+
+
+def attention(random: Random) -> Sampled:
+    """Digits whose rows are tokens."""
+    images, labels = _digits(random, flat=False)
+    labels, classes = _classes(random, labels)
+    width, first = 2 * random.whole(3, 6), random.chance(0.5)
+    module = Attention(8, 8, width, random.whole(1, 2), classes, norm_first=first)
+    return Sampled(module, F.cross_entropy, [images.squeeze(1), labels])
+
+
+def symbols(random: Random) -> Sampled:
+    """The next symbol of a chain, from the last few."""
+    count, context, length = random.whole(5, 30), random.whole(1, 4), random.whole(300, 3000)
+    chances = torch.softmax(random.normal(count, count) * random.between(1, 4), 1).cumsum(1)
+    chain, draws = [0], torch.from_numpy(random.numpy.random(length + context)).float()
+    for draw in draws.tolist():
+        chain.append(min(count - 1, int(torch.searchsorted(chances[chain[-1]], draw))))
+    windows = torch.tensor(chain).unfold(0, context + 1, 1)
+    module = Symbols(count, context, random.whole(3, 12), lambda inputs: mlp(random, inputs, count, deepest=2))
+    return Sampled(module, F.cross_entropy, [windows[:, :-1].contiguous(), windows[:, -1].contiguous()])
+
+
+def factors(random: Random) -> Sampled:
+    """A matrix of low rank from some of its entries."""
+    count, rank, entries = random.whole(10, 60), random.whole(1, 4), random.whole(300, 2000)
+    matrix = random.normal(count, rank) @ random.normal(rank, count) / math.sqrt(rank)
+    pairs = torch.from_numpy(random.numpy.integers(count, size=(entries, 2)))
+    targets = matrix[pairs[:, 0], pairs[:, 1]] + 0.1 * random.normal(entries)
+    return Sampled(Factors(count, random.whole(2, 8)), F.mse_loss, [pairs, targets])
+
+
+KINDS: dict[str, tuple[float, Callable[[Random], Sampled]]] = {
+    "image-mlp": (2.0, image_mlp),
+    "image-cnn": (1.5, image_cnn),
+    "autoencoder": (1.0, autoencoder),
+    "table-regression": (2.0, table_regression),
+    "table-classification": (2.0, table_classification),
+    "curve": (1.0, curve),
+    "sequence": (0.7, sequence),
+    "attention": (0.4, attention),
+    "symbols": (1.0, symbols),
+    "factors": (0.7, factors),
+}
+"""By name, how often a kind comes, and what makes one. What takes long for a step comes less often."""
+
+
+@dataclass(frozen=True)
+class RandomNetworks(Task):
+    """Small networks of many kinds, each drawn anew with its data, loss, start and minibatch size.
+
+    Perceptrons, convolutional and recurrent networks, transformers, autoencoders, embeddings; on 8 x 8 digits, tables,
+    curves, chains of symbols and matrices; some 50 to 5,000 coordinates, minibatches of 8 to 128. Half of them start as
+    torch would have it, scaled by a factor from 1/2 to 2; the parameters of the others are iid N(0, s^2), s from .05 to
+    .3. All that has a range is log-uniform in it.
+
+    Args:
+        kinds: some of `fastl2l.tasks.random_networks.KINDS`, by default all.
+
+    Raises:
+        TypeError, ValueError: a kind is not one of these.
+    """
+
+    kinds: Sequence[str] = tuple(KINDS)
+    name = "random-networks"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kinds, str) or not isinstance(self.kinds, Sequence):
+            raise TypeError(f"kinds: expected a sequence of {', '.join(KINDS)}, got {self.kinds!r}")
+        if not self.kinds or any(kind not in KINDS for kind in self.kinds):
+            raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {', '.join(map(repr, self.kinds))}")
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+
+    def sample(self, seed: int) -> Problem:
+        random = Random(generator(seed, "random-networks"))
+        weights = np.array([KINDS[kind][0] for kind in self.kinds])
+        kind = self.kinds[random.numpy.choice(len(weights), p=weights / weights.sum())]
+        with seeded(problem_seed(seed, "module", 0), torch.device("cpu")):
+            module, loss, data = KINDS[kind][1](random)
+        _start(random, module)
+        batch_size = min(random.whole(8, 128), len(data[0]))
+        return ModuleProblem(
+            f"{self.name}: {kind}", Network(module, loss, data), Minibatches(seed, len(data[0]), batch_size)
+        )
+
+
+@torch.no_grad()
+def _start(random: Random, module: nn.Module) -> None:
+    """Norms stay as they are: networks whose norms are near 0 are nobody's."""
+    factor, std = random.between(0.5, 2), random.between(0.05, 0.3)
+    as_torch_has_it = random.chance(0.5)
+    for part in module.modules():
+        if not isinstance(part, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)):
+            for parameter in part.parameters(recurse=False):
+                parameter.copy_(factor * parameter if as_torch_has_it else std * random.normal(*parameter.shape))
