@@ -79,6 +79,7 @@ class MetaTrainer:
             Worth it where problems are small: their evaluation and the kernels' calls cost little more than one's (see
             :func:`fastl2l.tasks.batch`).
         validation_problems: problems that the rule is validated on.
+        validation_horizon: steps that it is validated for; by default the (longest) horizon.
         step_weights: weights of the losses in a window's objective: None for 1 everywhere, ``"last"``, or `unroll`
             numbers.
         log_floor, second_minibatch: of the objective, see :class:`fastl2l.trajectory.Objective`. With `log_floor` the
@@ -124,6 +125,7 @@ class MetaTrainer:
         trajectories: int = 20,
         batch: int = 1,
         validation_problems: int = 20,
+        validation_horizon: int | None = None,
         step_weights: Sequence[float] | str | None = None,
         log_floor: float | None = None,
         second_minibatch: bool = False,
@@ -142,6 +144,9 @@ class MetaTrainer:
         self.horizon, self.unroll = _horizon(horizon), integer("unroll", unroll)
         self.trajectories, self.batch = integer("trajectories", trajectories), integer("batch", batch)
         self.validation_problems = integer("validation_problems", validation_problems)
+        self.validation_horizon = self._horizons[1]
+        if validation_horizon is not None:
+            self.validation_horizon = integer("validation_horizon", validation_horizon)
         self.meta_lr, self.clip_norm, self.schedule, self.keep = meta_lr, clip_norm, schedule, keep
         self.second_derivatives, self.backend, self.capture = second_derivatives, backend, capture
         self.log_floor, self.second_minibatch, self.imitation = log_floor, second_minibatch, imitation
@@ -212,6 +217,7 @@ class MetaTrainer:
         later = {
             "log_floor": self.log_floor,
             "second_minibatch": self.second_minibatch,
+            "validation_horizon": self.validation_horizon if self.validation_horizon != self._horizons[1] else None,
             "imitation": None if self.imitation is None else self.imitation.describe(),
         }
         return settings | {name: value for name, value in later.items() if value}
@@ -229,13 +235,14 @@ class MetaTrainer:
         u = generator(problem_seed(self.seed, "train", first), "horizon").random()
         return round(least * (most / least) ** u / self.unroll)
 
-    def fit(self, epochs: int, *, progress: bool = True) -> list[Epoch]:
+    def fit(self, epochs: int, *, patience: int | None = None, progress: bool = True) -> list[Epoch]:
         """Train until `epochs` epochs are done in all, counting those of earlier calls and of the checkpoint.
 
         With the cosine schedule `epochs` is also its length, so a run that is taken up again names the same number.
 
         Args:
             epochs: epochs in all.
+            patience: stop before that once so many epochs in a row were no better than the best before them.
             progress: show how far it is, with an estimate of the time left.
 
         Returns:
@@ -248,6 +255,8 @@ class MetaTrainer:
             ValueError: the finished epochs followed a schedule of another length, or weights were frozen or thawed.
         """
         epochs = integer("epochs", epochs, least=0)
+        if patience is not None:
+            integer("patience", patience)
         if _identity(self._rules) != self._identity:
             raise ValueError(
                 f"rule: expected {self._identity} with the same weights to train as when the trainer was made, got "
@@ -257,7 +266,7 @@ class MetaTrainer:
             self._take_up()
             self._check_schedule(epochs)
             try:
-                self._fit(epochs, progress)
+                self._fit(epochs, patience, progress)
             finally:
                 self._load_weights(self._best if self.keep == "best" else self._current)
         return self.history
@@ -275,7 +284,7 @@ class MetaTrainer:
                 raise RuntimeError(f"checkpoint: {self._checkpoint} is another run's at this moment") from error
             yield
 
-    def _fit(self, epochs: int, progress: bool) -> None:
+    def _fit(self, epochs: int, patience: int | None, progress: bool) -> None:
         # As they were after the last finished epoch: one that was interrupted has left both somewhere else.
         self._load_weights(self._current)
         self._load_adam(self._adam_state)
@@ -284,6 +293,8 @@ class MetaTrainer:
             train = partial(self._train_captured, self._captured())
         with Progress("meta-training", epochs, done=len(self.history), shown=progress) as shown:
             for number in range(len(self.history), epochs):
+                if patience is not None and self._epochs_since_best() >= patience:
+                    break
                 epoch = self._epoch(number, epochs, train)
                 current, adam_state = self._copy_weights(), self._copy_adam()
                 is_best = epoch.validation_loss < self.best_loss
@@ -294,6 +305,10 @@ class MetaTrainer:
                 self._save()
                 shown.advance(f"validation {epoch.validation_loss:.4g}, best {self.best_loss:.4g}")
                 _return_freed_memory()
+
+    def _epochs_since_best(self) -> int:
+        losses = [epoch.validation_loss for epoch in self.history]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
     @property
     def kept_loss(self) -> float:
@@ -373,7 +388,7 @@ class MetaTrainer:
         That is the mean final loss. With `log_floor` it is the geometric mean, over the problems and the last tenth of
         the steps, of the losses + `log_floor`.
         """
-        total, horizon = 0.0, self._horizons[1]
+        total, horizon = 0.0, self.validation_horizon
         for first in range(0, self.validation_problems, self.batch):
             count = min(self.batch, self.validation_problems - first)
             trajectory = Trajectory(self._problems("validation", first, count), self.rule, backend=self.backend)
