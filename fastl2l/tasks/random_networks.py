@@ -61,11 +61,29 @@ def activation(random: Random) -> nn.Module:
     return random.one(nn.ReLU, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.ELU, nn.SiLU, nn.LeakyReLU)()  # type: ignore
 
 
-def mlp(random: Random, inputs: int, outputs: int, *, deepest: int = 4) -> nn.Sequential:
-    """A perceptron of up to `deepest` hidden layers, some with norms."""
-    units, function, layers = random.whole(5, 32), activation(random), list[nn.Module]()
+class Residual(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def mlp(random: Random, inputs: int, outputs: int, *, widest: int = 32) -> nn.Sequential:
+    """A perceptron: none to four hidden layers, now and then eight; some have norms, some are residual."""
+    units, function, layers = random.whole(5, widest), activation(random), list[nn.Module]()
     norm = random.one(*[nn.Identity] * 6, nn.LayerNorm, nn.BatchNorm1d)
-    for _ in range(random.whole(1, deepest) - random.chance(0.1)):
+    if random.chance(0.1):
+        blocks = (
+            Residual(nn.LayerNorm(units), nn.Linear(units, 2 * units), function, nn.Linear(2 * units, units))
+            for _ in range(random.whole(1, 3))
+        )
+        return nn.Sequential(nn.Linear(inputs, units), *blocks, nn.LayerNorm(units), nn.Linear(units, outputs))
+    depth = random.whole(5, 8) if random.chance(0.1) else random.whole(1, 4) - random.chance(0.15)
+    for _ in range(depth):
         layers += [nn.Linear(inputs, units), *([] if norm is nn.Identity else [norm(units)]), function]  # type: ignore
         inputs = units
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
@@ -97,6 +115,39 @@ class Attention(nn.Module):
         return self.head(self.blocks(self.embed(x) + self.position).mean(1))
 
 
+class Language(nn.Module):
+    """The next symbol at each place of [batch, places], by a recurrent layer or a causal transformer."""
+
+    def __init__(self, symbols: int, places: int, width: int, kind: Callable[..., nn.Module] | None) -> None:
+        super().__init__()
+        self.embed, self.head, self.recurrent = nn.Embedding(symbols, width), nn.Linear(width, symbols), None
+        if kind is not None:
+            self.recurrent = kind(width, width, batch_first=True)
+            return
+        self.place = nn.Parameter(0.1 * torch.randn(places, width))
+        self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True, norm_first=True)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(places))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = self.block(x + self.place, src_mask=self.mask) if self.recurrent is None else self.recurrent(x)[0]
+        return self.head(x).transpose(1, 2)
+
+
+class Waves(nn.Module):
+    """Sines and cosines of the inputs at random frequencies, which are not trained."""
+
+    frequencies: Tensor
+
+    def __init__(self, inputs: int, frequencies: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 4 * torch.randn(inputs, frequencies))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x @ self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+
 class Symbols(nn.Module):
     """A perceptron on the embeddings of a few symbols [batch, symbols]."""
 
@@ -124,13 +175,15 @@ class Factors(nn.Module):
 
 
 def _digits(random: Random, *, flat: bool = True) -> tuple[Tensor, Tensor]:
-    """Images [n, 1, 8, 8] or [n, 64] and labels: some of them, in half of the cases standardized (and, flat, permuted).
+    """Images [n, 1, side, side] or [n, side^2] and labels: some of them, which can be learned by heart if they are few.
 
-    Few of them can be learned by heart, as small tables are.
+    The side is 8, or 16 for a fifth of the data. In half of the cases they are standardized (and, flat, permuted).
     """
     images, labels, _ = load("digits", "train")
     chosen = torch.from_numpy(random.numpy.permutation(len(labels))[: random.whole(100, len(labels))])
     images, labels = images[chosen], labels[chosen]
+    if random.chance(0.2):
+        images = F.interpolate(images, scale_factor=2, mode="bilinear")
     if flat:
         images = images.flatten(1)
     if random.chance(0.5):
@@ -166,24 +219,26 @@ def _table(random: Random) -> tuple[Tensor, Tensor]:
 def image_mlp(random: Random) -> Sampled:
     images, labels = _digits(random)
     labels, classes = _classes(random, labels)
-    return Sampled(mlp(random, 64, classes), F.cross_entropy, [images, labels])
+    widest = 32 if images.shape[1] == 64 else 16
+    return Sampled(mlp(random, images.shape[1], classes, widest=widest), F.cross_entropy, [images, labels])
 
 
 def image_cnn(random: Random) -> Sampled:
     images, labels = _digits(random, flat=False)
     labels, classes = _classes(random, labels)
     channels, function, norm = random.whole(3, 10), activation(random), random.chance(0.4)
-    layers: list[nn.Module] = []
+    layers, side = list[nn.Module](), images.shape[-1]
     for before, after in ((1, channels), (channels, 2 * channels))[: random.whole(1, 2)]:
         layers += [nn.Conv2d(before, after, 3, padding=1), *[nn.BatchNorm2d(after)] * norm, function, nn.MaxPool2d(2)]
-        last = after * (64 // 4 ** (len(layers) // (3 + norm)))
-    return Sampled(nn.Sequential(*layers, nn.Flatten(), nn.Linear(last, classes)), F.cross_entropy, [images, labels])
+        side, last = side // 2, after
+    head = nn.Linear(last * side**2, classes)
+    return Sampled(nn.Sequential(*layers, nn.Flatten(), head), F.cross_entropy, [images, labels])
 
 
 def autoencoder(random: Random) -> Sampled:
     images, _ = _digits(random)
-    wide, narrow, function = random.whole(8, 24), random.whole(2, 8), activation(random)
-    sizes = [64, wide, narrow, wide, 64] if random.chance(0.5) else [64, narrow, 64]
+    pixels, wide, narrow, function = images.shape[1], random.whole(8, 24), random.whole(2, 8), activation(random)
+    sizes = [pixels, wide, narrow, wide, pixels] if random.chance(0.5) else [pixels, narrow, pixels]
     layers = [part for n_in, n_out in pairwise(sizes) for part in (nn.Linear(n_in, n_out), function)]
     return Sampled(nn.Sequential(*layers[:-1]), F.mse_loss, [images, images])
 
@@ -206,7 +261,11 @@ def curve(random: Random) -> Sampled:
     inputs = torch.from_numpy(random.numpy.uniform(-1, 1, (points, dimensions))).float()
     waves = inputs @ random.normal(dimensions, 6) * random.between(2, 8)
     targets = torch.sin(waves + 6 * random.normal(6)) @ random.normal(6, 1)
-    return Sampled(mlp(random, dimensions, 1), F.mse_loss, [inputs, targets / targets.std()])
+    frequencies = random.whole(8, 24)
+    module = mlp(random, dimensions, 1)
+    if random.chance(0.4):
+        module = nn.Sequential(Waves(dimensions, frequencies), *mlp(random, 2 * frequencies, 1))
+    return Sampled(module, F.mse_loss, [inputs, targets / targets.std()])
 
 
 def sequence(random: Random) -> Sampled:
@@ -214,7 +273,8 @@ def sequence(random: Random) -> Sampled:
     images, labels = _digits(random, flat=False)
     labels, classes = _classes(random, labels)
     kind: Any = random.one(nn.RNN, nn.GRU, nn.LSTM)
-    return Sampled(Recurrent(kind, 8, random.whole(5, 16), classes), F.cross_entropy, [images.squeeze(1), labels])
+    module = Recurrent(kind, images.shape[-1], random.whole(5, 16), classes)
+    return Sampled(module, F.cross_entropy, [images.squeeze(1), labels])
 
 
 def attention(random: Random) -> Sampled:
@@ -222,25 +282,39 @@ def attention(random: Random) -> Sampled:
     images, labels = _digits(random, flat=False)
     labels, classes = _classes(random, labels)
     width, first = 2 * random.whole(3, 6), random.chance(0.5)
-    module = Attention(8, 8, width, random.whole(1, 2), classes, norm_first=first)
+    module = Attention(images.shape[-1], images.shape[-1], width, random.whole(1, 2), classes, norm_first=first)
     return Sampled(module, F.cross_entropy, [images.squeeze(1), labels])
+
+
+def _chain(random: Random, count: int, length: int) -> Tensor:
+    """Symbols that follow upon each other with chances of their own."""
+    chances = torch.softmax(random.normal(count, count) * random.between(1, 4), 1).cumsum(1)
+    chain = [0]
+    for draw in torch.from_numpy(random.numpy.random(length)).float():
+        chain.append(min(count - 1, int(torch.searchsorted(chances[chain[-1]], draw))))
+    return torch.tensor(chain)
 
 
 def symbols(random: Random) -> Sampled:
     """The next symbol of a chain, from the last few."""
-    count, context, length = random.whole(5, 30), random.whole(1, 4), random.whole(300, 3000)
-    chances = torch.softmax(random.normal(count, count) * random.between(1, 4), 1).cumsum(1)
-    chain, draws = [0], torch.from_numpy(random.numpy.random(length + context)).float()
-    for draw in draws.tolist():
-        chain.append(min(count - 1, int(torch.searchsorted(chances[chain[-1]], draw))))
-    windows = torch.tensor(chain).unfold(0, context + 1, 1)
-    module = Symbols(count, context, random.whole(3, 12), lambda inputs: mlp(random, inputs, count, deepest=2))
+    count, context = random.whole(5, 30), random.whole(1, 4)
+    windows = _chain(random, count, random.whole(300, 3000)).unfold(0, context + 1, 1)
+    module = Symbols(count, context, random.whole(3, 12), lambda inputs: mlp(random, inputs, count, widest=16))
     return Sampled(module, F.cross_entropy, [windows[:, :-1].contiguous(), windows[:, -1].contiguous()])
+
+
+def language(random: Random) -> Sampled:
+    """The next symbol of a chain at each of several places."""
+    count, places, width = random.whole(5, 30), random.whole(6, 16), 2 * random.whole(3, 8)
+    windows = _chain(random, count, random.whole(300, 3000)).unfold(0, places + 1, 1)
+    kind: Any = random.one(nn.RNN, nn.GRU, nn.GRU, nn.LSTM, None, None)
+    module = Language(count, places, width, kind)
+    return Sampled(module, F.cross_entropy, [windows[:, :-1].contiguous(), windows[:, 1:].contiguous()])
 
 
 def factors(random: Random) -> Sampled:
     """A matrix of low rank from some of its entries."""
-    count, rank, entries = random.whole(10, 60), random.whole(1, 4), random.whole(300, 2000)
+    count, rank, entries = random.whole(10, 200), random.whole(1, 4), random.whole(300, 10_000)
     matrix = random.normal(count, rank) @ random.normal(rank, count) / math.sqrt(rank)
     pairs = torch.from_numpy(random.numpy.integers(count, size=(entries, 2)))
     targets = matrix[pairs[:, 0], pairs[:, 1]] + 0.1 * random.normal(entries)
@@ -250,14 +324,15 @@ def factors(random: Random) -> Sampled:
 KINDS: dict[str, tuple[float, Callable[[Random], Sampled]]] = {
     "image-mlp": (2.0, image_mlp),
     "image-cnn": (1.5, image_cnn),
-    "autoencoder": (1.0, autoencoder),
+    "autoencoder": (1.5, autoencoder),
     "table-regression": (2.0, table_regression),
     "table-classification": (2.0, table_classification),
-    "curve": (1.0, curve),
-    "sequence": (0.7, sequence),
+    "curve": (1.5, curve),
+    "sequence": (0.5, sequence),
     "attention": (0.4, attention),
     "symbols": (1.0, symbols),
-    "factors": (0.7, factors),
+    "language": (0.5, language),
+    "factors": (1.5, factors),
 }
 """By name, how often a kind comes, and what makes one. What takes long for a step comes less often."""
 
@@ -266,7 +341,7 @@ KINDS: dict[str, tuple[float, Callable[[Random], Sampled]]] = {
 class RandomNetworks(Task):
     """Small networks of many kinds, each drawn anew with its data, loss, start and minibatch size.
 
-    Perceptrons, convolutional and recurrent networks, transformers, autoencoders, embeddings; on 8 x 8 digits, tables,
+    Perceptrons, convolutional and recurrent networks, transformers, autoencoders, embeddings; on small digits, tables,
     curves, chains of symbols and matrices; some 50 to 5,000 coordinates, minibatches of 8 to 128. Half of them start as
     torch would have it, scaled by a factor from 1/2 to 2; the parameters of the others are iid N(0, s^2), s from .05 to
     .3. All that has a range is log-uniform in it.
