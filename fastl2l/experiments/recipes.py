@@ -44,14 +44,16 @@ def fresh_rule(kind: str, task: str, *, seed: int = 0, **options: Any) -> Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a rule is trained: all arguments of `LSTMRule` and `MetaTrainer` that are not defaults.
+    """How a rule is trained: all that is not a default.
 
     Args:
         name: the rule's.
         about: one sentence on what it is good for.
         task: name of the task.
-        epochs: of 20 trajectories each.
+        epochs: of 20 trajectories each, unless `training` has another number.
         training: arguments of `MetaTrainer`.
+        kind: the rule's, a name in `fastl2l.rules.RULES`.
+        augmentation: arguments of `fastl2l.tasks.augmented`.
         seed: of the first weights and of all problems.
         init: how the rule is trained that this one starts from; fresh weights by default.
     """
@@ -61,19 +63,21 @@ class Recipe:
     task: str
     epochs: int
     training: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = LSTMRule.kind
+    augmentation: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     init: Recipe | None = None
 
     @property
     def commands(self) -> list[str]:
         """The commands that do the same, one after the other."""
-        options = {"task": self.task, "epochs": self.epochs, **self.training, "seed": self.seed}
+        options = {"task": self.task, **self.augmentation, "epochs": self.epochs, **self.training, "seed": self.seed}
         if self.init is not None:
             options["init"] = f"runs/{self.init.name}/rule.safetensors"
+        elif self.kind != LSTMRule.kind:
+            options["rule"] = self.kind
         options["out"] = f"runs/{self.name}"
-        words = [
-            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in options.items()
-        ]
+        words = [_option(name, value) for name, value in options.items()]
         return [*(self.init.commands if self.init is not None else []), " ".join(["fastl2l train", *words])]
 
     def train(self, folder: str | os.PathLike[str], *, quick: bool = False, progress: bool = True) -> Rule:
@@ -85,14 +89,22 @@ class Recipe:
             progress: show how far it is.
         """
         if self.init is None:
-            rule = fresh_rule(LSTMRule.kind, self.task, seed=self.seed)
+            rule = fresh_rule(self.kind, self.task, seed=self.seed)
         else:
             rule = self.init.train(folder, quick=quick, progress=progress)
         checkpoint = Path(folder) / f"{self.name}{'-quick' * quick}.pt"
-        task = tasks.by_name(self.task)
+        task = tasks.augmented(tasks.by_name(self.task), **self.augmentation)
         trainer = MetaTrainer(rule, task, seed=self.seed, checkpoint=checkpoint, **self.training)
         trainer.fit(max(1, self.epochs // 10) if quick else self.epochs, progress=progress)
         return rule
+
+
+def _option(name: str, value: Any) -> str:
+    """As the command line has it: --name, with numbers in a row as 1,2,3."""
+    word = f"--{name.replace('_', '-')}"
+    if value is True:
+        return word
+    return f"{word} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _lstm_mnist() -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from fastl2l.tasks.augmented import augmented
 from fastl2l.tasks.base import Problem, PureProblem, Task
 from fastl2l.tasks.batch import batch
 from fastl2l.tasks.classification import MNIST, Digits, FashionMNIST
@@ -28,6 +29,7 @@ __all__ = [
     "Scaled",
     "Task",
     "WithConvex",
+    "augmented",
     "batch",
     "by_name",
     "conv_and_fc",
