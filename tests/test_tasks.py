@@ -608,6 +608,11 @@ def test_what_vmap_raises_does_not_matter():
         ((torch.eye(6).to_sparse(), torch.ones(6)), TypeError, r"data\[0\]: expected a dense Tensor.*sparse_coo"),
         ((torch.ones(6), torch.ones(6, device="meta")), TypeError, r"data\[1\]: expected a dense Tensor.*on meta"),
         ((torch.ones(6, 1), torch.ones(())), ValueError, r"data: .*got shapes \[6, 1\] and \[\]"),
+        (
+            (torch.ones(6, 2), torch.tensor([0, 1, 2, float("nan"), 4, float("nan")])),
+            ValueError,
+            r"data\[1\]: expected no NaN, got nan in row 3 and 1 more",
+        ),
     ],
 )
 def test_bad_data_are_named(data, error, message):

@@ -285,6 +285,17 @@ def integer(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
+def refuse(name: str, data: Tensor, bad: Tensor, expected: str) -> None:
+    """Raise a ValueError if some of `data` [rows, ...] is `bad`: it says where, and how many there are."""
+    places = bad.nonzero()
+    if len(places):
+        found, row = data[tuple(places[0])].item(), places[0, 0].item()
+        raise ValueError(
+            f"{name}: expected {expected}, got {found} in row {row} and {len(places) - 1} more; "
+            "fill them in or leave out such rows"
+        )
+
+
 def floating(name: str, value: object) -> torch.dtype:
     """`value` if it is a floating torch.dtype, or a TypeError."""
     if not (isinstance(value, torch.dtype) and value.is_floating_point):
