@@ -22,6 +22,8 @@ from fastl2l.meta import Imitation, MetaTrainer, search_meta_lr
 from fastl2l.progress import plain_console
 from fastl2l.rules import RULES, LSTMRule, Rule
 from fastl2l.tasks.base import integer
+from fastl2l.tasks.networks import ACTIVATIONS
+from fastl2l.tasks.tables import TABLES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,9 +41,11 @@ def _say(text: str | Text) -> None:
 
 
 TaskName = Annotated[str, typer.Option("--task", help=f"One of {', '.join(tasks.names())}.")]
-Hidden = Annotated[str | None, typer.Option(help="Hidden units of the network, by layer: 20 or 40,40.")]
-Activation = Annotated[str | None, typer.Option(help="Of the network: sigmoid, relu, tanh or elu.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images in a minibatch.")]
+Hidden = Annotated[str | None, typer.Option(help="Hidden units of the network, by layer: 20 or 40,40; '' for none.")]
+Convolutions = Annotated[str | None, typer.Option(help="3 x 3 convolutions of the network, by stage: 2 or 2,2.")]
+Activation = Annotated[str | None, typer.Option(help=f"Of the network: {', '.join(ACTIVATIONS)}.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images, rows or sequences in a minibatch.")]
+TableName = Annotated[str | None, typer.Option("--table", help=f"For the task table: {', '.join(TABLES)}.")]
 SecondDerivatives = Annotated[bool, typer.Option("--second-derivatives", help="Exact meta-gradients.")]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
 Scaling = Annotated[
@@ -51,11 +55,11 @@ Convex = Annotated[int, typer.Option(help="Coordinates of a convex function that
 Kind = Annotated[str, typer.Option("--rule", help=f"What is trained: {' or '.join(RULES)}.")]
 
 
-def _task(name: str, hidden: str | None, activation: str | None, batch_size: int | None) -> tasks.Task:
-    options: dict[str, Any] = {"activation": activation, "batch_size": batch_size}
-    if hidden is not None:
-        options["hidden"] = _numbers("hidden", hidden, int, "40,40")
-    return tasks.by_name(name, **{option: value for option, value in options.items() if value is not None})
+def _task(name: str, **options: str | int | None) -> tasks.Task:
+    given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
+    for option in given.keys() & {"hidden", "convolutions"}:
+        given[option] = _numbers(option, given[option], int, "40,40") if given[option] else ()
+    return tasks.by_name(name, **given)
 
 
 def _numbers(name: str, text: str, kind: type[int] | type[float], example: str) -> tuple[Any, ...]:
@@ -99,8 +103,10 @@ def train(
     schedule: Annotated[str, typer.Option(help="Of the meta learning rate: constant or cosine.")] = "cosine",
     seed: Seed = 0,
     hidden: Hidden = None,
+    convolutions: Convolutions = None,
     activation: Activation = None,
     batch_size: BatchSize = None,
+    table: TableName = None,
     scaling: Scaling = None,
     convex: Convex = 0,
     step_weights: Annotated[str | None, typer.Option(help="Of a window's losses: 'last', or a number a step.")] = None,
@@ -138,9 +144,12 @@ def train(
         trained = rule_files.load_rule(init)
     _check_folder(out)
     steps, weights = _numbers("horizon", horizon, int, "100 or 50,2000"), step_weights
+    problems = _task(
+        task, hidden=hidden, convolutions=convolutions, activation=activation, batch_size=batch_size, table=table
+    )
     trainer = MetaTrainer(
         trained,
-        _augmented(_task(task, hidden, activation, batch_size), scaling, convex),
+        _augmented(problems, scaling, convex),
         horizon=steps[0] if len(steps) == 1 else steps,
         unroll=unroll,
         meta_lr=meta_lr,
@@ -197,8 +206,10 @@ def evaluate_command(
     runs: Annotated[int, typer.Option(help="Fresh problems; every optimizer sees the same.")] = 100,
     seed: Seed = 1,
     hidden: Hidden = None,
+    convolutions: Convolutions = None,
     activation: Activation = None,
     batch_size: BatchSize = None,
+    table: TableName = None,
     backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
 ) -> None:
     """Compare update rules with tuned optimizers on fresh problems of a task: a table, a figure, CSV and JSON.
@@ -209,7 +220,9 @@ def evaluate_command(
     if baseline != "none":
         tuned = [(name, baselines.by_name(name)) for name in baseline.split(",")]
         optimizers = _by_name("rule and baseline", [*optimizers.items(), *tuned])
-    problems = _task(task, hidden, activation, batch_size)
+    problems = _task(
+        task, hidden=hidden, convolutions=convolutions, activation=activation, batch_size=batch_size, table=table
+    )
     arguments: dict[str, Any] = {"steps": steps, "runs": runs, "seed": seed, "backend": backend}
     check(problems, optimizers, **arguments)
     _check_folder(out)
@@ -282,14 +295,18 @@ def tune(
     second_derivatives: SecondDerivatives = False,
     seed: Seed = 0,
     hidden: Hidden = None,
+    convolutions: Convolutions = None,
     activation: Activation = None,
     batch_size: BatchSize = None,
+    table: TableName = None,
 ) -> None:
     """Search the meta learning rate at random, by validation loss. Run it again to go on where it was stopped.
 
     Example: fastl2l tune --task quadratic --trials 10 --epochs 20
     """
-    problems = _task(task, hidden, activation, batch_size)
+    problems = _task(
+        task, hidden=hidden, convolutions=convolutions, activation=activation, batch_size=batch_size, table=table
+    )
     _check_folder(out)
 
     def make_trainer(meta_lr: float, checkpoint: Path) -> MetaTrainer:
@@ -305,10 +322,10 @@ def tune(
         )
 
     found = search_meta_lr(make_trainer, out, trials=trials, epochs=epochs, low=low, high=high, seed=seed)
-    table = Table("meta learning rate", "validation loss", title=task)
+    rates = Table("meta learning rate", "validation loss", title=task)
     for trial in found:
-        table.add_row(f"{trial.meta_lr:.3g}", f"{trial.validation_loss:.4g}")
-    console.print(table)
+        rates.add_row(f"{trial.meta_lr:.3g}", f"{trial.validation_loss:.4g}")
+    console.print(rates)
     figure = plots.plot_search(found, out / "search.png", title=f"{task}, {epochs} epochs each")
     _say(f"figure: {figure}\nthe best: --meta-lr {found[0].meta_lr:.3g}")
 

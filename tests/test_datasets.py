@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from fastl2l.tasks import FashionMNIST, datasets
+from fastl2l.tasks import CIFAR10, FashionMNIST, datasets
 from fastl2l.tasks._torchvision import torchvision
+from fastl2l.tasks.base import Minibatches, value_and_grad
 
 
 def test_digits():
@@ -47,7 +52,7 @@ def test_a_data_set_is_loaded_once_a_process():
 
 
 def test_unknown_names_and_splits():
-    with pytest.raises(ValueError, match="name: expected one of mnist, fashion-mnist, digits, got 'cifar'"):
+    with pytest.raises(ValueError, match="name: expected one of mnist, fashion-mnist, digits, cifar10, got 'cifar'"):
         datasets.load("cifar", "train")
     with pytest.raises(ValueError, match="split: expected one of train, test, got 'all'"):
         datasets.load("digits", "all")
@@ -163,3 +168,122 @@ def test_importing_tasks_imports_neither_torchvision_nor_sklearn():
 def test_torchvision_works_beside_any_torch():
     assert torchvision().datasets.MNIST
     assert torchvision().models.vgg16
+
+
+# CIFAR-10
+
+FILES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """The binary version with 4 images a file: a folder, and what is in it as images and labels."""
+    monkeypatch.setenv("FASTL2L_DATA", str(tmp_path))
+    few = datasets._KINDS["cifar10"]._replace(images={"train": 20, "test": 4})
+    monkeypatch.setitem(datasets._KINDS, "cifar10", few)
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    images, labels = random.integers(256, size=(24, 3, 32, 32), dtype=np.uint8), np.arange(24, dtype=np.uint8) % 10
+    for i, name in enumerate(FILES):
+        records = zip(labels[4 * i : 4 * i + 4], images[4 * i : 4 * i + 4], strict=True)
+        (folder / name).write_bytes(b"".join(bytes([label]) + image.tobytes() for label, image in records))
+    return folder, images, labels
+
+
+def test_cifar10_is_read_from_its_binary_version(cifar10):
+    _, images, labels = cifar10
+    train, test = (datasets.load("cifar10", split) for split in ("train", "test"))
+    assert train.images.dtype == torch.uint8
+    assert train.classes == 10
+    assert np.array_equal(train.images, images[:20])
+    assert np.array_equal(test.images, images[20:])
+    assert np.array_equal(torch.cat([train.labels, test.labels]), labels)
+
+
+def test_cifar10_is_read_as_torchvision_has_it(cifar10, tmp_path, monkeypatch):
+    """A folder of the Python version, with md5 sums of ours, gives the same as the binary one."""
+    folder, *_ = cifar10
+    expected = [datasets.load("cifar10", split) for split in ("train", "test")]
+    batches = tmp_path / "python" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    sums = {}
+    for file in FILES:
+        records = np.frombuffer((folder / file).read_bytes(), np.uint8).reshape(-1, 3073)
+        data = {"data": records[:, 1:], "labels": records[:, 0].tolist()}
+        (batches / file.removesuffix(".bin")).write_bytes(pickle.dumps(data))
+        sums[file.removesuffix(".bin")] = None
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    kind = torchvision().datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [[name, None] for name in sums if name != "test_batch"])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    monkeypatch.setenv("FASTL2L_DATA", str(batches.parent))
+    for split, binary in zip(("train", "test"), expected, strict=True):
+        found = datasets.load("cifar10", split)
+        assert torch.equal(found.images, binary.images)
+        assert torch.equal(found.labels, binary.labels)
+
+
+def test_problems_of_bytes_are_those_of_their_numbers(cifar10):
+    _, images, labels = cifar10
+    task = CIFAR10(hidden=(5,), batch_size=6)
+    problem = task.sample(3)
+    rows = Minibatches(3, 20, 6).at(2, torch.device("cpu"))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 5), nn.Sigmoid(), nn.Linear(5, 10))
+    nn.utils.vector_to_parameters(problem.theta0, network.parameters())
+    numbers, targets = torch.from_numpy(images).float() / 255, torch.from_numpy(labels).long()
+    expected = F.cross_entropy(network(numbers[rows]), targets[rows])
+    torch.testing.assert_close(value_and_grad(problem, problem.theta0, 2)[0], expected.detach())
+    right = (network(numbers[20:]).argmax(1) == targets[20:]).float().mean()
+    assert problem.accuracy(problem.theta0) == right
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), ValueError, "12292 bytes in all, got 12291"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"1"), ValueError, "12292 bytes in all, got 12293"),
+        (lambda file: file.write_bytes(b""), ValueError, "12292 bytes in all, got 0"),
+        (lambda file: file.write_bytes(b"\12" + file.read_bytes()[1:]), ValueError, "in all, got a label 10"),
+        (lambda file: file.unlink(), FileNotFoundError, "in all, got no such file"),
+    ],
+)
+def test_other_binary_files_are_named(change, error, message, cifar10):
+    file = cifar10[0] / "data_batch_3.bin"
+    change(file)
+    expected = f"{file}: expected 4 records of 3073 bytes, the first of them a label 0 to 9"
+    with pytest.raises(error, match=f"{re.escape(expected)}.*{message}"):
+        CIFAR10()
+
+
+def test_absent_cifar10_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTL2L_DATA", str(tmp_path))
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision().datasets.CIFAR10, "download", offline)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "cifar-10-batches-bin"))):
+        CIFAR10()
+
+
+@pytest.mark.skipif(
+    not (datasets.data_folder() / "cifar-10-batches-bin").is_dir(), reason="CIFAR-10 is not in the data folder"
+)
+def test_the_real_cifar10():
+    train, test = (datasets.load("cifar10", split) for split in ("train", "test"))
+    assert train.images.shape == (50_000, 3, 32, 32)
+    assert (torch.bincount(train.labels) == 5000).all()
+    assert (torch.bincount(test.labels) == 1000).all()
+    means = train.images.float().mean((0, 2, 3)) / 255
+    torch.testing.assert_close(means, torch.tensor([0.4914, 0.4822, 0.4465]), atol=1e-4, rtol=0)  # the well-known ones
+
+
+def test_many_data_sets_are_held_at_once():
+    kinds = [("digits", split, dtype) for split in datasets.SPLITS for dtype in (torch.float32, torch.float64)]
+    kinds += [("digits", split, dtype) for split in datasets.SPLITS for dtype in (torch.float16, torch.bfloat16)]
+    kinds += [("mnist", split, torch.float32) for split in datasets.SPLITS]
+    first = [datasets.load(name, split, dtype=dtype) for name, split, dtype in kinds]
+    again = [datasets.load(name, split, dtype=dtype) for name, split, dtype in kinds]
+    assert all(one is other for one, other in zip(first, again, strict=True))

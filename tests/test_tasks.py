@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastl2l import tasks
-from fastl2l.tasks import datasets
+from fastl2l.tasks import datasets, tables
 from fastl2l.tasks.base import (
     Minibatches,
     Problem,
@@ -74,6 +74,10 @@ ALL = {
     "quadratic": lambda: tasks.Quadratic(dim=4, batch=3),
     "digits": lambda: tasks.Digits(batch_size=32),
     "mnist": lambda: tasks.MNIST(hidden=(5, 4), activation="elu"),
+    "digits, convolutions": lambda: tasks.Digits((5,), "softplus", 8, convolutions=(1, 2), dtype=torch.float64),
+    "sine": lambda: tasks.Sine(layers=2, units=4, batch_size=8),
+    "table": lambda: tasks.Table("wine", batch_size=16),
+    "table, own": lambda: tasks.Table((blobs()[0].numpy(), blobs()[0][:, :2] + 1), hidden=(4, 3), activation="tanh"),
     "custom": custom,
     "custom, with factories": lambda: tasks.from_module(WithFactories, F.cross_entropy, Fresh(), batch_size=16),
     "custom, batch norm and dropout": lambda: custom(
@@ -136,10 +140,10 @@ def test_evaluating_under_no_grad_gives_the_same_gradient(task):
 def test_second_derivatives(task):
     problem = task.sample(4)
     theta = problem.theta0.clone().requires_grad_()
-    direction = torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(theta.shape, generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
     (grad,) = torch.autograd.grad(problem.loss(theta, 2), theta, create_graph=True)
     (product,) = torch.autograd.grad(grad @ direction, theta)
-    epsilon = 1e-2
+    epsilon = 1e-2 if theta.dtype == torch.float32 else 1e-6
     ahead, behind = (value_and_grad(problem, theta + e * direction, 2)[1] for e in (epsilon, -epsilon))
     difference = (ahead - behind) / (2 * epsilon)
     assert (product - difference).norm() < 0.03 * difference.norm()
@@ -196,8 +200,10 @@ def test_torch_s_defaults_do_not_change_a_task(task, defaults):
 @pytest.mark.parametrize("name", ALL)
 def test_a_default_device_does_not_change_what_is_made(name):
     datasets._load.cache_clear()
+    tables._bundled.cache_clear()
     expected = ALL[name]().spec(), *outcome(ALL[name]())
     datasets._load.cache_clear()
+    tables._bundled.cache_clear()
     with torch.device("meta"):
         found = ALL[name]().spec(), *outcome(ALL[name]())
     assert found[0] == expected[0]
@@ -291,7 +297,14 @@ def test_the_splits_differ():
         ({"hidden": "20"}, TypeError, "hidden: expected a sequence"),
         ({"hidden": (20, 0)}, ValueError, "hidden: expected an integer >= 1, got 0"),
         ({"hidden": (2.5,)}, TypeError, "hidden: expected an integer >= 1, got 2.5"),
-        ({"activation": "selu"}, ValueError, "activation: expected one of sigmoid, relu, tanh, elu, got 'selu'"),
+        ({"activation": "swish"}, ValueError, "activation: expected one of sigmoid, relu, tanh, elu, .*, got 'swish'"),
+        ({"convolutions": 2}, TypeError, r"convolutions: expected a sequence .* such as \(2, 2\), got 2"),
+        ({"convolutions": (2, 0)}, ValueError, "convolutions: expected an integer >= 1, got 0"),
+        (
+            {"convolutions": (1, 1, 1, 1)},
+            ValueError,
+            r"convolutions: expected at most 3 stages for inputs of 1 x 8 x 8, .* got \[1, 1, 1, 1\]",
+        ),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
         ({"split": "valid"}, ValueError, "split: expected one of train, test, got 'valid'"),
         ({"init_std": -1.0}, ValueError, "init_std: expected a finite number >= 0"),
@@ -595,6 +608,11 @@ def test_what_vmap_raises_does_not_matter():
         ((torch.eye(6).to_sparse(), torch.ones(6)), TypeError, r"data\[0\]: expected a dense Tensor.*sparse_coo"),
         ((torch.ones(6), torch.ones(6, device="meta")), TypeError, r"data\[1\]: expected a dense Tensor.*on meta"),
         ((torch.ones(6, 1), torch.ones(())), ValueError, r"data: .*got shapes \[6, 1\] and \[\]"),
+        (
+            (torch.ones(6, 2), torch.tensor([0, 1, 2, float("nan"), 4, float("nan")])),
+            ValueError,
+            r"data\[1\]: expected no NaN, got nan in row 3 and 1 more",
+        ),
     ],
 )
 def test_bad_data_are_named(data, error, message):
@@ -820,10 +838,12 @@ def test_non_finite_losses_pass_through_evaluation():
 
 
 def test_by_name():
-    assert {"quadratic", "mnist", "fashion-mnist", "digits", "random-networks"} <= set(tasks.names())
+    expected = ["quadratic", "mnist", "fashion-mnist", "digits", "cifar10", "sine", "table", "random-networks"]
+    assert tasks.names() == expected
     assert tasks.by_name("quadratic", dim=3) == tasks.Quadratic(dim=3)
     assert tasks.by_name("digits", hidden=[8]) == tasks.Digits(hidden=(8,))
-    with pytest.raises(ValueError, match="name: expected one of quadratic, mnist, fashion-mnist, digits, got 'cifar'"):
+    assert tasks.by_name("table", table="iris") == tasks.Table("iris")
+    with pytest.raises(ValueError, match=r"name: expected one of quadratic, mnist, .*, table, got 'cifar'"):
         tasks.by_name("cifar")
     with pytest.raises(ValueError, match=r"options of task 'quadratic': expected some of dim, batch.*, got 'hidden'"):
         tasks.by_name("quadratic", hidden=(3,))

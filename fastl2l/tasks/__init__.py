@@ -8,16 +8,19 @@ from typing import Any
 from fastl2l.tasks.augmented import augmented
 from fastl2l.tasks.base import Problem, PureProblem, Task
 from fastl2l.tasks.batch import batch
-from fastl2l.tasks.classification import MNIST, Digits, FashionMNIST
+from fastl2l.tasks.classification import CIFAR10, MNIST, Digits, FashionMNIST
 from fastl2l.tasks.convex import WithConvex
 from fastl2l.tasks.custom import from_module
 from fastl2l.tasks.mixture import Mixture
 from fastl2l.tasks.parts import conv_and_fc
 from fastl2l.tasks.quadratic import Quadratic
 from fastl2l.tasks.random_networks import RandomNetworks
+from fastl2l.tasks.recurrent import Sine
 from fastl2l.tasks.scaled import Scaled
+from fastl2l.tasks.tables import Table
 
 __all__ = [
+    "CIFAR10",
     "MNIST",
     "Digits",
     "FashionMNIST",
@@ -27,6 +30,8 @@ __all__ = [
     "Quadratic",
     "RandomNetworks",
     "Scaled",
+    "Sine",
+    "Table",
     "Task",
     "WithConvex",
     "augmented",
@@ -37,7 +42,9 @@ __all__ = [
     "names",
 ]
 
-_TASKS: dict[str, type[Task]] = {task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits, RandomNetworks)}
+_TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits, CIFAR10, Sine, Table, RandomNetworks)
+}
 
 
 def names() -> list[str]:

@@ -113,7 +113,8 @@ class Task(ABC):
     def spec(self) -> dict[str, Any]:
         """Complete description of the distribution, as JSON would hold it: cache key, and part of every result file.
 
-        The fields of a dataclass, without the device, which changes no problem. Other tasks must override this.
+        The fields of a dataclass, without the device, which changes no problem; of a field that has a spec() of its
+        own, that. Other tasks must override this.
 
         Raises:
             TypeError: a field holds something that JSON has no word for.
@@ -137,6 +138,8 @@ def _plain(name: str, value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if callable(getattr(value, "spec", None)):
+        return _plain(name, value.spec())
     raise TypeError(f"{name}: expected what JSON has a word for, got {_kind(value)}; override spec() to describe it")
 
 
@@ -284,6 +287,17 @@ def integer(name: str, value: object, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
     return int(value)
+
+
+def refuse(name: str, data: Tensor, bad: Tensor, expected: str) -> None:
+    """Raise a ValueError if some of `data` [rows, ...] is `bad`: it says where, and how many there are."""
+    places = bad.nonzero()
+    if len(places):
+        found, row = data[tuple(places[0])].item(), places[0, 0].item()
+        raise ValueError(
+            f"{name}: expected {expected}, got {found} in row {row} and {len(places) - 1} more; "
+            "fill them in or leave out such rows"
+        )
 
 
 def floating(name: str, value: object) -> torch.dtype:

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastl2l.tasks.base import Minibatches, PureProblem, Task, floating, generator, integer, normal, take
+from fastl2l.tasks.base import Task
 from fastl2l.tasks.datasets import Images, load
+from fastl2l.tasks.networks import LossOnRows, Network, NetworkProblem, check_training, numbers
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "elu": F.elu,
-}
+_AT_ONCE = 1000
+"""Images whose accuracy is computed at once: convolutions of many more take gigabytes."""
 
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Mean cross-entropy (nats) of a multi-layer perceptron on a minibatch of images, as a function of its parameters.
+    """Mean cross-entropy (nats) of a network on a minibatch of images, as a function of its parameters.
 
-    theta [N] holds weight [out, in] and bias [out] of each layer in turn. theta_0 is iid N(0, init_std^2). Each step
-    has a minibatch of its own, iid uniform from the split, with replacement. Pixels lie in [0, 1].
+    theta [N] holds weight and bias of each layer in turn: of the convolutions, [out, in, 3, 3], and of the fully
+    connected layers, [out, in]. theta_0 is iid N(0, init_std^2). Each step has a minibatch of its own, iid uniform from
+    the split, with replacement. Pixels lie in [0, 1].
 
     Args:
         hidden: units of each hidden layer; () for none.
-        activation: "sigmoid", "relu", "tanh" or "elu", after each hidden layer.
+        activation: "sigmoid", "relu", "tanh", "elu", ... (`networks.ACTIVATIONS`), after each layer but the last.
         batch_size: images in a minibatch.
         split: "train" or "test", the images that minibatches are drawn from.
         init_std: standard deviation of theta_0.
         dtype, device: of theta and the images.
+        convolutions: how many 3 x 3 convolutions, which keep the size, in each stage before the hidden layers; () for
+            none. The first stage has 16 channels, each later one twice as many; 2 x 2 max pooling after each. So the
+            networks of Lv et al. are c-c-p-f, `hidden=(), activation="relu", convolutions=(2,)`, and c-c-p-c-c-p-f-f,
+            `hidden=(64,), activation="relu", convolutions=(2, 2)`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -49,24 +50,29 @@ class Classification(Task):
     init_std: float = 0.1
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
+    convolutions: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
-            raise TypeError(f"hidden: expected a sequence of positive integers such as (20,), got {self.hidden!r}")
-        object.__setattr__(self, "hidden", tuple(integer("hidden", units) for units in self.hidden))
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        integer("batch_size", self.batch_size)
-        if isinstance(self.init_std, bool) or not isinstance(self.init_std, (int, float)):
-            raise TypeError(f"init_std: expected a number >= 0, got {self.init_std!r}")
-        if not 0 <= self.init_std < math.inf:
-            raise ValueError(f"init_std: expected a finite number >= 0, got {self.init_std}")
-        floating("dtype", self.dtype)
-        self.data(self.split)  # data that cannot be had should be noticed here, before anything is done with the task
+        check_training(self)
+        # Data that cannot be had should be noticed here, before anything is done with the task.
+        network = self.network(self.data(self.split))
+        object.__setattr__(self, "hidden", network.hidden)
+        object.__setattr__(self, "convolutions", network.convolutions)
+
+    def spec(self) -> dict[str, Any]:
+        """As of any task. Without convolutions there is no word of them, as before there were any."""
+        spec = super().spec()
+        if not self.convolutions:
+            del spec["convolutions"]
+        return spec
 
     def data(self, split: str) -> Images:
         """The images and labels of a split, loaded once a process."""
         return load(self.name, split, dtype=self.dtype, device=self.device)
+
+    def network(self, data: Images) -> Network:
+        """The network for such images."""
+        return Network(tuple(data.images.shape[1:]), data.classes, self.hidden, self.activation, self.convolutions)
 
     def sample(self, seed: int) -> ClassificationProblem:
         return ClassificationProblem(self, seed)
@@ -87,52 +93,26 @@ class Digits(Classification):
     name = "digits"
 
 
-class _Network:
-    """The network of a task: from theta and the rows of a minibatch to its cross-entropy."""
-
-    def __init__(self, data: Images, hidden: Sequence[int], activation: str) -> None:
-        self._data, self._images, self._labels = data, data.images.flatten(1), data.labels
-        self._kind = (*hidden, activation)
-        self._activation = ACTIVATIONS[activation]
-        units = (self._images.shape[1], *hidden, data.classes)
-        self._shapes = [shape for n_in, n_out in pairwise(units) for shape in ((n_out, n_in), (n_out,))]
-        self._sizes = [math.prod(shape) for shape in self._shapes]
-        self.parameters = sum(self._sizes)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Network) and self._data is other._data and self._kind == other._kind
-
-    def __call__(self, theta: Tensor, rows: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(theta, take(self._images, rows)), take(self._labels, rows))
-
-    def logits(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Outputs [batch, classes] of the network with parameters theta [N] for images [batch, pixels]."""
-        weight, bias, *rest = (
-            part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True)
-        )
-        output = F.linear(images, weight, bias)
-        for weight, bias in zip(rest[::2], rest[1::2], strict=True):
-            output = F.linear(self._activation(output), weight, bias)
-        return output
+class CIFAR10(Classification):
+    __doc__ = Classification.__doc__
+    name = "cifar10"
 
 
-class ClassificationProblem(PureProblem):
+class ClassificationProblem(NetworkProblem):
     """One initialisation of the network and one sequence of minibatches."""
 
     def __init__(self, task: Classification, seed: int) -> None:
-        self.task = task.name
         self._data = task.data
         data = task.data(task.split)
-        self.function = network = _Network(data, task.hidden, task.activation)
-        self.theta0 = normal(generator(seed, "theta0"), (network.parameters,), task.init_std, task.dtype, task.device)
-        self._minibatches = Minibatches(seed, len(data.labels), task.batch_size)
-        self.logits = network.logits
+        super().__init__(task, LossOnRows(task.network(data), F.cross_entropy, data.images, data.labels), seed)
 
-    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        return (self._minibatches.at(step, device),)
+    def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Outputs [batch, classes] of the network with parameters theta [N] for images as `datasets.load` has them."""
+        return self.function.network(theta, numbers(images, theta.dtype))
 
     @torch.no_grad()
     def accuracy(self, theta: Tensor, split: str = "test") -> float:
         """Share of a whole split ("train" or "test") that the network with parameters theta [N] classifies rightly."""
         images, labels, _ = self._data(split)
-        return (self.logits(theta, images.flatten(1)).argmax(1) == labels).double().mean().item()
+        classes = torch.cat([self.logits(theta, some).argmax(1) for some in images.split(_AT_ONCE)])
+        return (classes == labels).double().mean().item()

@@ -23,6 +23,7 @@ from fastl2l.tasks.base import (
     fingerprint,
     integer,
     problem_seed,
+    refuse,
     take,
     value_and_grad,
 )
@@ -79,7 +80,8 @@ def from_module(
     Raises:
         TypeError, ValueError: an argument is not as above; the network has no trainable parameters, or some that are
             not floating or of several dtypes, or in no part or in two; it or the loss holds something that cannot be
-            told from others (a lock, an open file); the loss is not a finite scalar at the start of a first problem.
+            told from others (a lock, an open file); some of the data are NaN; the loss is not a finite scalar at the
+            start of a first problem.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: expected a non-empty string, got {name!r}")
@@ -300,6 +302,8 @@ def _columns(data: object) -> list[Tensor]:
     if len({column.shape[:1] for column in columns}) > 1 or not all(column.ndim and len(column) for column in columns):
         shapes = " and ".join(str(list(column.shape)) for column in columns)
         raise ValueError(f"data: expected as many targets as inputs, and at least one, got shapes {shapes}")
+    for i, column in enumerate(columns):
+        refuse(f"data[{i}]", column, column.isnan(), "no NaN")
     return columns
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,13 @@ import torch
 from torch import Tensor
 
 from fastl2l.tasks._torchvision import torchvision
+from fastl2l.tasks.networks import WHITE
 
 SPLITS = ("train", "test")
-_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+_CIFAR10 = "cifar-10-batches-bin"
+_CIFAR10_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+"""The official binary version: in each file as many images, each a byte with the label and its pixels by channel."""
 
 
 class _Kind(NamedTuple):
@@ -22,18 +27,29 @@ class _Kind(NamedTuple):
 
     images: dict[str, int]
     """By split."""
-    side: int
+    shape: tuple[int, ...]
+    """Of an image: (height, width), or (channels, height, width)."""
     white: int
     classes: int
+    as_bytes: bool = False
+    """Whether pixels stay bytes in memory."""
 
 
-_KINDS = {name: _Kind({"train": 60_000, "test": 10_000}, side=28, white=255, classes=10) for name in _TORCHVISION}
-_KINDS["digits"] = _Kind({"train": 1437, "test": 360}, side=8, white=16, classes=10)
+_MNIST = _Kind({"train": 60_000, "test": 10_000}, shape=(28, 28), white=WHITE, classes=10)
+_KINDS = {
+    "mnist": _MNIST,
+    "fashion-mnist": _MNIST,
+    "digits": _Kind({"train": 1437, "test": 360}, shape=(8, 8), white=16, classes=10),
+    "cifar10": _Kind({"train": 50_000, "test": 10_000}, shape=(3, 32, 32), white=WHITE, classes=10, as_bytes=True),
+}
 NAMES = tuple(_KINDS)
 
 
 class Images(NamedTuple):
-    """A split of a data set: images [n, channels, height, width] in [0, 1], labels int64 [n], number of classes."""
+    """A split of a data set: images [n, channels, height, width] in [0, 1], labels int64 [n], number of classes.
+
+    The images of CIFAR-10 are bytes, a quarter of the memory; `networks.numbers` makes numbers in [0, 1] of some.
+    """
 
     images: Tensor
     labels: Tensor
@@ -46,9 +62,10 @@ def data_folder() -> Path:
 
 
 def load(name: str, split: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Images:
-    """A split ("train" or "test") of "mnist", "fashion-mnist" or "digits". The tensors are shared: never write to them.
+    """A split ("train" or "test") of one of `NAMES`. The tensors are shared: never write to them.
 
-    MNIST and Fashion-MNIST are read from `data_folder()`, where torchvision downloads them to if they are not there.
+    MNIST, Fashion-MNIST and CIFAR-10 are read from `data_folder()`, where torchvision downloads them to if they are not
+    there. Of CIFAR-10 the official binary version does as well: a folder cifar-10-batches-bin, which comes first.
     Digits (1,797 images, 8 x 8) comes with scikit-learn; every fifth image, from the first on, is its test split.
 
     Raises:
@@ -64,20 +81,26 @@ def load(name: str, split: str, *, dtype: torch.dtype = torch.float32, device: t
     return _load(name, split, dtype, torch.device(device), data_folder())
 
 
-@lru_cache(maxsize=8)
+@cache  # a problem holds its data anyway, and loading them anew would make them others
 def _load(name: str, split: str, dtype: torch.dtype, device: torch.device, folder: Path) -> Images:
-    pixels, labels = _digits(split) if name == "digits" else _from_torchvision(name, split, folder)
     kind = _KINDS[name]
+    if name == "digits":
+        pixels, labels = _digits(split)
+    elif name == "cifar10" and (folder / _CIFAR10).is_dir():
+        pixels, labels = _binary_cifar10(kind, split, folder / _CIFAR10)
+    else:
+        pixels, labels = _from_torchvision(name, split, folder)
     _check(kind, split, pixels, labels, f"data set {name!r}" + f" in {folder}" * (name in _TORCHVISION))
-    images = pixels.unsqueeze(1).to(device, dtype).div_(kind.white)
+    images = pixels.reshape(len(pixels), -1, *kind.shape[-2:]).to(device)
+    images = images if kind.as_bytes else images.to(dtype).div_(kind.white)
     return Images(images, labels.to(device), kind.classes)
 
 
 def _check(kind: _Kind, split: str, pixels: Tensor, labels: Tensor, where: str) -> None:
-    count, side = kind.images[split], kind.side
-    expected = f"{count} images {side} x {side} of numbers 0 to {kind.white}, labels 0 to {kind.classes - 1}"
+    count, size = kind.images[split], " x ".join(map(str, kind.shape))
+    expected = f"{count} images {size} of numbers 0 to {kind.white}, labels 0 to {kind.classes - 1}"
     shapes = list(pixels.shape), list(labels.shape)
-    if shapes != ([count, side, side], [count]):
+    if shapes != ([count, *kind.shape], [count]):
         raise ValueError(f"{where}, {split}: expected {expected}, got images {shapes[0]} and labels {shapes[1]}")
     found = [(numbers.min().item(), numbers.max().item()) for numbers in (pixels, labels)]
     if not all(0 <= low <= high <= top for (low, high), top in zip(found, (kind.white, kind.classes - 1), strict=True)):
@@ -101,10 +124,34 @@ def _from_torchvision(name: str, split: str, folder: Path) -> tuple[Tensor, Tens
     try:
         data = dataset(folder, train=split == "train", download=True)  # downloads only what is not there
     except Exception as error:
-        place, reason = folder / dataset.__name__ / "raw", " ".join(str(error).split())
+        place, files = folder / dataset.__name__ / "raw", "four *-ubyte files"
+        if name == "cifar10":
+            place, files = folder / _CIFAR10, ".bin files of the binary version"
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"data set {name!r} is not (or not whole) in {place}, and the download failed: {reason} With a network, "
-            f"remove that folder and try again; without one, put the four *-ubyte files of {dataset.__name__} there, "
+            f"remove that folder and try again; without one, put the {files} of {dataset.__name__} there, "
             "or set FASTL2L_DATA to a folder that has them (the root that torchvision's class takes)."
         ) from error
-    return data.data, data.targets
+    pixels, labels = (torch.from_numpy(np.asarray(x)) for x in (data.data, data.targets))
+    return (pixels.movedim(-1, 1) if pixels.ndim == 4 else pixels), labels
+
+
+def _binary_cifar10(kind: _Kind, split: str, folder: Path) -> tuple[Tensor, Tensor]:
+    files = [folder / name for name in _CIFAR10_FILES[split]]
+    images, record = kind.images[split] // len(files), 1 + math.prod(kind.shape)
+    whole = []
+    for file in files:
+        expected = f"{file}: expected {images} records of {record} bytes, the first of them a label 0 to "
+        expected += f"{kind.classes - 1}: {images * record} bytes in all, got "
+        if not file.is_file():
+            raise FileNotFoundError(expected + "no such file")
+        records = np.fromfile(file, np.uint8)
+        if len(records) != images * record:
+            raise ValueError(expected + f"{len(records)}")
+        records = records.reshape(images, record)
+        if records[:, 0].max() >= kind.classes:
+            raise ValueError(expected + f"a label {records[:, 0].max()}")
+        whole.append(torch.from_numpy(records))
+    labels, pixels = torch.cat(whole).split([1, record - 1], dim=1)
+    return pixels.reshape(-1, *kind.shape), labels.flatten().long()
