@@ -235,8 +235,8 @@ def evaluate_command(
     _say(f"figure: {figure}\nnumbers: {out}")
 
 
-def _print_curves(curves: Curves, title: str | None = None) -> None:
-    console.print(curves.table(title))
+def _print_curves(curves: Curves) -> None:
+    console.print(curves.table())
     for line in comparisons(curves):
         _say(line)
 
@@ -337,7 +337,11 @@ def reproduce(
     quick: Annotated[bool, typer.Option(help="10 problems in place of 100; the figure says so.")] = False,
     retrain: Annotated[bool, typer.Option(help="Train the rules anew from their recipes first.")] = False,
     rule: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE: a rule of yours in place of the shipped one of that name.")
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE: a rule of yours in place of the shipped one of that name; for own-networks also one of "
+            "any other name, beside them."
+        ),
     ] = None,
 ) -> None:
     """Make figures and tables of the papers. What is in the cache is not computed again.
@@ -348,9 +352,10 @@ def reproduce(
     replaced = _by_name("rule", map(_replacement, rule or []))
     if replaced and retrain:
         raise ValueError("rule: expected none beside retrain, which trains the rules anew")
-    used = {panel.rule for experiment in chosen for panel in experiment.panels}
-    for name in replaced.keys() - used:
-        raise ValueError(f"rule: expected some of {', '.join(sorted(used))}, which are shown, got {name!r}")
+    used = {name for experiment in chosen for name in experiment.rules}
+    if not any(experiment.more_rules for experiment in chosen):
+        for name in replaced.keys() - used:
+            raise ValueError(f"rule: expected some of {', '.join(sorted(used))}, which are shown, got {name!r}")
     rules = {name: rule_files.load_rule(path) for name, path in replaced.items()}
     folders = [out / experiments.folder_name(experiment, quick) for experiment in chosen]
     for folder in (out, *folders):
@@ -361,18 +366,17 @@ def reproduce(
         for experiment, folder in zip(chosen, folders, strict=True):
             if retrain:
                 rules = experiments.retrain(experiment, out, quick=quick)
-            results = experiments.reproduce(experiment, out, rules=rules, quick=quick)
+            told = experiment.run(out, rules=rules, quick=quick)
             console.rule(experiment.title)
-            _say(f"The paper: {experiment.claim}")
-            for panel, curves in results.items():
-                _print_curves(curves, panel)
+            for one in told:
+                console.print(one, soft_wrap=isinstance(one, str))
             _say(f"in {folder}")
 
 
 def _replacement(entry: str) -> tuple[str, str]:
     name, separator, path = entry.partition("=")
-    if not separator or name not in experiments.RECIPES:
-        raise ValueError(f"rule: expected NAME=FILE with a name of {', '.join(experiments.RECIPES)}, got {entry!r}")
+    if not separator:
+        raise ValueError(f"rule: expected NAME=FILE, got {entry!r}")
     return name, path
 
 

@@ -8,7 +8,7 @@ import io
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,7 @@ class Curves:
 
     def markdown(self) -> str:
         """The same table as plain text."""
-        header, *rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [header, ["-" * width for width in widths], *rows]
-        return "\n".join(
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        )
+        return markdown(self._rows())
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the curves to `folder`, from which `load` reads them, and return it.
@@ -185,10 +179,10 @@ class Curves:
     def _results(self) -> dict[str, Any]:
         final = {
             name: {
-                "mean": _json_number(self.final(name)[0]),
-                "half_width_95": _json_number(self.final(name)[1]),
+                "mean": json_number(self.final(name)[0]),
+                "half_width_95": json_number(self.final(name)[1]),
                 "diverged": self.diverged(name),
-                "runs": [_json_number(loss) for loss in losses[:, -1].tolist()],
+                "runs": [json_number(loss) for loss in losses[:, -1].tolist()],
             }
             for name, losses in self.losses.items()
         }
@@ -267,7 +261,7 @@ def check(
     check_start(first)
     for name, optimizer in optimizers.items():
         if not (isinstance(optimizer, Baseline) and optimizer.lr == "tune"):
-            descend(first, _build(f"optimizers[{name!r}]", optimizer, backend), 1)
+            descend(first, builder(f"optimizers[{name!r}]", optimizer, backend), 1)
 
 
 def follow(
@@ -285,7 +279,7 @@ def follow(
 
     `advance` is called after each of them, and errors speak of `name`; everything else is as for `evaluate`.
     """
-    build = _build(name, optimizer, backend)
+    build = builder(name, optimizer, backend)
     losses = []
     for number in numbers:
         losses.append(descend(task.sample(problem_seed(seed, "test", number)), build, steps))
@@ -303,9 +297,19 @@ def describe(
         "runs": runs,
         "seed": seed,
         "backend": backend,
-        "versions": _versions(),
+        "versions": versions(),
         "optimizers": {name: describe_optimizer(optimizer) for name, optimizer in optimizers.items()},
     }
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table as plain text; the first row is its header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    header, *others = rows
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in (header, ["-" * width for width in widths], *others)
+    )
 
 
 def comparisons(curves: Curves) -> list[str]:
@@ -360,7 +364,8 @@ def _tuned(task: Task, optimizers: Mapping[str, Any], steps: int, progress: bool
     return found
 
 
-def _build(name: str, optimizer: Rule | Baseline | Build, backend: str) -> Build:
+def builder(name: str, optimizer: Rule | Baseline | Build, backend: str = "auto") -> Build:
+    """What makes the torch optimizer of any of the three kinds for a list of parameters; errors speak of `name`."""
     if isinstance(optimizer, Baseline):
         return optimizer.build
     if isinstance(optimizer, Rule):
@@ -384,7 +389,8 @@ def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     return {"kind": "other"}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what results depend on: fastl2l, torch, Python and the machine."""
     try:
         version = importlib.metadata.version("fastl2l")
     except importlib.metadata.PackageNotFoundError:  # used from a checkout that was not installed
@@ -418,6 +424,6 @@ def with_half_width(mean: float, half: float) -> str:
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
-def _json_number(value: float) -> float | str:
+def json_number(value: float) -> float | str:
     """JSON has no infinity and no NaN: they become "inf" and "nan", which float() understands."""
     return value if math.isfinite(value) else str(value)

@@ -9,7 +9,7 @@ import io
 import math
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -33,11 +33,13 @@ COLOURS = {
     "lstm": "#D55E00",
     "rnnprop": "#CC79A7",
     "adam": "#0072B2",
+    "adam-default": "#56B4E9",
     "nag": "#009E73",
     "rmsprop": "#E69F00",
     "sgd": "#7F7F7F",
 }
-_OTHER_COLOURS = ("#000000", "#56B4E9", "#882255", "#999933", "#44AA99", "#332288")
+_OTHER_COLOURS = ("#000000", "#882255", "#999933", "#44AA99", "#332288")
+_MARKERS = {"adam-default": "D", "nag": "^", "rmsprop": "s"}
 _DASHES = {"adam": (6, 2), "nag": (3, 1.5), "rmsprop": (7, 2, 1.5, 2), "sgd": (1.5, 1.5)}
 
 _FORMATS: dict[str, dict[str, Any]] = {  # without dates: the same curves give the same file
@@ -121,7 +123,7 @@ def plot_final_losses(
 
     def draw(axes: Axes, group: Mapping[int, Curves], first: bool) -> None:
         sample = next(iter(group.values()))
-        colours = dict(_colours(sample))
+        colours = dict(_colours(sample.losses))
         bars = []
         for name in reversed(sample.ranking()):
             learned = sample.kind(name) == "learned"
@@ -150,6 +152,68 @@ def plot_final_losses(
 
     panels = [
         (name, partial(draw, group=group, first=number == 0)) for number, (name, group) in enumerate(groups.items())
+    ]
+    return save_panels(path, panels, title)
+
+
+def plot_ratios(
+    groups: Mapping[str, Mapping[str, Mapping[str, float]]],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    xlabel: str,
+    learned: Collection[str],
+) -> Path:
+    """Draw a row of marks for each problem, one an optimizer, on a logarithmic axis, and return the path.
+
+    Args:
+        groups: by the title of a panel and the name of a problem, the ratio of each optimizer to what they are compared
+            with. Those below a tenth or above 10 are drawn at the edge; so are infinite ones.
+        path, title: as for `plot_curves`.
+        xlabel: what the ratio is.
+        learned: names of the optimizers that are to stand out.
+
+    Raises:
+        ValueError: there is no group, or the suffix is another.
+    """
+    problems = list(dict.fromkeys(problem for group in groups.values() for problem in group))
+    names = list(dict.fromkeys(name for group in groups.values() for row in group.values() for name in row))
+    colours = dict(_colours(names))
+    offsets = {name: 0.56 * (number / max(1, len(names) - 1) - 0.5) for number, name in enumerate(names)}
+    low, high = 0.1, 10.0
+
+    def draw(axes: Axes, group: Mapping[str, Mapping[str, float]], first: bool) -> None:
+        marks = []
+        for name in reversed(names):
+            rows = [
+                (min(max(row[name], low), high), problems.index(problem) + offsets[name])
+                for problem, row in group.items()
+            ]
+            (mark,) = axes.plot(
+                *zip(*rows, strict=True),
+                linestyle="none",
+                marker=_MARKERS.get(name, "o"),
+                markersize=6 if name in learned else 4.5,
+                markerfacecolor=colours[name] if name in learned else "none",
+                markeredgecolor=colours[name],
+                alpha=0.9,
+                label=name,
+                clip_on=False,
+                zorder=4 if name in learned else 3,
+            )
+            marks.append(mark)
+        axes.axvline(1, color=COLOURS["adam"], linewidth=1.2, zorder=2)
+        axes.grid(axis="both")
+        axes.set(xscale="log", xlim=(low, high), xlabel=xlabel, ylim=(len(problems) - 0.5, -0.5))
+        axes.set_yticks(range(len(problems)), problems if first else [""] * len(problems))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        if first:
+            legend_beneath(axes, marks[::-1])
+
+    panels = [
+        (name, partial(draw, group=group, first=not number)) for number, (name, group) in enumerate(groups.items())
     ]
     return save_panels(path, panels, title)
 
@@ -272,7 +336,7 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _draw(axes: Axes, curves: Curves, log: bool) -> None:
-    colours = dict(_colours(curves))
+    colours = dict(_colours(curves.losses))
     lines = []
     for name in reversed(curves.ranking()):  # the best on top
         learned = curves.kind(name) == "learned"
@@ -296,9 +360,9 @@ def _draw(axes: Axes, curves: Curves, log: bool) -> None:
     legend_beneath(axes, lines[::-1], title="final loss, 95% interval")
 
 
-def _colours(curves: Curves) -> Iterator[tuple[str, str]]:
+def _colours(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     others = cycle(_OTHER_COLOURS)
-    for name in curves.losses:
+    for name in names:
         yield name, COLOURS.get(name.lower()) or next(others)
 
 

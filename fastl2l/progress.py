@@ -56,9 +56,9 @@ class Progress:
         """Say what is being tried, on a terminal."""
         self._bar.update(self._task, message=message)
 
-    def advance(self, message: str = "") -> None:
-        """One more piece is done; `message` says what it gave."""
-        self._done += 1
+    def advance(self, message: str = "", *, pieces: int = 1) -> None:
+        """So many more pieces are done; `message` says what they gave."""
+        self._done += pieces
         self._bar.update(self._task, completed=self._done, message=message)
         now = time.monotonic()
         due = self._done == self._total or now - self._last_line >= _SECONDS_BETWEEN_LINES

@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
+
+from rich.table import Table
 
 from fastl2l import baselines, files, plots
 from fastl2l.baselines import Baseline
@@ -57,6 +59,53 @@ class Experiment:
     claim: str
     panels: Sequence[Panel]
     quick: Sequence[str] = ()
+    more_rules: ClassVar[bool] = False
+
+    @property
+    def rules(self) -> set[str]:
+        """See `Reproducible`."""
+        return {panel.rule for panel in self.panels}
+
+    def run(
+        self, out: str | os.PathLike[str], *, rules: Mapping[str, Rule], quick: bool, progress: bool = True
+    ) -> list[str | Table]:
+        """See `Reproducible`."""
+        told: list[str | Table] = [f"The paper: {self.claim}"]
+        for panel, curves in reproduce(self, out, rules=rules, quick=quick, progress=progress).items():
+            told += [curves.table(panel), *comparisons(curves)]
+        return told
+
+
+class Reproducible(Protocol):
+    """What `fastl2l reproduce` runs."""
+
+    @property
+    def name(self) -> str:
+        """What the command calls it."""
+
+    @property
+    def title(self) -> str:
+        """Above what it tells."""
+
+    @property
+    def rules(self) -> set[str]:
+        """Names of the shipped rules that it shows."""
+
+    @property
+    def more_rules(self) -> bool:
+        """Whether it also shows rules of any other name that it is given."""
+
+    def run(
+        self, out: str | os.PathLike[str], *, rules: Mapping[str, Rule], quick: bool, progress: bool = True
+    ) -> list[str | Table]:
+        """Do it, write figures and tables to a folder of its name in `out`, and say what there is to tell.
+
+        Args:
+            out: the folder.
+            rules: rules to take in place of the shipped ones of the same names, or beside them.
+            quick: a look in two or three minutes, which says of itself that it is one.
+            progress: show how far it is.
+        """
 
 
 class Budget(NamedTuple):
@@ -126,7 +175,7 @@ def reproduce(
     return results
 
 
-def folder_name(experiment: Experiment, quick: bool) -> str:
+def folder_name(experiment: Reproducible, quick: bool) -> str:
     """Where `reproduce` writes, in its folder."""
     return experiment.name + "-quick" * quick
 
@@ -152,10 +201,9 @@ def _table(experiment: Experiment, panels: Sequence[Panel], results: Mapping[str
     return "\n\n".join(parts) + "\n"
 
 
-def retrain(experiment: Experiment, out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, Rule]:
+def retrain(experiment: Reproducible, out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, Rule]:
     """Train the rules of an experiment from their recipes, for `reproduce`; a tenth of the epochs if `quick`.
 
     Checkpoints are kept in `out`/rules: a run that was killed goes on, one that was finished is only loaded.
     """
-    names = sorted({panel.rule for panel in experiment.panels})
-    return {name: RECIPES[name].train(Path(out) / "rules", quick=quick) for name in names}
+    return {name: RECIPES[name].train(Path(out) / "rules", quick=quick) for name in sorted(experiment.rules)}

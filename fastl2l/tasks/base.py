@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -48,6 +48,18 @@ class Problem(ABC):
         that every optimizer sees the same ones and a resumed run repeats them to the bit. The gradient of the sum holds
         each function's own gradient. The loss one reports is the mean, `loss / functions`.
         """
+
+    def whole_loss(self, theta: Tensor) -> Tensor:
+        """What `loss` is an estimate of: the sum over `functions` of the mean over all examples, at theta [N].
+
+        A 0-d float64 Tensor without gradient, computed in bounded memory.
+
+        Raises:
+            NotImplementedError: the problem has no finite set of examples. The message names the task.
+        """
+        raise NotImplementedError(
+            f"task {self.task!r}: whole_loss: expected a problem with a set of examples, got a {type(self).__name__}"
+        )
 
 
 class PureProblem(Problem):
@@ -206,6 +218,34 @@ class Minibatches:
                 del self._held[next(iter(self._held))]
             self._held[block, device] = drawn
         return drawn[place]
+
+    def whole(self, device: torch.device) -> Iterator[Tensor]:
+        """All rows, each once, in as few minibatches of at most `batch_size` as there can be, as even as can be.
+
+        They are in one random order, the same for every seed: a minibatch is as mixed as those of the steps.
+        """
+        order = torch.from_numpy(generator(0, "whole").permutation(self._rows)).to(device)
+        yield from order.tensor_split(math.ceil(self._rows / self._batch_size))
+
+
+class DataProblem(PureProblem):
+    """A pure problem that draws nothing for a step but a minibatch: `function(theta, *constants, rows)` is a mean."""
+
+    def __init__(self, minibatches: Minibatches) -> None:
+        self._minibatches = minibatches
+
+    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
+        return (self._minibatches.at(step, device),)
+
+    @torch.no_grad()
+    def whole_loss(self, theta: Tensor) -> Tensor:
+        """As `Problem` says, in minibatches of the task's size: batch norm normalises by those, as in a step."""
+        total = torch.zeros((), dtype=torch.float64, device=theta.device)
+        rows = 0
+        for minibatch in self._minibatches.whole(theta.device):
+            total += len(minibatch) * self.function(theta, *self.constants, minibatch)
+            rows += len(minibatch)
+        return total / rows
 
 
 def take(data: Tensor, rows: Tensor) -> Tensor:

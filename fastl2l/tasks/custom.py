@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastl2l.tasks.base import (
+    DataProblem,
     Minibatches,
-    PureProblem,
     Task,
     check_start,
     fingerprint,
@@ -125,7 +125,7 @@ class ModuleTask(Task):
 
     def sample(self, seed: int) -> ModuleProblem:
         minibatches = Minibatches(seed, len(self._data[0]), self.batch_size)
-        network = Network(self._module(seed), self._loss, self._data, self._parts, self._dtype)
+        network = ModuleFunction(self._module(seed), self._loss, self._data, self._parts, self._dtype)
         if self._alone:
             return LoneModuleProblem(self.name, network, minibatches, seed if self._draws else None)
         return ModuleProblem(self.name, network, minibatches)
@@ -154,7 +154,7 @@ class ModuleTask(Task):
         } | ({} if self._parts is None else {"parts": problem.function.names_by_part})
 
 
-class Network:
+class ModuleFunction:
     """From theta, what else a network holds and the rows of a minibatch to the loss."""
 
     def __init__(
@@ -178,7 +178,7 @@ class Network:
 
     def __eq__(self, other: object) -> bool:
         """Whether the two differ in the numbers of theta, frozen parameters and buffers alone."""
-        if not isinstance(other, Network) or self._loss is not other._loss or self._data is not other._data:
+        if not isinstance(other, ModuleFunction) or self._loss is not other._loss or self._data is not other._data:
             return False
         return self._names == other._names and self.identity == other.identity
 
@@ -214,32 +214,36 @@ class Network:
             return self._loss(output, targets)
 
 
-class ModuleProblem(PureProblem):
+class ModuleProblem(DataProblem):
     """One network, whose trainable parameters are theta; everything else about it stays as it was made."""
 
-    function: Network
+    function: ModuleFunction
 
-    def __init__(self, task: str, network: Network, minibatches: Minibatches) -> None:
+    def __init__(self, task: str, network: ModuleFunction, minibatches: Minibatches) -> None:
+        super().__init__(minibatches)
         self.task, self.module, self.function = task, network.module, network
         self.theta0, self.constants, self.parts = network.theta0(), network.constants(), network.parts()
-        self._minibatches = minibatches
-
-    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        return (self._minibatches.at(step, device),)
 
 
 class LoneModuleProblem(ModuleProblem):
     """One that cannot be evaluated with others, since its network draws random numbers or vmap does not take it."""
 
-    def __init__(self, task: str, network: Network, minibatches: Minibatches, draws_from: int | None) -> None:
+    def __init__(self, task: str, network: ModuleFunction, minibatches: Minibatches, draws_from: int | None) -> None:
         super().__init__(task, network, minibatches)
         self._draws_from = draws_from
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
+        with self._random_numbers("forward", step, theta.device):
+            return super().loss(theta, step)
+
+    def whole_loss(self, theta: Tensor) -> Tensor:
+        with self._random_numbers("whole", 0, theta.device):
+            return super().whole_loss(theta)
+
+    def _random_numbers(self, purpose: str, index: int, device: torch.device) -> AbstractContextManager[None]:
         if self._draws_from is None:
-            return super().loss(theta, step)
-        with seeded(problem_seed(self._draws_from, "forward", step), theta.device):
-            return super().loss(theta, step)
+            return nullcontext()
+        return seeded(problem_seed(self._draws_from, purpose, index), device)
 
 
 def _taken_by_vmap(problem: ModuleProblem) -> bool:

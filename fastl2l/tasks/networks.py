@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastl2l.tasks.base import Minibatches, PureProblem, floating, generator, integer, normal, take
+from fastl2l.tasks.base import DataProblem, Minibatches, floating, generator, integer, normal, take
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -187,15 +187,12 @@ def initial(task: Training, seed: int, parameters: int) -> Tensor:
     return normal(generator(seed, "theta0"), (parameters,), task.init_std, task.dtype, task.device)
 
 
-class NetworkProblem(PureProblem):
+class NetworkProblem(DataProblem):
     """One initialisation of a network and one sequence of minibatches."""
 
     function: LossOnRows
 
     def __init__(self, task: Training, function: LossOnRows, seed: int) -> None:
+        super().__init__(Minibatches(seed, function.rows, task.batch_size))
         self.task, self.function = task.name, function
         self.theta0 = initial(task, seed, function.network.parameters)
-        self._minibatches = Minibatches(seed, function.rows, task.batch_size)
-
-    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        return (self._minibatches.at(step, device),)

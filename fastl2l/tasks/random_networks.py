@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastl2l.tasks.base import Minibatches, Problem, Task, generator, problem_seed
-from fastl2l.tasks.custom import Loss, ModuleProblem, Network, seeded
+from fastl2l.tasks.custom import Loss, ModuleFunction, ModuleProblem, seeded
 from fastl2l.tasks.datasets import load
 
 
@@ -372,7 +372,7 @@ class RandomNetworks(Task):
         _start(random, module)
         batch_size = min(random.whole(8, 128), len(data[0]))
         return ModuleProblem(
-            f"{self.name}: {kind}", Network(module, loss, data), Minibatches(seed, len(data[0]), batch_size)
+            f"{self.name}: {kind}", ModuleFunction(module, loss, data), Minibatches(seed, len(data[0]), batch_size)
         )
 
 

@@ -1,0 +1,134 @@
+"""Losses on a whole data set, kept run by run in FASTL2L_CACHE, and learning rates by them.
+
+What was computed is never computed again: a comparison that was killed goes on where it was, and one with another rule
+runs nothing but that rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastl2l.baselines import Baseline
+from fastl2l.evaluate import builder, describe_optimizer, json_number
+from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
+from fastl2l.rules import Rule
+from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
+
+FORMAT = 1
+"""Of the kept losses. A new number where the same key would no longer mean the same losses."""
+HORIZONS = (100, 1000, 10_000)
+"""Where a longer run leaves the loss that it has there."""
+_LOWEST, _HIGHEST = -10, 4
+"""Decades that learning rates are looked for in."""
+
+
+# One run
+
+
+def whole_losses(
+    task: Task, optimizer: Rule | Baseline, steps: int, problems: Iterable[int], purpose: str = "test"
+) -> list[float]:
+    """Loss on all examples after `steps` steps on the problems of these numbers; inf where a run diverges."""
+    return [_kept(task, optimizer, steps, problem_seed(1, purpose, number)) for number in problems]
+
+
+def _kept(task: Task, optimizer: Rule | Baseline, steps: int, seed: int) -> float:
+    """From the cache or into it, as are the losses at the horizons that the run passes."""
+    about = {"format": FORMAT, "task": task.spec(), "optimizer": describe_optimizer(optimizer), "seed": seed}
+
+    def request(at: int) -> dict[str, Any]:
+        return plain(about | {"steps": at})
+
+    def path(at: int) -> Path:
+        return cache_file("own-networks", request(at), ".json")
+
+    def read(path: Path) -> float:
+        record = read_record(path, FORMAT)
+        loss = record.pop("loss", None)
+        if record != request(steps):
+            raise FileError(f"{path}: is the answer to another request")
+        if loss != "inf" and not isinstance(loss, float):
+            raise FileError(f"{path}: expected a loss, got {shown(loss)}")
+        return float(loss)
+
+    def run() -> float:
+        passed = [horizon for horizon in HORIZONS if horizon < steps]
+        *losses, last = descend(task.sample(seed), builder("optimizer", optimizer), [*passed, steps])
+        for at, loss in zip(passed, losses, strict=True):
+            with contextlib.suppress(OSError):
+                write_record(path(at), request(at) | {"loss": json_number(loss)})
+        return last
+
+    return cached(
+        path(steps), read, run, lambda path, loss: write_record(path, request(steps) | {"loss": json_number(loss)})
+    )
+
+
+def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimizer], at: list[int]) -> list[float]:
+    """Loss on all examples after these numbers of steps, which rise; inf from a loss on that is not finite."""
+    theta = problem.theta0.clone().requires_grad_()
+    optimizer = build([theta])
+    found: list[float] = []
+    for step in range(at[-1]):
+        loss, theta.grad = value_and_grad(problem, theta, step)
+        if not loss.isfinite():
+            break
+        optimizer.step()
+        if step + 1 == at[len(found)]:
+            found.append(problem.whole_loss(theta.detach()).item() / problem.functions)
+            if not math.isfinite(found[-1]):
+                found.pop()
+                break
+    return found + [math.inf] * (len(at) - len(found))
+
+
+# Tuning
+
+
+def tuned(
+    task: Task, baseline: Baseline, steps: int, rates: Iterable[int], runs: int, *, refined: bool = True
+) -> tuple[Baseline, dict[float, float]]:
+    """`baseline` with the rate that ends lowest on fresh problems, and the mean loss of all rates tried.
+
+    Args:
+        task, steps: what is trained, and for how long.
+        baseline: its own rate does not matter.
+        rates: to begin with, as fourth parts of decades: number n is 10^(n/4). While the best is at an end, the search
+            goes on there by half a decade.
+        runs: number of problems.
+        refined: whether the two between the best and its neighbours are tried as well.
+    """
+    finals: dict[int, float] = {}
+
+    def attempt(number: int) -> None:
+        losses = whole_losses(task, baseline.with_lr(rate(number)), steps, range(runs), "tune")
+        finals[number] = sum(losses) / runs
+
+    def best() -> int:
+        return min(finals, key=lambda number: (finals[number], number))
+
+    for number in rates:
+        attempt(number)
+    while best() == min(finals) and best() > 4 * _LOWEST:
+        attempt(best() - 2)
+    while best() == max(finals) and best() < 4 * _HIGHEST:
+        attempt(best() + 2)
+    if refined:
+        centre = best()
+        attempt(centre - 1)
+        attempt(centre + 1)
+    if finals[best()] == math.inf:
+        raise ValueError(f"task {task.name!r}: {baseline.name} diverges at every learning rate")
+    return baseline.with_lr(rate(best())), {rate(number): final for number, final in sorted(finals.items())}
+
+
+def rate(number: int) -> float:
+    """Learning rate number n: 10^(n/4)."""
+    return float(f"{10 ** (number / 4):.4g}")
