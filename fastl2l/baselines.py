@@ -67,6 +67,13 @@ class NAG(Baseline):
     options: ClassVar[dict[str, Any]] = {"momentum": 0.9, "nesterov": True}
 
 
+class Momentum(Baseline):
+    """SGD with momentum 0.9."""
+
+    name, optimizer = "momentum", torch.optim.SGD
+    options: ClassVar[dict[str, Any]] = {"momentum": 0.9}
+
+
 class RMSprop(Baseline):
     """RMSprop, with torch's defaults."""
 
@@ -79,12 +86,28 @@ class Adam(Baseline):
     name, optimizer = "adam", torch.optim.Adam
 
 
-ALL: dict[str, type[Baseline]] = {baseline.name: baseline for baseline in (SGD, RMSprop, NAG, Adam)}
+class Adagrad(Baseline):
+    """Adagrad, with torch's defaults."""
+
+    name, optimizer = "adagrad", torch.optim.Adagrad
+
+
+class Adadelta(Baseline):
+    """Adadelta, with torch's defaults."""
+
+    name, optimizer = "adadelta", torch.optim.Adadelta
+
+
+ALL: dict[str, type[Baseline]] = {
+    baseline.name: baseline for baseline in (SGD, RMSprop, NAG, Adam, Momentum, Adagrad, Adadelta)
+}
 """The baselines of the papers, by name."""
+DEFAULT = ("sgd", "rmsprop", "nag", "adam")
+"""Names of those that a rule is compared with where nothing else is said: the ones of both papers."""
 
 
 def by_name(name: str, lr: float | Literal["tune"] = "tune") -> Baseline:
-    """The baseline called `name`: "sgd", "rmsprop", "nag" or "adam". Raises ValueError for another name."""
+    """The baseline called `name`, one of `ALL`. Raises ValueError for another name."""
     if name not in ALL:
         raise ValueError(f"name: expected one of {', '.join(ALL)}, got {name!r}")
     return ALL[name](lr)
@@ -117,10 +140,13 @@ def tune(
     *,
     runs: int = 20,
     seed: int = 0,
+    last: int = 1,
     cache: bool = True,
     report: Callable[[float, float], None] | None = None,
 ) -> float:
     """The learning rate with which `baseline` has the lowest mean loss after `steps` steps on `runs` fresh problems.
+
+    A minibatch's last loss is a noisy judge: with few problems, let the mean over the `last` losses decide.
 
     Rates from 1e-4 to 1e2, three a decade, and on beyond either end while the best is there; then twice the two between
     the best and its neighbours, down to factors of 10^(1/12). Every rate meets the same problems and minibatches.
@@ -135,6 +161,7 @@ def tune(
         steps: length of the trajectories.
         runs: number of problems.
         seed: problems are number 0 .. runs - 1 of purpose "tune" of this seed.
+        last: how many losses, the last ones of a trajectory, count; at most `steps`.
         cache: whether to use and write the file.
         report: called with each learning rate tried and its loss.
 
@@ -148,6 +175,8 @@ def tune(
     integer("steps", steps)
     integer("runs", runs)
     integer("seed", seed, least=0)
+    if integer("last", last) > steps:
+        raise ValueError(f"last: expected at most the {steps} steps, got {last}")
     request = plain(
         {
             "format": FORMAT,
@@ -156,6 +185,7 @@ def tune(
             "steps": steps,
             "runs": runs,
             "seed": seed,
+            **({"last": last} if last > 1 else {}),  # rates that were kept before there was a choice are found
         }
     )
 
@@ -170,7 +200,7 @@ def tune(
         return request | {"lr": best, "tried": record}
 
     def try_rate(lr: float) -> tuple[float, float]:
-        start, final = _mean_losses(task, baseline.with_lr(lr), steps, runs, seed)
+        start, final = _mean_losses(task, baseline.with_lr(lr), steps, runs, seed, last)
         if report is not None:
             report(lr, final)
         return start, final
@@ -181,12 +211,12 @@ def tune(
     return lr
 
 
-def _mean_losses(task: Task, baseline: Baseline, steps: int, runs: int, seed: int) -> tuple[float, float]:
-    """Mean first and last loss over the tuning problems; (first, inf) as soon as one of them diverges."""
+def _mean_losses(task: Task, baseline: Baseline, steps: int, runs: int, seed: int, last: int) -> tuple[float, float]:
+    """Mean first and `last` losses over the tuning problems; (first, inf) as soon as one of them diverges."""
     total = torch.zeros(2, dtype=torch.float64, device="cpu")
     for index in range(runs):
         losses = descend(task.sample(problem_seed(seed, "tune", index)), baseline.build, steps)
-        total += losses[[0, -1]]
+        total += torch.stack([losses[0], losses[-last:].mean()])
         if total[1] == math.inf:
             return total[0].item() / (index + 1), math.inf
     start, final = (total / runs).tolist()

@@ -200,7 +200,7 @@ def evaluate_command(
     task: TaskName = "digits",
     out: Annotated[Path, typer.Option(help="Folder for the table, the curves and the figure.")] = Path("runs/evaluate"),
     baseline: Annotated[str, typer.Option(help="Tuned optimizers to compare with, or 'none'.")] = ",".join(
-        baselines.ALL
+        baselines.DEFAULT
     ),
     steps: Annotated[int, typer.Option(help="Optimization steps.")] = 100,
     runs: Annotated[int, typer.Option(help="Fresh problems; every optimizer sees the same.")] = 100,
@@ -357,6 +357,13 @@ def reproduce(
         for name in replaced.keys() - used:
             raise ValueError(f"rule: expected some of {', '.join(sorted(used))}, which are shown, got {name!r}")
     rules = {name: rule_files.load_rule(path) for name, path in replaced.items()}
+    if names == ["all"] and not retrain:
+        for experiment in chosen:
+            if absent := experiments.missing(experiment, rules):
+                _say(f"without {experiment.name}, for which --rule NAME=FILE must give {', '.join(absent)}")
+        chosen = [experiment for experiment in chosen if not experiments.missing(experiment, rules)]
+    for experiment in chosen if not retrain else ():
+        experiments.check_rules(experiment, rules)
     folders = [out / experiments.folder_name(experiment, quick) for experiment in chosen]
     for folder in (out, *folders):
         _check_folder(folder)

@@ -43,8 +43,9 @@ class Curves:
     Attributes:
         losses: by optimizer, the loss of each run (each a problem of its own, the same for every optimizer) at steps
             0 .. steps: float64 [runs, steps + 1]. inf from the first non-finite loss on.
-        metadata: task, seed, versions; and under "optimizers", by name: "kind" ("learned", "baseline" or "other") and
-            what is known of it, such as the learning rate of a baseline.
+        metadata: task, seed, versions; under "optimizers", by name: "kind" ("learned", "baseline" or "other") and
+            what is known of it, such as the learning rate of a baseline; and under "last", if it is not 1, how many
+            losses, the last ones of a run, are averaged to its final loss.
     """
 
     losses: dict[str, Tensor]
@@ -60,6 +61,12 @@ class Curves:
         """Number of optimization steps."""
         return next(iter(self.losses.values())).shape[1] - 1
 
+    @property
+    def last(self) -> int:
+        """How many losses, the last ones of a run, are averaged to its final loss."""
+        last: int = self.metadata.get("last", 1)
+        return last
+
     def mean(self, name: str) -> Tensor:
         """Mean loss over the runs, float64 [steps + 1]; inf where a run has diverged."""
         return self.losses[name].mean(0)
@@ -72,9 +79,9 @@ class Curves:
         mean, half = _mean_and_half_width(self.losses[name])
         return torch.where(half < math.inf, mean - half, -math.inf), torch.where(half < math.inf, mean + half, math.inf)
 
-    def final(self, name: str) -> tuple[float, float]:
-        """Mean loss at the last step, and half the width of its 95% interval."""
-        mean, half = _mean_and_half_width(self.losses[name][:, -1])
+    def final(self, name: str, last: int | None = None) -> tuple[float, float]:
+        """Mean final loss, or mean over the `last` losses, and half the width of its 95% interval."""
+        mean, half = _mean_and_half_width(self._finals(name, last))
         return mean.item(), half.item()
 
     def difference(self, a: str, b: str) -> tuple[float, float]:
@@ -83,7 +90,7 @@ class Curves:
         The difference is taken run by run, on the same problem and minibatches, which tells optimizers apart that
         their own intervals would not. It is NaN where both diverged in the same run.
         """
-        mean, half = _mean_and_half_width(self.losses[a][:, -1] - self.losses[b][:, -1])
+        mean, half = _mean_and_half_width(self._finals(a) - self._finals(b))
         return mean.item(), half.item()
 
     def diverged(self, name: str) -> int:
@@ -97,6 +104,11 @@ class Curves:
     def ranking(self) -> list[str]:
         """Names from the lowest final loss to the highest."""
         return sorted(self.losses, key=lambda name: self.final(name)[0])
+
+    def only(self, names: Iterable[str]) -> Curves:
+        """The curves of these optimizers alone."""
+        losses = {name: self.losses[name] for name in names}
+        return Curves(losses, self.metadata | {"optimizers": {name: self._about(name) for name in losses}})
 
     def table(self, title: str | None = None) -> Table:
         """Final losses, the lowest first, for a rich console; titled by the task. Learned optimizers stand out."""
@@ -159,12 +171,16 @@ class Curves:
     def _about(self, name: str) -> dict[str, Any]:
         return self.metadata.get("optimizers", {}).get(name, {})
 
+    def _finals(self, name: str, last: int | None = None) -> Tensor:
+        return self.losses[name][:, -(last or self.last) :].mean(1)
+
     def _rows(self) -> list[list[str]]:
-        rows = [["optimizer", "kind", "learning rate", "final loss", "diverged"]]
+        judges = {"final loss": 1} if self.last == 1 else {f"mean of the last {self.last:,}": self.last, "last loss": 1}
+        rows = [["optimizer", "kind", "learning rate", *judges, "diverged"]]
         for name in self.ranking():
-            loss = with_half_width(*self.final(name))
+            losses = [with_half_width(*self.final(name, last)) for last in judges.values()]
             lr = self._about(name).get("lr")
-            rows.append([name, self.kind(name), "" if lr is None else f"{lr:.3g}", loss, str(self.diverged(name))])
+            rows.append([name, self.kind(name), "" if lr is None else f"{lr:.3g}", *losses, str(self.diverged(name))])
         return rows
 
     def _csv(self) -> str:
@@ -182,9 +198,9 @@ class Curves:
                 "mean": json_number(self.final(name)[0]),
                 "half_width_95": json_number(self.final(name)[1]),
                 "diverged": self.diverged(name),
-                "runs": [json_number(loss) for loss in losses[:, -1].tolist()],
+                "runs": [json_number(loss) for loss in self._finals(name).tolist()],
             }
-            for name, losses in self.losses.items()
+            for name in self.losses
         }
         metadata = self.metadata | {"optimizers": {name: self._about(name) for name in self.losses}}
         return {
@@ -288,10 +304,17 @@ def follow(
 
 
 def describe(
-    task: Task, optimizers: Mapping[str, Rule | Baseline | Build], *, steps: int, runs: int, seed: int, backend: str
+    task: Task,
+    optimizers: Mapping[str, Rule | Baseline | Build],
+    *,
+    steps: int,
+    runs: int,
+    seed: int,
+    backend: str,
+    last: int = 1,
 ) -> dict[str, Any]:
     """The metadata of `Curves`: all that decides what the losses are, and the versions that made them."""
-    return {
+    return ({"last": last} if last > 1 else {}) | {
         "task": task.spec(),
         "steps": steps,
         "runs": runs,

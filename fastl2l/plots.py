@@ -23,6 +23,7 @@ from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
+from torch import Tensor
 
 from fastl2l.evaluate import Curves, with_half_width
 from fastl2l.files import write_bytes
@@ -37,16 +38,24 @@ COLOURS = {
     "nag": "#009E73",
     "rmsprop": "#E69F00",
     "sgd": "#7F7F7F",
+    "lstm-mnist": "#D55E00",
+    "rnnprop-long": "#882255",
+    "momentum": "#44AA99",
+    "adagrad": "#999933",
+    "adadelta": "#332288",
 }
-_OTHER_COLOURS = ("#000000", "#882255", "#999933", "#44AA99", "#332288")
+_OTHER_COLOURS = ("#000000", "#56B4E9", "#117733", "#AA4499", "#661100", "#DDAA33")
 _MARKERS = {"adam-default": "D", "nag": "^", "rmsprop": "s"}
 _DASHES = {"adam": (6, 2), "nag": (3, 1.5), "rmsprop": (7, 2, 1.5, 2), "sgd": (1.5, 1.5)}
+_OTHER_DASHES = (4, 2)
 
 _FORMATS: dict[str, dict[str, Any]] = {  # without dates: the same curves give the same file
     "png": {"dpi": 200},
     "svg": {"metadata": {"Date": None}},
     "pdf": {"metadata": {"CreationDate": None}},
 }
+_MOST_POINTS = 1001
+"""Of a curve: a longer one is drawn by means over as many stretches."""
 _PANEL_HEIGHT = 3.85  # inches of axes and their scales, without titles and legend
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -106,7 +115,13 @@ def plot_panels(panels: Mapping[str, Curves], path: str | os.PathLike[str], *, t
 
 
 def plot_final_losses(
-    groups: Mapping[str, Mapping[int, Curves]], path: str | os.PathLike[str], *, title: str, xlabel: str, marked: int
+    groups: Mapping[str, Mapping[int, Curves]],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    xlabel: str,
+    marked: int | None = None,
+    log_x: bool = False,
 ) -> Path:
     """Draw final losses with their intervals against a number, in the manner of Figure 6 of Andrychowicz et al. 2016.
 
@@ -114,7 +129,8 @@ def plot_final_losses(
         groups: by the title of a panel, curves by the number that they are for.
         path, title: as for `plot_curves`.
         xlabel: what the number is.
-        marked: the number that the rule was trained with: a vertical line in the first panel.
+        marked: the number that the rule was trained with, if any: a vertical line in the first panel.
+        log_x: logarithmic axis of the numbers.
 
     Raises:
         ValueError: there is no group, or the suffix is another.
@@ -142,11 +158,15 @@ def plot_final_losses(
                 zorder=4 if learned else 3,
             )
             if not learned:
-                bar.lines[0].set_dashes(_DASHES.get(name.lower(), (4, 2)))
+                bar.lines[0].set_dashes(_DASHES.get(name.lower(), _OTHER_DASHES))
             bars.append(bar)
-        if first:
+        if first and marked is not None:
             axes.axvline(marked, color="#999999", linewidth=1, linestyle=":", zorder=1)
-        axes.set(xlabel=xlabel, ylabel="final loss", xticks=list(group))
+        if log_x:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel=xlabel, ylabel=_final_loss(sample))
+        axes.set_xticks(list(group), [f"{x:,}" for x in group])
         _loss_axis(axes, finals)
         legend_beneath(axes, bars[::-1])
 
@@ -216,6 +236,50 @@ def plot_ratios(
         (name, partial(draw, group=group, first=not number)) for number, (name, group) in enumerate(groups.items())
     ]
     return save_panels(path, panels, title)
+
+
+def plot_rates(panels: Mapping[str, Curves], path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draw final losses of baselines against their learning rates, those of learned optimizers as lines across.
+
+    What a rate does not bring below the start is left out.
+
+    Args:
+        panels: by title, curves in which each baseline was run at many rates; not empty.
+        path, title: as for `plot_curves`.
+
+    Raises:
+        ValueError: there is no panel, or the suffix is another.
+    """
+
+    def draw(axes: Axes, curves: Curves) -> None:
+        about = curves.metadata["optimizers"]
+        learned = [name for name in curves.losses if curves.kind(name) == "learned"]
+        baselines: dict[str, list[tuple[float, float]]] = {}
+        for name in curves.losses.keys() - set(learned):
+            baselines.setdefault(about[name]["optimizer"], []).append((about[name]["lr"], curves.final(name)[0]))
+        colours = dict(_colours([*learned, *baselines]))
+        start = max(curves.mean(name)[0].item() for name in curves.losses)
+        lines, shown = [], []
+        for name in learned:
+            mean, half = curves.final(name)
+            label = f"{name}  {with_half_width(mean, half)}"
+            lines.append(axes.axhline(mean, color=colours[name], linewidth=2.4, label=label, zorder=4))
+            if math.isfinite(half):
+                axes.axhspan(mean - half, mean + half, color=colours[name], alpha=0.16, linewidth=0, zorder=2)
+            shown.append(mean)
+        for name in sorted(baselines):
+            rates, finals = zip(*sorted(baselines[name]), strict=True)
+            below = [loss if loss <= start else math.nan for loss in finals]
+            style: dict[str, Any] = {"color": colours[name], "linewidth": 1.5, "marker": "o", "markersize": 3.5}
+            (line,) = axes.plot(rates, below, label=name, **style)
+            line.set_dashes(_DASHES.get(name, _OTHER_DASHES))
+            lines.append(line)
+            shown += below
+        axes.set(xlabel="learning rate of the baselines", ylabel=_final_loss(curves), xscale="log")
+        _loss_axis(axes, shown)
+        legend_beneath(axes, lines)
+
+    return save_panels(path, [(name, partial(draw, curves=curves)) for name, curves in panels.items()], title)
 
 
 def plot_history(history: Sequence[Epoch], path: str | os.PathLike[str], *, title: str = "meta-training") -> Path:
@@ -337,11 +401,15 @@ def _wrapped(text: str, width: int) -> str:
 
 def _draw(axes: Axes, curves: Curves, log: bool) -> None:
     colours = dict(_colours(curves.losses))
+    points = min(curves.steps + 1, _MOST_POINTS)
+    steps = [stretch.mean().item() for stretch in torch.arange(curves.steps + 1.0).tensor_split(points)]
+    smooth = Curves({name: _stretches(losses, points) for name, losses in curves.losses.items()})
     lines = []
     for name in reversed(curves.ranking()):  # the best on top
         learned = curves.kind(name) == "learned"
         (line,) = axes.plot(
-            curves.mean(name).numpy(),
+            steps,
+            smooth.mean(name).numpy(),
             color=colours[name],
             linewidth=2.4 if learned else 1.5,
             zorder=4 if learned else 3,
@@ -349,15 +417,22 @@ def _draw(axes: Axes, curves: Curves, log: bool) -> None:
             solid_capstyle="round",
         )
         if not learned:
-            line.set_dashes(_DASHES.get(name.lower(), (4, 2)))
+            line.set_dashes(_DASHES.get(name.lower(), _OTHER_DASHES))
         lines.append(line)
-        low_end, high_end = curves.interval(name)
+        low_end, high_end = smooth.interval(name)
         known = high_end.isfinite().numpy()
-        steps = range(curves.steps + 1)
         axes.fill_between(steps, low_end, high_end, where=known, color=colours[name], alpha=0.16, linewidth=0, zorder=2)
     axes.set(xlabel="step", ylabel="loss", xlim=(0, curves.steps))
-    _loss_axis(axes, _limits(curves), log)
-    legend_beneath(axes, lines[::-1], title="final loss, 95% interval")
+    _loss_axis(axes, _limits(smooth), log)
+    legend_beneath(axes, lines[::-1], title=f"{_final_loss(curves)}, 95% interval")
+
+
+def _stretches(losses: Tensor, points: int) -> Tensor:
+    return torch.stack([stretch.mean(1) for stretch in losses.tensor_split(points, dim=1)], dim=1)
+
+
+def _final_loss(curves: Curves) -> str:
+    return "final loss" if curves.last == 1 else f"mean of the last {curves.last:,} losses"
 
 
 def _colours(names: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastl2l import baselines
-from fastl2l.baselines import NAG, SGD, Adam, RMSprop, descend, tune
+from fastl2l.baselines import NAG, SGD, Adadelta, Adagrad, Adam, Momentum, RMSprop, descend, tune
 from fastl2l.files import write_record
 from fastl2l.tasks import Quadratic
 from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
@@ -56,6 +56,9 @@ def cache(tmp_path, monkeypatch):
     [
         (SGD(0.5), torch.optim.SGD, {"lr": 0.5, "momentum": 0, "nesterov": False}),
         (NAG(0.5), torch.optim.SGD, {"lr": 0.5, "momentum": 0.9, "nesterov": True}),
+        (Momentum(0.5), torch.optim.SGD, {"lr": 0.5, "momentum": 0.9, "nesterov": False}),
+        (Adagrad(0.5), torch.optim.Adagrad, {"lr": 0.5, "lr_decay": 0, "eps": 1e-10}),
+        (Adadelta(0.5), torch.optim.Adadelta, {"lr": 0.5, "rho": 0.9, "eps": 1e-6}),
         (RMSprop(0.5), torch.optim.RMSprop, {"lr": 0.5, "alpha": 0.99, "eps": 1e-8, "momentum": 0}),
         (Adam(0.5), torch.optim.Adam, {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}),
     ],
@@ -156,6 +159,23 @@ def test_tuning_beats_every_coarse_rate_on_quadratics():
     assert 0.1 < lr < 10
 
 
+def test_tuning_by_the_mean_of_the_last_losses():
+    tried = {}
+    task = Quadratic(dim=4, batch=16)
+    lr = tune(task, Adam(), 15, runs=2, last=5, report=tried.__setitem__)
+    for rate, loss in tried.items():
+        again = [descend(task.sample(problem_seed(0, "tune", i)), Adam(rate).build, 15)[-5:].mean() for i in (0, 1)]
+        assert loss == pytest.approx(sum(again).item() / 2)
+    assert tried[lr] == min(tried.values())
+
+
+def test_a_rate_that_was_kept_when_only_the_last_loss_counted_is_found(cache):
+    tune(Parabola(1.0), SGD(), 3, runs=1)
+    (file,) = cache.iterdir()
+    assert "last" not in json.loads(file.read_text())
+    assert tune(Parabola(1.0), SGD(), 3, runs=1, last=1, report=pytest.fail)
+
+
 def test_rates_are_kept_and_damage_is_repaired(cache):
     calls = []
     arguments = {"runs": 1, "report": lambda lr, loss: calls.append(lr)}
@@ -202,6 +222,7 @@ def test_every_part_of_the_request_has_a_file_of_its_own(cache):
         lambda: tune(Parabola(1.0), SGD(), 4, runs=1),
         lambda: tune(Parabola(1.0), SGD(), 3, runs=2),
         lambda: tune(Parabola(1.0), SGD(), 3, runs=1, seed=1),
+        lambda: tune(Parabola(1.0), SGD(), 3, runs=1, last=2),
     ):
         before = len(list(cache.iterdir()))
         other()
@@ -227,6 +248,8 @@ def test_a_task_on_which_everything_diverges_is_named(cache):
         ({"steps": 0}, ValueError, "steps: expected an integer >= 1, got 0"),
         ({"runs": 2.0}, TypeError, "runs: expected an integer >= 1, got 2.0"),
         ({"seed": -1}, ValueError, "seed: expected an integer >= 0, got -1"),
+        ({"last": 0}, ValueError, "last: expected an integer >= 1, got 0"),
+        ({"last": 4}, ValueError, "last: expected at most the 3 steps, got 4"),
     ],
 )
 def test_bad_input_is_named(change, error, message, cache):
@@ -239,6 +262,8 @@ def test_bad_input_is_named(change, error, message, cache):
 def test_all_baselines_have_a_name():
     assert baselines.by_name("adam") == Adam("tune")
     assert baselines.by_name("sgd", 0.5) == SGD(0.5)
-    with pytest.raises(ValueError, match="name: expected one of sgd, rmsprop, nag, adam, got 'lion'"):
+    with pytest.raises(ValueError, match=r"name: expected one of sgd, rmsprop, nag, adam, .*, got 'lion'"):
         baselines.by_name("lion")
-    assert {"sgd": SGD, "rmsprop": RMSprop, "nag": NAG, "adam": Adam} == baselines.ALL
+    others = {"momentum": Momentum, "adagrad": Adagrad, "adadelta": Adadelta}
+    assert {"sgd": SGD, "rmsprop": RMSprop, "nag": NAG, "adam": Adam} | others == baselines.ALL
+    assert baselines.DEFAULT == ("sgd", "rmsprop", "nag", "adam")

@@ -108,7 +108,7 @@ def test_evaluate_prints_a_table_and_writes_everything(trained, tmp_path):
 
 def test_reproduce_prints_the_claim_and_the_table(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
-    small = Panel("tiny", "tiny", lambda: Quadratic(dim=2, batch=2), "lstm-quadratic", steps=2)
+    small = Panel("tiny", "tiny", lambda: Quadratic(dim=2, batch=2), {"lstm": "lstm-quadratic"}, steps=2)
     monkeypatch.setitem(experiments.ALL, "fig4-quadratic", Experiment("tiny", "A figure", "it works.", [small]))
     done = run("reproduce", "fig4-quadratic", "--quick", "--out", tmp_path)
     assert done.exit_code == 0
@@ -124,6 +124,21 @@ def test_reproduce_has_its_folder_to_itself(tmp_path, monkeypatch):
         pytest.raises(ValueError, match=r"out: .*fig5-quick is another command's at this moment"),
     ):
         run("reproduce", "fig4-quadratic", "fig5", "--quick", "--out", tmp_path)
+
+
+def test_all_experiments_are_those_whose_rules_there_are(tmp_path, monkeypatch):
+    done, small = [], Panel("tiny", "tiny", Quadratic, {"mine": "rule-of-mine"})
+    chosen = {"fig5": experiments.by_name("fig5"), "odd": Experiment("odd", "A figure", "it works.", [small])}
+    monkeypatch.setattr(experiments, "ALL", chosen)
+    monkeypatch.setattr(experiments, "reproduce", lambda experiment, *_, **__: done.append(experiment.name) or {})
+    told = run("reproduce", "all", "--out", tmp_path)
+    assert done == ["fig5"]
+    assert "without odd, for which --rule NAME=FILE must give rule-of-mine" in told.stdout
+    run("reproduce", "all", "--rule", "rule-of-mine=lstm-quadratic", "--out", tmp_path)
+    assert done == ["fig5", "fig5", "odd"]
+    with pytest.raises(ValueError, match="rule: expected rule-of-mine, which odd shows and which do not come with"):
+        run("reproduce", "fig5", "odd", "--out", tmp_path)
+    assert len(done) == 3
 
 
 def test_rules_are_listed_with_what_they_are_good_for():

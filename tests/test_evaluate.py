@@ -318,3 +318,30 @@ def test_the_same_curves_are_the_same_bytes(curves, tmp_path):
         curves.save(tmp_path / name)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_a_final_loss_may_be_a_mean_of_the_last_ones(curves, tmp_path):
+    averaged = Curves(curves.losses, curves.metadata | {"last": 4})
+    tails = {name: losses[:, -4:].mean(1) for name, losses in curves.losses.items()}
+    assert averaged.final("sgd")[0] == pytest.approx(tails["sgd"].mean().item())
+    assert averaged.final("sgd", 1) == curves.final("sgd")
+    assert averaged.difference("sgd", "lstm")[0] == pytest.approx((tails["sgd"] - tails["lstm"]).mean().item())
+    assert averaged.ranking() == sorted(tails, key=lambda name: tails[name].mean().item())
+    header, _, row, *_ = averaged.markdown().splitlines()
+    assert [cell.strip() for cell in header.split("|")][4:6] == ["mean of the last 4", "last loss"]
+    best = averaged.ranking()[0]
+    assert [cell.strip() for cell in row.split("|")][4:6] == [
+        with_half_width(*averaged.final(best)),
+        with_half_width(*curves.final(best)),
+    ]
+    again = Curves.load(averaged.save(tmp_path))
+    assert (again.last, curves.last) == (4, 1)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["final"]["sgd"]["runs"] == pytest.approx(tails["sgd"].tolist())
+
+
+def test_only_some_of_the_optimizers(curves):
+    some = curves.only(["sgd", "lstm"])
+    assert list(some.losses) == list(some.metadata["optimizers"]) == ["sgd", "lstm"]
+    assert some.kind("lstm") == "learned"
+    assert some.final("sgd") == curves.final("sgd")

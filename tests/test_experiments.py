@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from fastl2l import MetaTrainer, baselines, cli, evaluate, experiments, files
 from fastl2l.evaluate import Curves
-from fastl2l.experiments import experiment, losses, recipes
-from fastl2l.experiments.experiment import Budget, Experiment, Panel
+from fastl2l.experiments import andrychowicz2016, experiment, losses, recipes
+from fastl2l.experiments.experiment import Budget, Experiment, Panel, Study
 from fastl2l.meta import Epoch
-from fastl2l.tasks import Quadratic
+from fastl2l.tasks import Digits, Quadratic
 from fastl2l.tasks.datasets import data_folder
 
 SMALL = Quadratic(dim=2, batch=3)
@@ -26,8 +26,6 @@ RULES = {"lstm-quadratic": random_rule("raw")}
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(experiment, "FULL", Budget(runs=20, tuning_runs=1))
-    monkeypatch.setattr(experiment, "QUICK", Budget(runs=10, tuning_runs=1))
 
 
 @pytest.fixture
@@ -43,16 +41,33 @@ def followed(monkeypatch):
     return calls
 
 
-def small(*names, units=None):
+@pytest.fixture
+def tuned(monkeypatch):
+    """Steps, and losses that count, of every search of a learning rate."""
+    calls, tune = [], baselines.tune
+
+    def spy(task, baseline, steps, **options):
+        calls.append((steps, options["last"]))
+        return tune(task, baseline, steps, **options)
+
+    monkeypatch.setattr(baselines, "tune", spy)
+    return calls
+
+
+LOOK = Budget(runs=10, tuning_runs=1)
+
+
+def small(*names, units=None, study=None, last_tenth=False, look=LOOK, **options):
+    options = {"steps": 3, "full": Budget(20, 1), "quick": look, "rules": {"lstm": "lstm-quadratic"}} | options
     panels = [
-        Panel(name, f"panel {name}", lambda: SMALL, "lstm-quadratic", steps=3, units=units and units[number])
+        Panel(name, f"panel {name}", lambda: SMALL, x=units and units[number], **options)
         for number, name in enumerate(names)
     ]
-    return Experiment("small", "A small one", "nothing.", panels, quick=names[:1])
+    return Experiment("small", "A small one", "nothing.", panels, names[:1], study, last_tenth)
 
 
-def run(*names, tmp_path, quick=False, **options):
-    return experiments.reproduce(small(*names, **options), tmp_path / "out", rules=RULES, quick=quick, progress=False)
+def run(*names, tmp_path, quick=False, rules=RULES, **options):
+    return experiments.reproduce(small(*names, **options), tmp_path / "out", rules=rules, quick=quick, progress=False)
 
 
 def test_losses_are_those_of_evaluate(tmp_path):
@@ -69,7 +84,7 @@ def test_everything_is_written(tmp_path):
     folder = tmp_path / "out" / "small"
     assert list(results) == ["one", "two"]
     assert results["one"].runs == 20
-    assert set(results["one"].losses) == {"lstm", *baselines.ALL}
+    assert set(results["one"].losses) == {"lstm", *baselines.DEFAULT}
     saved = Curves.load(folder / "two")
     assert all(torch.equal(saved.losses[name], results["two"].losses[name]) for name in saved.losses)
     table = (folder / "table.md").read_text()
@@ -86,14 +101,9 @@ def test_a_quick_run_says_so_and_has_its_own_folder(tmp_path):
     assert not (tmp_path / "out" / "small").exists()
 
 
-def test_a_quick_run_tunes_for_fewer_steps_than_it_takes(tmp_path, monkeypatch):
-    tuned, tune = [], baselines.tune
-    monkeypatch.setattr(
-        baselines, "tune", lambda task, one, steps, **options: tuned.append(steps) or tune(task, one, steps, **options)
-    )
-    monkeypatch.setattr(experiment, "QUICK", Budget(runs=10, tuning_runs=1, tuning_steps=2))
-    results = run("one", tmp_path=tmp_path, quick=True)
-    assert tuned == [2] * len(baselines.ALL)
+def test_a_quick_run_tunes_for_fewer_steps_than_it_takes(tmp_path, tuned):
+    results = run("one", tmp_path=tmp_path, quick=True, look=Budget(10, 1, tuning_steps=2))
+    assert tuned == [(2, 1)] * len(baselines.DEFAULT)
     assert results["one"].losses["sgd"].shape == (10, 3 + 1)
     assert "rates tuned on 1 for 2 steps" in (tmp_path / "out" / "small-quick" / "table.md").read_text()
 
@@ -175,16 +185,88 @@ def test_kept_losses_of_another_size_are_not_read(tmp_path, followed, monkeypatc
     assert len(followed) == 2
 
 
-def test_runs_come_in_tens():
+def test_runs_come_in_pieces():
     with pytest.raises(ValueError, match="runs: expected a multiple of 10, got 15"):
         losses.curves(SMALL, {"sgd": baselines.SGD(0.1)}, steps=1, runs=15, tuning_runs=1)
 
 
-def test_a_study_is_drawn_by_its_units(tmp_path, monkeypatch):
+def test_pieces_change_no_loss(followed):
+    optimizers, options = {"sgd": baselines.SGD(0.02)}, {"steps": 4, "runs": 6, "tuning_runs": 1}
+    expected = evaluate(SMALL, optimizers, steps=4, runs=6)
+    for piece in (6, 2):
+        found = losses.curves(SMALL, optimizers, piece=piece, **options)
+        assert torch.equal(found.losses["sgd"], expected.losses["sgd"])
+    assert [list(numbers) for *_, numbers in followed] == [[0, 1, 2, 3, 4, 5], [0, 1], [2, 3], [4, 5]]
+
+
+def test_a_study_is_drawn_by_its_numbers(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(experiment.plots, "plot_final_losses", lambda groups, path, **options: drawn.append(groups))
-    results = run("one", "two", tmp_path=tmp_path, units=[5, 20])
-    assert drawn == [{"panel one": {5: results["one"]}, "panel two": {20: results["two"]}}]
+    monkeypatch.setattr(experiment.plots, "plot_final_losses", lambda *args, **options: drawn.append((args, options)))
+    results = run("one", "two", tmp_path=tmp_path, units=[5, 20], study=Study("hidden units", "units", marked=20))
+    ((groups, _), options) = drawn[0]
+    assert groups == {"panel one": {5: results["one"]}, "panel two": {20: results["two"]}}
+    assert options == {"title": "A small one", "xlabel": "hidden units", "marked": 20, "log_x": False}
+    assert "## panel two, 20 units" in (tmp_path / "out" / "small" / "table.md").read_text()
+
+
+def test_a_panel_has_rules_and_baselines_of_its_own(tmp_path):
+    rules = {"a": RULES["lstm-quadratic"], "b": random_rule("raw", seed=5)}
+    panels = small("one", rules={"first": "a", "second": "b"}, baselines=("momentum",))
+    results = experiments.reproduce(panels, tmp_path, rules=rules, progress=False)
+    expected = evaluate(SMALL, {"first": rules["a"], "second": rules["b"]}, steps=3, runs=20)
+    assert list(results["one"].losses) == ["first", "second", "momentum"]
+    assert all(torch.equal(results["one"].losses[name], expected.losses[name]) for name in expected.losses)
+
+
+def test_a_final_loss_may_be_that_of_the_last_tenth(tmp_path, tuned):
+    curves = run("one", tmp_path=tmp_path, steps=30, last_tenth=True)["one"]
+    assert tuned == [(30, 3)] * len(baselines.DEFAULT)
+    assert curves.final("sgd")[0] == pytest.approx(curves.losses["sgd"][:, -3:].mean().item())
+    table = (tmp_path / "out" / "small" / "table.md").read_text()
+    assert "tuned on other problems, by the mean of the last 3 losses" in table
+    assert "| mean of the last 3 | last loss" in table
+    again = Curves.load(tmp_path / "out" / "small" / "one")
+    assert again.last == 3
+    assert again.final("sgd") == curves.final("sgd")
+
+
+def test_a_look_takes_a_like_share_of_fewer_steps(tmp_path, tuned):
+    look = Budget(runs=2, tuning_runs=1, tuning_steps=20, steps=40, piece=1)
+    curves = run("one", tmp_path=tmp_path, quick=True, steps=50, last_tenth=True, look=look)["one"]
+    assert tuned == [(20, 2)] * len(baselines.DEFAULT)
+    assert (curves.runs, curves.steps, curves.last) == (2, 40, 4)
+    note = "quick: 2 problems, rates tuned on 1 for 20 steps, 40 steps"
+    assert note in (tmp_path / "out" / "small-quick" / "table.md").read_text()
+
+
+def test_baselines_at_many_rates(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(experiment.plots, "plot_rates", lambda panels, path, **options: drawn.append(panels))
+    monkeypatch.setattr(baselines, "tune", pytest.fail)
+    rates = (0.001, 0.01, 0.1)
+    told = run("one", tmp_path=tmp_path, baselines=("sgd", "adam"), rates=rates)["one"]
+    curves = drawn[0]["panel one"]
+    expected = evaluate(SMALL, {f"adam {rate:g}": baselines.Adam(rate) for rate in rates}, steps=3, runs=20)
+    assert list(curves.losses) == ["lstm", *(f"{name} {rate:g}" for name in ("sgd", "adam") for rate in rates)]
+    assert all(torch.equal(curves.losses[name], expected.losses[name]) for name in expected.losses)
+    learned, _, adam = told.losses
+    assert (learned, adam) == ("lstm", expected.ranking()[0])
+    table = (tmp_path / "out" / "small" / "table.md").read_text()
+    assert table.count("lstm ends") + table.count("lstm against") == 2
+    assert "| learning rate | sgd" in table
+    assert "| 0.001 " in table
+
+
+def test_rules_that_are_not_there_are_named_before_anything_is_done(tmp_path, followed):
+    unknown = small("one", rules={"lstm": "lstm-quadratic", "mine": "rule-of-mine"})
+    assert experiments.missing(unknown) == ["rule-of-mine"]
+    message = "rule: expected rule-of-mine, which small shows and which do not come with fastl2l, .*, got other"
+    with pytest.raises(ValueError, match=message):
+        experiments.reproduce(unknown, tmp_path / "out", rules={"other": RULES["lstm-quadratic"]}, progress=False)
+    with pytest.raises(ValueError, match="small: expected rules that have recipes, got rule-of-mine"):
+        experiments.retrain(unknown, tmp_path / "out")
+    assert followed == []
+    assert not (tmp_path / "out").exists()
 
 
 # The entries
@@ -202,8 +284,25 @@ def test_entries_are_whole(one, tmp_path, monkeypatch):
     assert len(set(names)) == len(names)
     assert set(one.quick) <= set(names)
     for panel in one.panels:
-        assert panel.rule in recipes.RECIPES
+        assert (panel.x is not None) == (one.study is not None)
         assert panel.task().sample(0).theta0.numel() >= 10
+        assert set(panel.baselines) <= baselines.ALL.keys()
+        assert not set(panel.rules) & baselines.ALL.keys()
+        for budget in (panel.full, panel.quick):
+            assert budget.runs % budget.piece == 0
+            assert budget.tuning_runs >= 1 or panel.rates
+
+
+@pytest.mark.parametrize("one", andrychowicz2016.EXPERIMENTS, ids=lambda one: one.name)
+def test_rules_that_come_with_fastl2l_have_recipes(one):
+    assert one.rules <= recipes.RECIPES.keys()
+
+
+def test_what_was_kept_of_the_mlp_is_found():
+    """A network of more options is another entry of the cache only where it uses them."""
+    base = {"hidden": [20], "activation": "sigmoid", "batch_size": 128, "split": "train"}
+    base |= {"init_std": 0.1, "dtype": "float32"}
+    assert Digits().spec() == {"name": "digits"} | base
 
 
 def test_names_are_checked():

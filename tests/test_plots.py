@@ -20,7 +20,15 @@ from PIL import Image
 
 from fastl2l.evaluate import Curves
 from fastl2l.meta import Epoch
-from fastl2l.plots import COLOURS, plot_curves, plot_final_losses, plot_history, plot_panels, plot_search
+from fastl2l.plots import (
+    COLOURS,
+    plot_curves,
+    plot_final_losses,
+    plot_history,
+    plot_panels,
+    plot_rates,
+    plot_search,
+)
 
 
 @pytest.fixture
@@ -177,6 +185,58 @@ def test_final_losses_that_are_infinite_are_left_out(curves, tmp_path, axes):
     plot_final_losses({"a": {5: lost}}, tmp_path / "b.png", title="b", xlabel="c", marked=5)
 
 
+def test_a_long_curve_is_drawn_by_means(tmp_path, axes):
+    losses = torch.rand(3, 10_001, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    plot_curves(Curves({"adam": losses, "sgd": losses + 1}), tmp_path / "a.png")
+    line = next(line for line in axes[0].get_lines() if line.get_label().startswith("adam"))
+    assert len(line.get_xdata()) == 1001
+    stretch = losses.mean(0).tensor_split(1001)[500]
+    assert line.get_ydata()[500] == pytest.approx(stretch.mean().item())
+    assert line.get_xdata()[500] == pytest.approx(torch.arange(10_001.0).tensor_split(1001)[500].mean().item())
+    assert axes[0].get_xlim() == (0, 10_000)
+
+
+def test_final_losses_may_stand_over_a_logarithmic_number(curves, tmp_path, axes):
+    plot_final_losses({"a": {100: curves, 1600: curves}}, tmp_path / "a.svg", title="b", xlabel="c", log_x=True)
+    assert axes[0].get_xscale() == "log"
+    assert [text.get_text() for text in axes[0].get_xticklabels()] == ["100", "1,600"]
+    assert axes[0].get_xticks(minor=True).tolist() == []
+
+
+RATES = (0.001, 0.01, 0.1, 1.0)
+
+
+def many_rates(kind="random"):
+    losses = losses_of(kind, ["lstm", *(f"{name} {lr:g}" for name in ("adam", "sgd") for lr in RATES)]).losses
+    about = {"lstm": {"kind": "learned"}}
+    about |= {
+        f"{name} {lr:g}": {"kind": "baseline", "optimizer": name, "lr": lr} for name in ("adam", "sgd") for lr in RATES
+    }
+    return Curves(losses, {"optimizers": about})
+
+
+def test_baselines_stand_over_their_rates_and_rules_lie_across(tmp_path, axes):
+    curves = many_rates()
+    curves.losses["adam 1"][0, -1] = math.inf
+    plot_rates({"a": curves}, tmp_path / "a.svg", title="b")
+    lines = {line.get_label().split()[0]: line for line in axes[0].get_lines()}
+    assert lines["adam"].get_xdata().tolist() == list(RATES)
+    assert lines["adam"].get_ydata()[:3].tolist() == [curves.final(f"adam {lr:g}")[0] for lr in RATES[:3]]
+    assert math.isnan(lines["adam"].get_ydata()[3])
+    assert set(lines["lstm"].get_ydata()) == {curves.final("lstm")[0]}
+    assert not lines["lstm"].is_dashed()
+    assert lines["sgd"].is_dashed()
+    assert axes[0].get_xscale() == "log"
+
+
+def test_a_final_loss_of_many_steps_is_called_so(curves, tmp_path, axes):
+    curves.metadata["last"] = 4
+    plot_curves(curves, tmp_path / "a.svg")
+    assert axes[0].get_legend().get_title().get_text() == "mean of the last 4 losses, 95% interval"
+    plot_final_losses({"a": {5: curves}}, tmp_path / "b.svg", title="b", xlabel="c")
+    assert axes[1].get_ylabel() == "mean of the last 4 losses"
+
+
 def test_a_search_is_drawn_with_what_diverged(tmp_path, axes):
     plot_search([(1e-3, 0.2), (1e-2, 0.1), (1e-1, math.inf)], tmp_path / "a.svg", title="search")
     tried, diverged = axes[0].get_lines()
@@ -315,8 +375,9 @@ def readable(monkeypatch):
         draw_final_losses,
         draw_history,
         draw_search,
+        lambda kind, path: plot_rates({"a": many_rates(kind)}, path, title="rates"),
     ],
-    ids=["curves", "linear", "panels", "final losses", "history", "search"],
+    ids=["curves", "linear", "panels", "final losses", "history", "search", "rates"],
 )
 def test_no_label_covers_what_is_drawn(kind, draw, tmp_path, readable):
     draw(kind, tmp_path / "a.png")

@@ -1,11 +1,20 @@
 """Every figure and table of the papers, one declarative entry each, and the recipes of the rules that they show."""
 
-from fastl2l.experiments.andrychowicz2016 import EXPERIMENTS
-from fastl2l.experiments.experiment import Experiment, Reproducible, folder_name, reproduce, retrain
+from fastl2l.experiments import andrychowicz2016, lv2017
+from fastl2l.experiments.experiment import (
+    Experiment,
+    Reproducible,
+    check_rules,
+    folder_name,
+    missing,
+    reproduce,
+    retrain,
+)
 from fastl2l.experiments.own_networks import OwnNetworks
 from fastl2l.experiments.recipes import RECIPES, fresh_rule
 
-ALL: dict[str, Reproducible] = {experiment.name: experiment for experiment in (*EXPERIMENTS, OwnNetworks())}
+_EXPERIMENTS = (*andrychowicz2016.EXPERIMENTS, *lv2017.EXPERIMENTS, OwnNetworks())
+ALL: dict[str, Reproducible] = {experiment.name: experiment for experiment in _EXPERIMENTS}
 """By name."""
 
 __all__ = [
@@ -15,8 +24,10 @@ __all__ = [
     "OwnNetworks",
     "Reproducible",
     "by_name",
+    "check_rules",
     "folder_name",
     "fresh_rule",
+    "missing",
     "reproduce",
     "retrain",
 ]

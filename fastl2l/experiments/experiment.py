@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
@@ -12,34 +12,81 @@ from rich.table import Table
 
 from fastl2l import baselines, files, plots
 from fastl2l.baselines import Baseline
-from fastl2l.evaluate import Curves, comparisons
+from fastl2l.evaluate import Curves, comparisons, markdown, with_half_width
 from fastl2l.experiments import losses
 from fastl2l.experiments.recipes import RECIPES
 from fastl2l.progress import Progress
-from fastl2l.rule_files import load_rule
+from fastl2l.rule_files import load_rule, shipped
 from fastl2l.rules import Rule
 from fastl2l.tasks import Task
 
 
+class Budget(NamedTuple):
+    """How much work a panel is."""
+
+    runs: int
+    """Test problems."""
+    tuning_runs: int
+    """Problems that the baselines' learning rates are tuned on."""
+    tuning_steps: int | None = None
+    """For how many steps at most; None for all."""
+    steps: int | None = None
+    """How many steps a trajectory has at most; None for all of the panel's."""
+    piece: int = 10
+    """Test problems that are kept together; divides their number."""
+
+    def describe(self, steps: int) -> str:
+        """In words, of a panel of so many steps."""
+        text = f"{self.runs} problem{'s' * (self.runs > 1)}"
+        if self.tuning_runs:
+            text += f", rates tuned on {self.tuning_runs}"
+        if self.tuning_steps is not None and steps > self.tuning_steps:
+            text += f" for {self.tuning_steps:,} steps"
+        return text + (f", {self.steps:,} steps" if self.steps is not None and steps > self.steps else "")
+
+
+FULL, QUICK = Budget(runs=100, tuning_runs=20), Budget(runs=10, tuning_runs=1, tuning_steps=100)
+
+
 @dataclass(frozen=True)
 class Panel:
-    """One set of problems on which a learned rule meets the tuned baselines.
+    """One set of problems on which learned rules meet the tuned baselines.
 
     Args:
         name: of its folder.
         title: above it in the figure.
         task: makes the task; called when the experiment runs, since tasks load their data.
-        rule: name of a shipped rule.
+        rules: names of rules, by what they are called in the figure.
         steps: optimization steps.
-        units: of a study of final losses, where it is on the x axis; panels of one title share their axes.
+        x: in a study of final losses, where it is on the x axis; panels of one title share their axes.
+        baselines: names of the baselines.
+        rates: learning rates that each baseline is run at, in place of the one that tuning finds.
+        full, quick: how much work it is.
     """
 
     name: str
     title: str
     task: Callable[[], Task]
-    rule: str
+    rules: Mapping[str, str]
     steps: int = 100
-    units: int | None = None
+    x: int | None = None
+    baselines: Sequence[str] = baselines.DEFAULT
+    rates: Sequence[float] = ()
+    full: Budget = FULL
+    quick: Budget = QUICK
+
+
+class Study(NamedTuple):
+    """What final losses are drawn against."""
+
+    xlabel: str
+    """What a panel's `x` is."""
+    unit: str
+    """The same, after a number."""
+    marked: int | None = None
+    """The one that the rules were trained with."""
+    log: bool = False
+    """Whether the x axis is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +99,9 @@ class Experiment:
         claim: what the paper says, in a sentence.
         panels: what is run.
         quick: names of the panels that a quick run is content with; all by default.
+        study: of final losses, by the panels' `x`; by default losses are drawn by step.
+        last_tenth: whether a final loss is the mean over the last tenth of the steps, not the loss of the last
+            minibatch; rates are tuned by it too.
     """
 
     name: str
@@ -59,12 +109,14 @@ class Experiment:
     claim: str
     panels: Sequence[Panel]
     quick: Sequence[str] = ()
+    study: Study | None = None
+    last_tenth: bool = False
     more_rules: ClassVar[bool] = False
 
     @property
     def rules(self) -> set[str]:
         """See `Reproducible`."""
-        return {panel.rule for panel in self.panels}
+        return {name for panel in self.panels for name in panel.rules.values()}
 
     def run(
         self, out: str | os.PathLike[str], *, rules: Mapping[str, Rule], quick: bool, progress: bool = True
@@ -108,18 +160,18 @@ class Reproducible(Protocol):
         """
 
 
-class Budget(NamedTuple):
-    """How much work an experiment is."""
-
-    runs: int
-    """Test problems."""
-    tuning_runs: int
-    """Problems that the baselines' learning rates are tuned on."""
-    tuning_steps: int | None = None
-    """For how many steps at most; None for all."""
+def missing(experiment: Reproducible, given: Collection[str] = ()) -> list[str]:
+    """Names of the rules that an experiment shows, but that do not come with fastl2l and are not `given`."""
+    return sorted(experiment.rules - shipped().keys() - set(given))
 
 
-FULL, QUICK = Budget(runs=100, tuning_runs=20), Budget(runs=10, tuning_runs=1, tuning_steps=100)
+def check_rules(experiment: Reproducible, given: Collection[str] = ()) -> None:
+    """Raise ValueError if rules are `missing`."""
+    if absent := missing(experiment, given):
+        raise ValueError(
+            f"rule: expected {', '.join(absent)}, which {experiment.name} shows and which do not come with fastl2l, as "
+            f"NAME=FILE, got {', '.join(sorted(given)) or 'none'}"
+        )
 
 
 def reproduce(
@@ -135,44 +187,46 @@ def reproduce(
     Args:
         experiment: one of `fastl2l.experiments.ALL`.
         out: the folder; everything goes to a folder in it that is named for the experiment.
-        rules: rules to take in place of the shipped ones of the same names.
-        quick: 10 problems in place of 100, and less tuning; the figure says so. About two minutes for the longest.
+        rules: rules to take in place of the shipped ones of the same names, or that are not shipped.
+        quick: fewer problems, and less tuning; the figure says so. Two or three minutes for the longest.
         progress: show how far it is.
 
     Returns:
-        The curves by panel.
+        The curves by panel; where baselines are run at many rates, those of the best of each.
+
+    Raises:
+        ValueError: a rule that it shows is neither shipped nor given.
     """
+    rules = dict(rules or {})
+    check_rules(experiment, rules)
+    rules |= {name: load_rule(name) for name in experiment.rules - rules.keys()}
     folder = Path(out) / folder_name(experiment, quick)
-    budget = QUICK if quick else FULL
     panels = [
         panel for panel in experiment.panels if not quick or not experiment.quick or panel.name in experiment.quick
     ]
-    rules = {**{name: load_rule(name) for name in {panel.rule for panel in panels} - set(rules or {})}, **(rules or {})}
-    pieces = len(panels) * (1 + len(baselines.ALL)) * budget.runs // losses.PROBLEMS
+    work = [(panel, panel.quick if quick else panel.full, _optimizers(panel, rules)) for panel in panels]
+    pieces = sum(len(optimizers) * budget.runs // budget.piece for _, budget, optimizers in work)
     results = {}
     with Progress(experiment.name, pieces, shown=progress) as shown:
-        for panel in panels:
-            optimizers: dict[str, Rule | Baseline] = {"lstm": rules[panel.rule]}
-            optimizers |= {name: baselines.by_name(name) for name in baselines.ALL}
+        for panel, budget, optimizers in work:
+            steps = min(panel.steps, budget.steps or panel.steps)
             results[panel.name] = losses.curves(
                 panel.task(),
                 optimizers,
-                steps=panel.steps,
+                steps=steps,
                 runs=budget.runs,
                 tuning_runs=budget.tuning_runs,
                 tuning_steps=budget.tuning_steps,
+                piece=budget.piece,
+                last=max(1, steps // 10) if experiment.last_tenth else 1,
                 note=shown.note,
                 advance=shown.advance,
             )
             results[panel.name].save(folder / panel.name)
-    note = ""
-    if quick:
-        note = f"quick: {budget.runs} problems, rates tuned on {budget.tuning_runs}"
-        if budget.tuning_steps is not None and any(panel.steps > budget.tuning_steps for panel in panels):
-            note += f" for {budget.tuning_steps} steps"
-    _draw(panels, results, folder / "figure.png", f"{experiment.title}\n{note}" if quick else experiment.title)
+    note = f"quick: {'; '.join(dict.fromkeys(budget.describe(panel.steps) for panel, budget, _ in work))}" * quick
+    _draw(experiment, panels, results, folder / "figure.png", f"{experiment.title}\n{note}".strip())
     files.write_text(folder / "table.md", _table(experiment, panels, results, note))
-    return results
+    return {panel.name: _told(panel, results[panel.name]) for panel in panels}
 
 
 def folder_name(experiment: Reproducible, quick: bool) -> str:
@@ -180,30 +234,77 @@ def folder_name(experiment: Reproducible, quick: bool) -> str:
     return experiment.name + "-quick" * quick
 
 
-def _draw(panels: Sequence[Panel], results: Mapping[str, Curves], path: Path, title: str) -> None:
-    if panels[0].units is None:
+def _optimizers(panel: Panel, rules: Mapping[str, Rule]) -> dict[str, Rule | Baseline]:
+    learned: dict[str, Rule | Baseline] = {label: rules[name] for label, name in panel.rules.items()}
+    if panel.rates:
+        return learned | {
+            _at(name, rate): baselines.by_name(name, rate) for name in panel.baselines for rate in panel.rates
+        }
+    return learned | {name: baselines.by_name(name) for name in panel.baselines}
+
+
+def _at(name: str, rate: float) -> str:
+    """What a baseline is called that is run at many rates."""
+    return f"{name} {rate:g}"
+
+
+def _told(panel: Panel, curves: Curves) -> Curves:
+    """Those that are compared: of a baseline that was run at many rates the best."""
+    if not panel.rates:
+        return curves
+    place = {name: number for number, name in enumerate(curves.ranking())}
+    best = [min((_at(name, rate) for rate in panel.rates), key=place.__getitem__) for name in panel.baselines]
+    return curves.only([*panel.rules, *best])
+
+
+def _draw(
+    experiment: Experiment, panels: Sequence[Panel], results: Mapping[str, Curves], path: Path, title: str
+) -> None:
+    if panels[0].rates:
+        plots.plot_rates({panel.title: results[panel.name] for panel in panels}, path, title=title)
+    elif experiment.study is None:
         plots.plot_panels({panel.title: results[panel.name] for panel in panels}, path, title=title)
-        return
-    groups: dict[str, dict[int, Curves]] = {}
-    for panel in panels:
-        groups.setdefault(panel.title, {})[panel.units or 0] = results[panel.name]
-    plots.plot_final_losses(groups, path, title=title, xlabel="hidden units a layer", marked=20)
+    else:
+        groups: dict[str, dict[int, Curves]] = {}
+        for panel in panels:
+            groups.setdefault(panel.title, {})[panel.x or 0] = results[panel.name]
+        xlabel, _, marked, log = experiment.study
+        plots.plot_final_losses(groups, path, title=title, xlabel=xlabel, marked=marked, log_x=log)
 
 
 def _table(experiment: Experiment, panels: Sequence[Panel], results: Mapping[str, Curves], note: str) -> str:
     parts = [f"# {experiment.title}", f"The paper: {experiment.claim}"] + ([f"({note})"] if note else [])
     for panel in panels:
-        curves, units = results[panel.name], "" if panel.units is None else f", {panel.units} units"
-        parts.append(f"## {panel.title}{units}")
-        parts.append(f"Mean loss after {panel.steps} steps on {curves.runs} problems, 95% intervals.")
-        parts.append(curves.markdown())
-        parts.append("\n".join(f"- {line}" for line in comparisons(curves)))
+        curves = results[panel.name]
+        parts.append(f"## {panel.title}" + (f", {panel.x} {experiment.study.unit}" if experiment.study else ""))
+        parts.append(f"Mean loss after {curves.steps} steps on {curves.runs} problems, 95% intervals.")
+        if experiment.last_tenth:
+            parts[-1] += f" Compared, and tuned on other problems, by the mean of the last {curves.last:,} losses."
+        told = _told(panel, curves)
+        parts.append(told.markdown())
+        parts.append("\n".join(f"- {line}" for line in comparisons(told)))
+        if panel.rates:
+            parts.append(markdown(_rates(panel, curves)))
     return "\n\n".join(parts) + "\n"
+
+
+def _rates(panel: Panel, curves: Curves) -> list[list[str]]:
+    """Final losses of the baselines, a row for each rate."""
+    rows = [["learning rate", *panel.baselines]]
+    for rate in panel.rates:
+        finals = [curves.final(_at(name, rate)) for name in panel.baselines]
+        rows.append([f"{rate:g}", *(with_half_width(*one) for one in finals)])
+    return rows
 
 
 def retrain(experiment: Reproducible, out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, Rule]:
     """Train the rules of an experiment from their recipes, for `reproduce`; a tenth of the epochs if `quick`.
 
     Checkpoints are kept in `out`/rules: a run that was killed goes on, one that was finished is only loaded.
+
+    Raises:
+        ValueError: a rule has no recipe.
     """
+    if unknown := sorted(experiment.rules - RECIPES.keys()):
+        raise ValueError(f"{experiment.name}: expected rules that have recipes, got {', '.join(unknown)}")
     return {name: RECIPES[name].train(Path(out) / "rules", quick=quick) for name in sorted(experiment.rules)}

@@ -1,4 +1,4 @@
-"""Losses of optimizers on test problems, kept as soon as ten problems are done.
+"""Losses of optimizers on test problems, kept as soon as a few problems are done.
 
 What was computed is never computed again: a run that was killed goes on where it was, an experiment with fewer problems
 uses those of a longer one, and a figure is redrawn in seconds.
@@ -23,8 +23,6 @@ from fastl2l.tasks import Task
 
 FORMAT = 1
 """Of the kept losses. A new number where the same key would no longer mean the same losses."""
-PROBLEMS = 10
-"""In a file."""
 
 
 def curves(
@@ -35,6 +33,8 @@ def curves(
     runs: int,
     tuning_runs: int,
     tuning_steps: int | None = None,
+    piece: int = 10,
+    last: int = 1,
     seed: int = 1,
     note: Callable[[str], None] = lambda message: None,
     advance: Callable[[str], None] = lambda message: None,
@@ -43,14 +43,18 @@ def curves(
 
     Args:
         task, optimizers, steps, seed: as for `evaluate`.
-        runs: number of problems, a multiple of 10.
+        runs: number of problems, a multiple of `piece`.
         tuning_runs: problems that learning rates are tuned on.
         tuning_steps: how many steps they are tuned for at most; by default all.
+        piece: how many problems are kept together: what is lost when a run is killed.
+        last: how many losses, the last ones of a run, are averaged to its final loss; in tuning a like share of them.
         note: called with what is being done.
-        advance: called after every ten problems of an optimizer.
+        advance: called after every `piece` of an optimizer.
     """
-    if runs % PROBLEMS:
-        raise ValueError(f"runs: expected a multiple of {PROBLEMS}, got {runs}")
+    if runs % piece:
+        raise ValueError(f"runs: expected a multiple of {piece}, got {runs}")
+    for_steps = min(steps, tuning_steps or steps)
+    for_last = max(1, last * for_steps // steps)
     tuned: dict[str, Any] = {}
     losses = {}
     for name, optimizer in optimizers.items():
@@ -59,19 +63,19 @@ def curves(
             def report(lr: float, loss: float, name: str = name) -> None:
                 note(f"{task.name}: tuning {name}: {lr:.3g} ends at {loss:.3g}")
 
-            lr = baselines.tune(task, optimizer, min(steps, tuning_steps or steps), runs=tuning_runs, report=report)
+            lr = baselines.tune(task, optimizer, for_steps, runs=tuning_runs, last=for_last, report=report)
             optimizer = optimizer.with_lr(lr)
         tuned[name] = optimizer
         parts = []
-        for first in range(0, runs, PROBLEMS):
-            parts.append(_kept(task, optimizer, steps, first, seed))
+        for first in range(0, runs, piece):
+            parts.append(_kept(task, optimizer, steps, range(first, first + piece), seed))
             advance(f"{task.name}: {name}")
         losses[name] = torch.cat(parts)
-    return Curves(losses, describe(task, tuned, steps=steps, runs=runs, seed=seed, backend="auto"))
+    return Curves(losses, describe(task, tuned, steps=steps, runs=runs, seed=seed, backend="auto", last=last))
 
 
-def _kept(task: Task, optimizer: Rule | Baseline, steps: int, first: int, seed: int) -> Tensor:
-    """Losses of problems number first ... first + 9, from the cache or into it."""
+def _kept(task: Task, optimizer: Rule | Baseline, steps: int, numbers: range, seed: int) -> Tensor:
+    """Losses of the problems of these numbers, from the cache or into it."""
     request = plain(
         {
             "format": FORMAT,
@@ -79,14 +83,14 @@ def _kept(task: Task, optimizer: Rule | Baseline, steps: int, first: int, seed: 
             "optimizer": describe_optimizer(optimizer),
             "steps": steps,
             "seed": seed,
-            "first": first,
-            "problems": PROBLEMS,
+            "first": numbers.start,
+            "problems": len(numbers),
         }
     )
     return cached(
         cache_file("losses", request, ".safetensors"),
         lambda path: _read(path, request),
-        lambda: follow(task, optimizer, steps, range(first, first + PROBLEMS), seed=seed),
+        lambda: follow(task, optimizer, steps, numbers, seed=seed),
         lambda path, losses: write_tensors(path, {"losses": losses}, {"request": json.dumps(request)}),
     )
 
@@ -95,7 +99,7 @@ def _read(path: Path, request: dict[str, Any]) -> Tensor:
     with open_tensors(path) as stored:
         if parse_json(stored.metadata.get("request", ""), f"{path}: its request") != request:
             raise FileError(f"{path}: is the answer to another request")
-        expected = {"losses": (PROBLEMS, request["steps"] + 1)}
+        expected = {"losses": (request["problems"], request["steps"] + 1)}
         if stored.shapes != expected or stored.dtypes != {"F64"}:
             raise FileError(f"{path}: expected float64 {expected}, got {shown(stored.shapes)}")
         return stored.load()["losses"]
