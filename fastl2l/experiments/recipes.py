@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from typing import Any
 
 from fastl2l import tasks
 from fastl2l.meta import MetaTrainer
-from fastl2l.rules import RULES, LSTMRule, Rule
+from fastl2l.rules import RULES, LSTMRule, RNNpropRule, Rule
 
 RULE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"quadratic": MappingProxyType({"preprocess": "raw", "output_scale": 1.0})}
@@ -104,7 +104,7 @@ def _option(name: str, value: Any) -> str:
     word = f"--{name.replace('_', '-')}"
     if value is True:
         return word
-    return f"{word} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return f"{word} {','.join(f'{number:g}' for number in value) if isinstance(value, tuple) else value}"
 
 
 def _lstm_mnist() -> Recipe:
@@ -133,10 +133,101 @@ def _lstm_mnist() -> Recipe:
     return then(third, "lstm-mnist", about, 20, seed=6, horizon=200, unroll=200, meta_lr=3e-4)
 
 
+def _rnnprop() -> Recipe:
+    """Lv et al. 2017: the base MLP, scaled and with convex functions; then in longer windows, a third of it unscaled."""
+    first = Recipe(
+        "rnnprop-1",
+        "The first stage of rnnprop.",
+        task="mnist",
+        epochs=13,
+        training=MappingProxyType({"meta_lr": 1e-3, "schedule": "constant", "keep": "last"}),
+        kind=RNNpropRule.kind,
+        augmentation=MappingProxyType({"scaling": (3.0,), "convex": 20}),
+    )
+    training = MappingProxyType({"meta_lr": 1e-3, "schedule": "cosine", "keep": "last", "validation_problems": 2})
+    second = replace(
+        first, name="rnnprop-2", about="The second stage of rnnprop.", epochs=35, training=training, seed=1, init=first
+    )
+    return replace(
+        second,
+        name="rnnprop",
+        about="Small networks on images, of any activation: trained as the second paper's rule, on an MLP on MNIST.",
+        epochs=36,
+        training=MappingProxyType({**training, "unroll": 50, "meta_lr": 5e-4}),
+        augmentation=MappingProxyType({"scaling": (0.0, 1.0, 3.0), "convex": 20}),
+        seed=2,
+        init=second,
+    )
+
+
+def _rnnprop_long() -> Recipe:
+    """Random networks of many kinds; longer ways and windows in the later stages, and a falling rate in the last."""
+    common = {
+        "trajectories": 50,
+        "validation_problems": 8,
+        "validation_horizon": 500,
+        "second_minibatch": True,
+        "keep": "last",
+    }
+    first = Recipe(
+        "rnnprop-long-1",
+        "The first stage of rnnprop-long.",
+        task="random-networks",
+        epochs=17,
+        training=MappingProxyType(
+            {"horizon": (40, 500), "meta_lr": 1e-3, "schedule": "constant", "log_floor": 1e-3, **common}
+        ),
+        kind=RNNpropRule.kind,
+        augmentation=MappingProxyType({"scaling": (0.0, 1.0, 3.0), "convex": 20}),
+    )
+    longer = {**common, "horizon": (50, 2000), "unroll": 50, "log_floor": 1e-5}
+    second = replace(
+        first,
+        name="rnnprop-long-2",
+        about="The second stage of rnnprop-long.",
+        epochs=36,
+        training=MappingProxyType({**longer, "meta_lr": 8e-4, "schedule": "constant"}),
+        seed=1,
+        init=first,
+    )
+    return replace(
+        second,
+        name="rnnprop-long",
+        about="Networks of your own, for some thousand steps: trained on small networks of many kinds.",
+        epochs=18,
+        training=MappingProxyType({**longer, "meta_lr": 6e-4, "schedule": "cosine"}),
+        seed=2,
+        init=second,
+    )
+
+
+def _ablations() -> Iterator[Recipe]:
+    """Rules that differ in how they are trained alone (Lv et al. 2017, section 5): with and without each trick."""
+    tricks: dict[str, dict[str, Any]] = {
+        "tricks": {"scaling": (3.0,), "convex": 20},
+        "no-scaling": {"convex": 20},
+        "no-convex": {"scaling": (3.0,)},
+        "no-tricks": {},
+    }
+    training = MappingProxyType({"meta_lr": 1e-3, "schedule": "cosine", "keep": "last", "validation_problems": 2})
+    for kind in (RNNpropRule.kind, LSTMRule.kind):
+        for name, augmentation in tricks.items():
+            about = f"{kind}, 800 trajectories on MNIST: {name.replace('-', ' ')}."
+            yield Recipe(f"{kind}-{name}", about, "mnist", 40, training, kind, MappingProxyType(augmentation))
+    for trajectories in (100, 200, 400, 800, 1600):
+        for name, trick in (("convex", "tricks"), ("no-convex", "no-convex")):
+            about = f"rnnprop, {trajectories} trajectories on MNIST: scaling, {name.replace('-', ' ')}."
+            epochs, tried = trajectories // 20, MappingProxyType(tricks[trick])
+            yield Recipe(f"rnnprop-{name}-{trajectories}", about, "mnist", epochs, training, "rnnprop", tried)
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         _lstm_mnist(),
+        _rnnprop(),
+        _rnnprop_long(),
+        *_ablations(),
         Recipe(
             "lstm-quadratic",
             "Random quadratic functions of 10 coordinates, for 100 steps.",
@@ -146,4 +237,4 @@ RECIPES = {
         ),
     )
 }
-"""By name of the rule (Andrychowicz et al. 2016, sections 3.1 and 3.2)."""
+"""By name of the rule (Andrychowicz et al. 2016, sections 3.1 and 3.2; Lv et al. 2017)."""
