@@ -14,11 +14,11 @@ from fastl2l.rule_files import read_recipe, shipped
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def test_every_recipe_has_its_rule():
-    assert shipped().keys() == RECIPES.keys()
+def test_every_shipped_rule_has_its_recipe():
+    assert shipped().keys() <= RECIPES.keys()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", shipped())
 def test_a_rule_says_where_it_comes_from(name):
     recipe, made = RECIPES[name], read_recipe(name)
     assert made["about"] == recipe.about

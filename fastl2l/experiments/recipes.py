@@ -134,7 +134,7 @@ def _lstm_mnist() -> Recipe:
 
 
 def _rnnprop() -> Recipe:
-    """Lv et al. 2017: the base MLP, scaled and with convex functions; then in longer windows, a third of it unscaled."""
+    """Lv et al. 2017: the base MLP, scaled and with convex functions; then longer windows, a third unscaled."""
     first = Recipe(
         "rnnprop-1",
         "The first stage of rnnprop.",
