@@ -44,7 +44,7 @@ COLOURS = {
     "adagrad": "#999933",
     "adadelta": "#332288",
 }
-_OTHER_COLOURS = ("#000000", "#56B4E9", "#117733", "#AA4499", "#661100", "#DDAA33")
+_OTHER_COLOURS = ("#000000", "#117733", "#AA4499", "#661100", "#DDAA33")
 _MARKERS = {"adam-default": "D", "nag": "^", "rmsprop": "s"}
 _DASHES = {"adam": (6, 2), "nag": (3, 1.5), "rmsprop": (7, 2, 1.5, 2), "sgd": (1.5, 1.5)}
 _OTHER_DASHES = (4, 2)
@@ -176,6 +176,50 @@ def plot_final_losses(
     return save_panels(path, panels, title)
 
 
+def plot_rates(panels: Mapping[str, Curves], path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draw final losses of baselines against their learning rates, those of learned optimizers as lines across.
+
+    What a rate does not bring below the start is left out.
+
+    Args:
+        panels: by title, curves in which each baseline was run at many rates; not empty.
+        path, title: as for `plot_curves`.
+
+    Raises:
+        ValueError: there is no panel, or the suffix is another.
+    """
+
+    def draw(axes: Axes, curves: Curves) -> None:
+        about = curves.metadata["optimizers"]
+        learned = [name for name in curves.losses if curves.kind(name) == "learned"]
+        baselines: dict[str, list[tuple[float, float]]] = {}
+        for name in curves.losses.keys() - set(learned):
+            baselines.setdefault(about[name]["optimizer"], []).append((about[name]["lr"], curves.final(name)[0]))
+        colours = dict(_colours([*learned, *baselines]))
+        start = max(curves.mean(name)[0].item() for name in curves.losses)
+        lines, shown = [], []
+        for name in learned:
+            mean, half = curves.final(name)
+            label = f"{name}  {with_half_width(mean, half)}"
+            lines.append(axes.axhline(mean, color=colours[name], linewidth=2.4, label=label, zorder=4))
+            if math.isfinite(half):
+                axes.axhspan(mean - half, mean + half, color=colours[name], alpha=0.16, linewidth=0, zorder=2)
+            shown.append(mean)
+        for name in sorted(baselines):
+            rates, finals = zip(*sorted(baselines[name]), strict=True)
+            below = [loss if loss <= start else math.nan for loss in finals]
+            style: dict[str, Any] = {"color": colours[name], "linewidth": 1.5, "marker": "o", "markersize": 3.5}
+            (line,) = axes.plot(rates, below, label=name, **style)
+            line.set_dashes(_DASHES.get(name, _OTHER_DASHES))
+            lines.append(line)
+            shown += below
+        axes.set(xlabel="learning rate of the baselines", ylabel=_final_loss(curves), xscale="log")
+        _loss_axis(axes, shown)
+        legend_beneath(axes, lines)
+
+    return save_panels(path, [(name, partial(draw, curves=curves)) for name, curves in panels.items()], title)
+
+
 def plot_ratios(
     groups: Mapping[str, Mapping[str, Mapping[str, float]]],
     path: str | os.PathLike[str],
@@ -236,50 +280,6 @@ def plot_ratios(
         (name, partial(draw, group=group, first=not number)) for number, (name, group) in enumerate(groups.items())
     ]
     return save_panels(path, panels, title)
-
-
-def plot_rates(panels: Mapping[str, Curves], path: str | os.PathLike[str], *, title: str) -> Path:
-    """Draw final losses of baselines against their learning rates, those of learned optimizers as lines across.
-
-    What a rate does not bring below the start is left out.
-
-    Args:
-        panels: by title, curves in which each baseline was run at many rates; not empty.
-        path, title: as for `plot_curves`.
-
-    Raises:
-        ValueError: there is no panel, or the suffix is another.
-    """
-
-    def draw(axes: Axes, curves: Curves) -> None:
-        about = curves.metadata["optimizers"]
-        learned = [name for name in curves.losses if curves.kind(name) == "learned"]
-        baselines: dict[str, list[tuple[float, float]]] = {}
-        for name in curves.losses.keys() - set(learned):
-            baselines.setdefault(about[name]["optimizer"], []).append((about[name]["lr"], curves.final(name)[0]))
-        colours = dict(_colours([*learned, *baselines]))
-        start = max(curves.mean(name)[0].item() for name in curves.losses)
-        lines, shown = [], []
-        for name in learned:
-            mean, half = curves.final(name)
-            label = f"{name}  {with_half_width(mean, half)}"
-            lines.append(axes.axhline(mean, color=colours[name], linewidth=2.4, label=label, zorder=4))
-            if math.isfinite(half):
-                axes.axhspan(mean - half, mean + half, color=colours[name], alpha=0.16, linewidth=0, zorder=2)
-            shown.append(mean)
-        for name in sorted(baselines):
-            rates, finals = zip(*sorted(baselines[name]), strict=True)
-            below = [loss if loss <= start else math.nan for loss in finals]
-            style: dict[str, Any] = {"color": colours[name], "linewidth": 1.5, "marker": "o", "markersize": 3.5}
-            (line,) = axes.plot(rates, below, label=name, **style)
-            line.set_dashes(_DASHES.get(name, _OTHER_DASHES))
-            lines.append(line)
-            shown += below
-        axes.set(xlabel="learning rate of the baselines", ylabel=_final_loss(curves), xscale="log")
-        _loss_axis(axes, shown)
-        legend_beneath(axes, lines)
-
-    return save_panels(path, [(name, partial(draw, curves=curves)) for name, curves in panels.items()], title)
 
 
 def plot_history(history: Sequence[Epoch], path: str | os.PathLike[str], *, title: str = "meta-training") -> Path:

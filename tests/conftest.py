@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from helpers import ISAS
+from helpers import CIFAR10_FILES, ISAS
 
 from fastl2l.ops import dispatch
+from fastl2l.tasks import datasets
 
 
 def supported_isas() -> list[str]:
@@ -49,3 +51,19 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """The binary version with 4 images a file: a folder, and what is in it as images and labels."""
+    monkeypatch.setenv("FASTL2L_DATA", str(tmp_path))
+    few = datasets._KINDS["cifar10"]._replace(images={"train": 20, "test": 4})
+    monkeypatch.setitem(datasets._KINDS, "cifar10", few)
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    images, labels = random.integers(256, size=(24, 3, 32, 32), dtype=np.uint8), np.arange(24, dtype=np.uint8) % 10
+    for i, name in enumerate(CIFAR10_FILES):
+        records = zip(labels[4 * i : 4 * i + 4], images[4 * i : 4 * i + 4], strict=True)
+        (folder / name).write_bytes(b"".join(bytes([label]) + image.tobytes() for label, image in records))
+    return folder, images, labels

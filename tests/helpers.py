@@ -391,3 +391,7 @@ def assert_as_accurate_as_pytorch(
             # An exact result of one draw must not make up for the others.
             ratio = statistics.geometric_mean(max(draw[kind], LEAST) for draw in draws)
             assert ratio <= 1, f"{name}: {kind} error is {ratio:.2f} times what is allowed"
+
+
+CIFAR10_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+"""Of its binary version."""

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import CIFAR10_FILES
 from torch import nn
 from torch.nn import functional as F
 
@@ -172,24 +173,6 @@ def test_torchvision_works_beside_any_torch():
 
 # CIFAR-10
 
-FILES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-
-
-@pytest.fixture
-def cifar10(tmp_path, monkeypatch):
-    """The binary version with 4 images a file: a folder, and what is in it as images and labels."""
-    monkeypatch.setenv("FASTL2L_DATA", str(tmp_path))
-    few = datasets._KINDS["cifar10"]._replace(images={"train": 20, "test": 4})
-    monkeypatch.setitem(datasets._KINDS, "cifar10", few)
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    images, labels = random.integers(256, size=(24, 3, 32, 32), dtype=np.uint8), np.arange(24, dtype=np.uint8) % 10
-    for i, name in enumerate(FILES):
-        records = zip(labels[4 * i : 4 * i + 4], images[4 * i : 4 * i + 4], strict=True)
-        (folder / name).write_bytes(b"".join(bytes([label]) + image.tobytes() for label, image in records))
-    return folder, images, labels
-
 
 def test_cifar10_is_read_from_its_binary_version(cifar10):
     _, images, labels = cifar10
@@ -208,7 +191,7 @@ def test_cifar10_is_read_as_torchvision_has_it(cifar10, tmp_path, monkeypatch):
     batches = tmp_path / "python" / "cifar-10-batches-py"
     batches.mkdir(parents=True)
     sums = {}
-    for file in FILES:
+    for file in CIFAR10_FILES:
         records = np.frombuffer((folder / file).read_bytes(), np.uint8).reshape(-1, 3073)
         data = {"data": records[:, 1:], "labels": records[:, 0].tolist()}
         (batches / file.removesuffix(".bin")).write_bytes(pickle.dumps(data))

@@ -19,6 +19,7 @@ from fastl2l.meta import Epoch
 from fastl2l.tasks import Digits, Quadratic
 from fastl2l.tasks.datasets import data_folder
 
+REAL_MNIST = data_folder() / "MNIST"
 SMALL = Quadratic(dim=2, batch=3)
 RULES = {"lstm-quadratic": random_rule("raw")}
 
@@ -275,11 +276,9 @@ def test_rules_that_are_not_there_are_named_before_anything_is_done(tmp_path, fo
 @pytest.mark.parametrize(
     "one", [one for one in experiments.ALL.values() if isinstance(one, Experiment)], ids=lambda one: one.name
 )
-def test_entries_are_whole(one, tmp_path, monkeypatch):
-    real = data_folder() / "MNIST"
-    monkeypatch.setenv("FASTL2L_DATA", str(tmp_path))
+def test_entries_are_whole(one, tmp_path, cifar10):
     for name in ("MNIST", "FashionMNIST"):  # whose files are alike
-        (tmp_path / name).symlink_to(real)
+        (tmp_path / name).symlink_to(REAL_MNIST)
     names = [panel.name for panel in one.panels]
     assert len(set(names)) == len(names)
     assert set(one.quick) <= set(names)

@@ -13,8 +13,9 @@ from fastl2l.experiments.experiment import (
 from fastl2l.experiments.own_networks import OwnNetworks
 from fastl2l.experiments.recipes import RECIPES, fresh_rule
 
-_EXPERIMENTS = (*andrychowicz2016.EXPERIMENTS, *lv2017.EXPERIMENTS, OwnNetworks())
-ALL: dict[str, Reproducible] = {experiment.name: experiment for experiment in _EXPERIMENTS}
+ALL: dict[str, Reproducible] = {
+    experiment.name: experiment for experiment in (*andrychowicz2016.EXPERIMENTS, *lv2017.EXPERIMENTS, OwnNetworks())
+}
 """By name."""
 
 __all__ = [

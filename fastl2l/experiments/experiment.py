@@ -141,7 +141,7 @@ class Reproducible(Protocol):
 
     @property
     def rules(self) -> set[str]:
-        """Names of the shipped rules that it shows."""
+        """Names of the rules that it shows."""
 
     @property
     def more_rules(self) -> bool:
