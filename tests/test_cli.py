@@ -130,7 +130,7 @@ def test_all_experiments_are_those_whose_rules_there_are(tmp_path, monkeypatch):
     done, small = [], Panel("tiny", "tiny", Quadratic, {"mine": "rule-of-mine"})
     chosen = {"fig5": experiments.by_name("fig5"), "odd": Experiment("odd", "A figure", "it works.", [small])}
     monkeypatch.setattr(experiments, "ALL", chosen)
-    monkeypatch.setattr(experiments, "reproduce", lambda experiment, *_, **__: done.append(experiment.name) or {})
+    monkeypatch.setattr(Experiment, "run", lambda experiment, *_, **__: done.append(experiment.name) or [])
     told = run("reproduce", "all", "--out", tmp_path)
     assert done == ["fig5"]
     assert "without odd, for which --rule NAME=FILE must give rule-of-mine" in told.stdout
