@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def test_a_rule_says_where_it_comes_from(name):
     [
         ("lstm-quadratic", tasks.Quadratic, baselines.Adam(1.468)),
         ("lstm-mnist", tasks.MNIST, baselines.Adam(0.02154)),
+        ("rnnprop", tasks.MNIST, baselines.Adam(0.0316)),
+        ("rnnprop-long", partial(tasks.Table, "diabetes", hidden=(20,), activation="tanh"), baselines.Adam(1e-3)),
     ],
 )
 def test_a_rule_is_ahead_on_what_it_was_trained_for(name, task, best):
