@@ -119,6 +119,14 @@ def test_convex_functions_are_solved_by_a_rule_s_trajectory_beside_the_problem()
     assert trajectory.advance().isfinite()
 
 
+def test_the_loss_on_the_whole_data_set_is_that_of_the_wrapped_problem():
+    plain, wrapped = DIGITS.sample(0), WithConvex(Scaled(DIGITS, 1.0), 5, r=0.0).sample(0)
+    convex = wrapped.loss(wrapped.theta0, 3) - plain.loss(
+        plain.theta0, 3
+    )  # at the start, where scaling changes nothing
+    torch.testing.assert_close(wrapped.whole_loss(wrapped.theta0), plain.whole_loss(plain.theta0) + convex)
+
+
 # Mixtures
 
 

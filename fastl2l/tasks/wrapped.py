@@ -44,8 +44,14 @@ class _Wrapped(Problem):
     def loss(self, theta: Tensor, step: int) -> Tensor:
         return self._change(lambda inner: self._problem.loss(inner, step), theta, *self._own)
 
+    @torch.no_grad()
+    def whole_loss(self, theta: Tensor) -> Tensor:
+        return self._change(self._problem.whole_loss, theta, *self._own)
 
-class _WrappedPure(PureProblem):
+
+class _WrappedPure(_Wrapped, PureProblem):
+    loss = PureProblem.loss  # by which it is known to be pure
+
     def __init__(
         self,
         problem: PureProblem,
@@ -54,13 +60,13 @@ class _WrappedPure(PureProblem):
         own: tuple[Tensor, ...],
         parts: Mapping[str, int] | None,
     ) -> None:
-        self.task, self.functions, self.theta0, self.parts = problem.task, problem.functions, theta0, parts
+        super().__init__(problem, change, theta0, own, parts)
         self.function = _Changed(problem.function, change, len(own))
         self.constants = (*own, *problem.constants)
-        self._problem = problem
+        self._inputs = problem.inputs
 
     def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        return self._problem.inputs(step, device)
+        return self._inputs(step, device)
 
 
 @dataclass(frozen=True)
