@@ -18,10 +18,12 @@ from rich.text import Text
 from fastl2l import baselines, environment, experiments, files, import_rules, plots, rule_files, tasks
 from fastl2l.build import locked
 from fastl2l.evaluate import Curves, check, comparisons, evaluate
-from fastl2l.meta import MetaTrainer, search_meta_lr
+from fastl2l.meta import Imitation, MetaTrainer, search_meta_lr
 from fastl2l.progress import plain_console
 from fastl2l.rules import RULES, LSTMRule, Rule
 from fastl2l.tasks.base import integer
+from fastl2l.tasks.networks import ACTIVATIONS
+from fastl2l.tasks.tables import TABLES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,22 +41,49 @@ def _say(text: str | Text) -> None:
 
 
 TaskName = Annotated[str, typer.Option("--task", help=f"One of {', '.join(tasks.names())}.")]
-Hidden = Annotated[str | None, typer.Option(help="Hidden units of the network, by layer: 20 or 40,40.")]
-Activation = Annotated[str | None, typer.Option(help="Of the network: sigmoid, relu, tanh or elu.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images in a minibatch.")]
+Hidden = Annotated[str | None, typer.Option(help="Hidden units of the network, by layer: 20 or 40,40; '' for none.")]
+Convolutions = Annotated[str | None, typer.Option(help="3 x 3 convolutions of the network, by stage: 2 or 2,2.")]
+Activation = Annotated[str | None, typer.Option(help=f"Of the network: {', '.join(ACTIVATIONS)}.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images, rows or sequences in a minibatch.")]
+TableName = Annotated[str | None, typer.Option("--table", help=f"For the task table: {', '.join(TABLES)}.")]
 SecondDerivatives = Annotated[bool, typer.Option("--second-derivatives", help="Exact meta-gradients.")]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
+Scaling = Annotated[
+    str | None, typer.Option(help="Random scaling of coordinates: 3, or 0,1,3 for one of these ranges a problem.")
+]
+Convex = Annotated[int, typer.Option(help="Coordinates of a convex function that is added to each problem.")]
 Kind = Annotated[str, typer.Option("--rule", help=f"What is trained: {' or '.join(RULES)}.")]
 
 
-def _task(name: str, hidden: str | None, activation: str | None, batch_size: int | None) -> tasks.Task:
-    options: dict[str, Any] = {"activation": activation, "batch_size": batch_size}
-    if hidden is not None:
-        try:
-            options["hidden"] = tuple(int(units) for units in hidden.split(","))
-        except ValueError:
-            raise ValueError(f"hidden: expected numbers such as 40,40, got {hidden!r}") from None
-    return tasks.by_name(name, **{option: value for option, value in options.items() if value is not None})
+def _task(name: str, **options: str | int | None) -> tasks.Task:
+    given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
+    for option in given.keys() & {"hidden", "convolutions"}:
+        given[option] = _numbers(option, given[option], int, "40,40") if given[option] else ()
+    return tasks.by_name(name, **given)
+
+
+def _numbers(name: str, text: str, kind: type[int] | type[float], example: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name}: expected numbers such as {example}, got {text!r}") from None
+
+
+def _augmented(task: tasks.Task, scaling: str | None, convex: int) -> tasks.Task:
+    ranges = () if scaling is None else _numbers("scaling", scaling, float, "0,1,3")
+    return tasks.augmented(task, scaling=ranges, convex=integer("convex", convex, least=0))
+
+
+def _imitation(teachers: str | None, share: float) -> Imitation | None:
+    if teachers is None:
+        return None
+    built = []
+    for entry in teachers.split(","):
+        name, separator, lr = entry.partition(":")
+        if not separator:
+            raise ValueError(f"imitate: expected NAME:RATE such as adam:0.01, got {entry!r}")
+        built.append(baselines.by_name(name, *_numbers("imitate", lr, float, "adam:0.01")))
+    return Imitation(built, share)
 
 
 @app.command()
@@ -64,14 +93,29 @@ def train(
     epochs: Annotated[int, typer.Option(help="Epochs in all; a run that is resumed must name the same.")] = 50,
     trajectories: Annotated[int, typer.Option(help="Trajectories an epoch.")] = 20,
     batch: Annotated[int, typer.Option(help="Trajectories side by side; divides the trajectories.")] = 1,
-    horizon: Annotated[int, typer.Option(help="Steps of a trajectory.")] = 100,
+    horizon: Annotated[
+        str, typer.Option(help="Steps of a trajectory; 50,2000 for a number between these, drawn log-uniformly.")
+    ] = "100",
     unroll: Annotated[int, typer.Option(help="Steps of a window of truncated BPTT; divides the horizon.")] = 20,
+    validation_problems: Annotated[int, typer.Option(help="Problems that an epoch is validated on.")] = 20,
+    validation_horizon: Annotated[int | None, typer.Option(help="For so many steps; by default the horizon.")] = None,
     meta_lr: Annotated[float, typer.Option(help="Learning rate of Adam on the rule.")] = 3e-3,
     schedule: Annotated[str, typer.Option(help="Of the meta learning rate: constant or cosine.")] = "cosine",
     seed: Seed = 0,
     hidden: Hidden = None,
+    convolutions: Convolutions = None,
     activation: Activation = None,
     batch_size: BatchSize = None,
+    table: TableName = None,
+    scaling: Scaling = None,
+    convex: Convex = 0,
+    step_weights: Annotated[str | None, typer.Option(help="Of a window's losses: 'last', or a number a step.")] = None,
+    log_floor: Annotated[float | None, typer.Option(help="Train on log(loss + this) in place of the loss.")] = None,
+    second_minibatch: Annotated[
+        bool, typer.Option("--second-minibatch", help="Train on losses of unseen ones.")
+    ] = False,
+    imitate: Annotated[str | None, typer.Option(help="Teachers to learn from too: adam:0.01,nag:0.1.")] = None,
+    imitation_share: Annotated[float, typer.Option(help="Share of trajectories that teachers take.")] = 0.25,
     rule: Kind = LSTMRule.kind,
     preprocess: Annotated[
         str | None, typer.Option(help="Of gradients, for lstm: log_sign or raw; by default the task's.")
@@ -99,15 +143,25 @@ def train(
     else:
         trained = rule_files.load_rule(init)
     _check_folder(out)
+    steps, weights = _numbers("horizon", horizon, int, "100 or 50,2000"), step_weights
+    problems = _task(
+        task, hidden=hidden, convolutions=convolutions, activation=activation, batch_size=batch_size, table=table
+    )
     trainer = MetaTrainer(
         trained,
-        _task(task, hidden, activation, batch_size),
-        horizon=horizon,
+        _augmented(problems, scaling, convex),
+        horizon=steps[0] if len(steps) == 1 else steps,
         unroll=unroll,
         meta_lr=meta_lr,
         seed=seed,
         trajectories=trajectories,
         batch=batch,
+        validation_problems=validation_problems,
+        validation_horizon=validation_horizon,
+        step_weights=weights if weights in (None, "last") else _numbers("step_weights", str(weights), float, "0,1"),
+        log_floor=log_floor,
+        second_minibatch=second_minibatch,
+        imitation=_imitation(imitate, imitation_share),
         schedule=schedule,
         keep=keep,
         second_derivatives=second_derivatives,
@@ -152,8 +206,10 @@ def evaluate_command(
     runs: Annotated[int, typer.Option(help="Fresh problems; every optimizer sees the same.")] = 100,
     seed: Seed = 1,
     hidden: Hidden = None,
+    convolutions: Convolutions = None,
     activation: Activation = None,
     batch_size: BatchSize = None,
+    table: TableName = None,
     backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
 ) -> None:
     """Compare update rules with tuned optimizers on fresh problems of a task: a table, a figure, CSV and JSON.
@@ -164,7 +220,9 @@ def evaluate_command(
     if baseline != "none":
         tuned = [(name, baselines.by_name(name)) for name in baseline.split(",")]
         optimizers = _by_name("rule and baseline", [*optimizers.items(), *tuned])
-    problems = _task(task, hidden, activation, batch_size)
+    problems = _task(
+        task, hidden=hidden, convolutions=convolutions, activation=activation, batch_size=batch_size, table=table
+    )
     arguments: dict[str, Any] = {"steps": steps, "runs": runs, "seed": seed, "backend": backend}
     check(problems, optimizers, **arguments)
     _check_folder(out)
@@ -237,14 +295,18 @@ def tune(
     second_derivatives: SecondDerivatives = False,
     seed: Seed = 0,
     hidden: Hidden = None,
+    convolutions: Convolutions = None,
     activation: Activation = None,
     batch_size: BatchSize = None,
+    table: TableName = None,
 ) -> None:
     """Search the meta learning rate at random, by validation loss. Run it again to go on where it was stopped.
 
     Example: fastl2l tune --task quadratic --trials 10 --epochs 20
     """
-    problems = _task(task, hidden, activation, batch_size)
+    problems = _task(
+        task, hidden=hidden, convolutions=convolutions, activation=activation, batch_size=batch_size, table=table
+    )
     _check_folder(out)
 
     def make_trainer(meta_lr: float, checkpoint: Path) -> MetaTrainer:
@@ -260,10 +322,10 @@ def tune(
         )
 
     found = search_meta_lr(make_trainer, out, trials=trials, epochs=epochs, low=low, high=high, seed=seed)
-    table = Table("meta learning rate", "validation loss", title=task)
+    rates = Table("meta learning rate", "validation loss", title=task)
     for trial in found:
-        table.add_row(f"{trial.meta_lr:.3g}", f"{trial.validation_loss:.4g}")
-    console.print(table)
+        rates.add_row(f"{trial.meta_lr:.3g}", f"{trial.validation_loss:.4g}")
+    console.print(rates)
     figure = plots.plot_search(found, out / "search.png", title=f"{task}, {epochs} epochs each")
     _say(f"figure: {figure}\nthe best: --meta-lr {found[0].meta_lr:.3g}")
 

@@ -20,6 +20,32 @@ from fastl2l.ops.layout import new_state
 from fastl2l.rules import Rule, all_weights, rules_by_part
 from fastl2l.tasks.base import Problem, parts_of, value_and_grad
 
+SECOND_MINIBATCHES = 2**40
+"""From this step of a problem on are minibatches that no optimizer sees: at t steps, that of this step + t."""
+
+
+class Objective(NamedTuple):
+    """What a window is trained on: the sum over its steps of ``weights[t-1] * loss_t``.
+
+    Args:
+        weights: one a step, see :func:`step_weights`.
+        log_floor: None for loss_t = f_t(theta_t); a number for log(f_t(theta_t) + log_floor), with which every halving
+            of a loss counts the same, so that problems of all scales, and late steps, are worth as much. f_t is the
+            mean over the problem's functions, and what of it is below 0 counts as 0.
+        second_minibatch: f_t is of a minibatch that the rule does not see, which tells apart what is learned of the
+            problem from what is learned of a minibatch. It takes another evaluation a step; the same function again for
+            problems that do not depend on the step.
+    """
+
+    weights: Sequence[float]
+    log_floor: float | None = None
+    second_minibatch: bool = False
+
+    @property
+    def is_of_what_the_rule_sees(self) -> bool:
+        """Whether loss_t is the very loss whose gradient the rule is given."""
+        return self.log_floor is None and not self.second_minibatch
+
 
 class Window(NamedTuple):
     """What a window gave."""
@@ -126,8 +152,8 @@ class Trajectory:
         self.loss = self._evaluate(self._gradient)
         return self.loss
 
-    def window(self, weights: Sequence[float], *, second_derivatives: bool = False) -> Window:
-        """Go on for ``len(weights)`` steps and give the gradient of ``sum_t weights[t-1] * f_t(theta_t)``.
+    def window(self, objective: Objective | Sequence[float], *, second_derivatives: bool = False) -> Window:
+        """Go on for as many steps as `objective` has weights, and give the objective's gradient.
 
         First-order (Andrychowicz et al. 2016, figure 2 without the dashed edges): since theta_{t+1} = theta_t + u_t,
         dL/du_t is the sum of w_s grad f_s(theta_s) over s > t, which the forward pass has computed already; one kernel
@@ -136,30 +162,51 @@ class Trajectory:
 
         With `second_derivatives` the dependence of the gradients on the rule's weights is kept: exact, through
         Hessian-vector products of the optimizee, at the price of its graphs and of a state a step.
+
+        Args:
+            objective: what to give the gradient of; numbers are weights of the steps' losses.
+            second_derivatives: see above.
         """
+        if not isinstance(objective, Objective):
+            objective = Objective(objective)
         run = self._exact_window if second_derivatives else self._first_order_window
-        losses, gradients = run(weights)
+        losses, gradients = run(objective)
         return Window(torch.stack(losses), gradients / self.problem.functions)
 
-    def _first_order_window(self, weights: Sequence[float]) -> tuple[list[Tensor], Tensor]:
-        unroll, first_states = len(weights), [state.clone() for state in self.states]
+    def _first_order_window(self, objective: Objective) -> tuple[list[Tensor], Tensor]:
+        weights, unroll, first_states = objective.weights, len(objective.weights), [s.clone() for s in self.states]
         grads = self.theta.new_empty(unroll + 1, self.theta.numel())
         grads[0] = self._gradient
+        as_seen = objective.is_of_what_the_rule_sees
+        judged = grads[1:] if as_seen else torch.empty_like(grads[1:])
         losses = []
         for t in range(unroll):
             self._step(grads[t])
             self.loss = self._evaluate(grads[t + 1])
             losses.append(self.loss)
-        adjoints = torch.empty_like(grads[1:])
-        torch.mul(grads[unroll], weights[-1], out=adjoints[-1])
+            if not as_seen:
+                self._judge(objective, grads[t + 1], judged[t])
+        adjoints = torch.empty_like(judged)
+        torch.mul(judged[-1], weights[-1], out=adjoints[-1])
         for t in range(unroll - 2, -1, -1):
-            torch.add(adjoints[t + 1], grads[t + 1], alpha=weights[t], out=adjoints[t])
+            torch.add(adjoints[t + 1], judged[t], alpha=weights[t], out=adjoints[t])
         self._gradient.copy_(grads[unroll])
         found = [
             self._window_backward(track, first_state, grads[:unroll, track.part], adjoints[:, track.part])
             for track, first_state in zip(self._tracks, first_states, strict=True)
         ]
         return losses, torch.cat(found) if len(found) > 1 else found[0]
+
+    def _judge(self, objective: Objective, gradient: Tensor, judged: Tensor) -> None:
+        """Write the gradient of the objective's loss at theta to `judged`; `gradient` is that of what the rule sees."""
+        loss = self.loss
+        if objective.second_minibatch:
+            loss, gradient = value_and_grad(self.problem, self.theta, SECOND_MINIBATCHES + self.steps)
+            loss = loss / self.problem.functions
+        if objective.log_floor is None:
+            judged.copy_(gradient)
+        else:
+            torch.mul(gradient, (loss >= 0) / (loss.clamp(min=0) + objective.log_floor), out=judged)
 
     def _window_backward(self, track: _Track, first_state: Tensor, grads: Tensor, adjoints: Tensor) -> Tensor:
         """The gradient with respect to a rule's weights; 0 for those that are frozen."""
@@ -172,14 +219,14 @@ class Trajectory:
                 part.zero_()
         return dweights
 
-    def _exact_window(self, weights: Sequence[float]) -> tuple[list[Tensor], Tensor]:
+    def _exact_window(self, to_lower: Objective) -> tuple[list[Tensor], Tensor]:
         functions, losses, rule_weights = self.problem.functions, [], all_weights(self.rules)
         trained = [weight for weight in rule_weights if weight.requires_grad]
         in_theta = sorted(range(len(self._tracks)), key=lambda i: self._tracks[i].part.start)
         with torch.enable_grad():
             theta, states, gradient = self.theta, self.states, self._gradient
             objective = theta.new_zeros(())
-            for weight in weights:
+            for weight in to_lower.weights:
                 changes = [
                     update(track.rule, gradient[track.part], state, backend=self._backend_name)
                     for track, state in zip(self._tracks, states, strict=True)
@@ -189,7 +236,7 @@ class Trajectory:
                 self.steps += 1
                 loss = self.problem.loss(theta, self.steps)
                 (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-                objective = objective + weight * loss
+                objective = objective + weight * self._judged(to_lower, theta, loss)
                 losses.append(loss.detach() / functions)
             found = iter(torch.autograd.grad(objective, trained))
         self.theta, self.loss = theta.detach(), losses[-1]
@@ -199,12 +246,23 @@ class Trajectory:
         dweights = [next(found) if weight.requires_grad else torch.zeros_like(weight) for weight in rule_weights]
         return losses, torch.cat([part.reshape(-1) for part in dweights])
 
+    def _judged(self, objective: Objective, theta: Tensor, loss: Tensor) -> Tensor:
+        """The objective's loss at theta, a sum over functions; `loss` is that of what the rule sees."""
+        if objective.second_minibatch:
+            loss = self.problem.loss(theta, SECOND_MINIBATCHES + self.steps)
+        if objective.log_floor is None:
+            return loss
+        functions = self.problem.functions
+        return functions * torch.log((loss / functions).clamp(min=0) + objective.log_floor)
+
     def _step(self, gradient: Tensor) -> None:
-        for track in self._tracks:
-            self._backend.step_(
-                [self.theta[track.part]], [gradient[track.part]], [track.state], *track.arguments(), 1.0
-            )
+        self._propose(gradient, self.theta)
         self.steps += 1
+
+    def _propose(self, gradient: Tensor, theta: Tensor) -> None:
+        """Add the rules' updates to `theta`, and bring their states forward."""
+        for track in self._tracks:
+            self._backend.step_([theta[track.part]], [gradient[track.part]], [track.state], *track.arguments(), 1.0)
 
     def _evaluate(self, gradient: Tensor) -> Tensor:
         """The loss at theta, whose gradient is written to `gradient`."""

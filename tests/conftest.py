@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,7 @@ def poisoned_memory():
 def cifar10(tmp_path, monkeypatch):
     """The binary version with 4 images a file: a folder, and what is in it as images and labels."""
     monkeypatch.setenv("FASTL2L_DATA", str(tmp_path))
+    monkeypatch.setattr(datasets, "_load", functools.cache(datasets._load.__wrapped__))  # which is gone with the test
     few = datasets._KINDS["cifar10"]._replace(images={"train": 20, "test": 4})
     monkeypatch.setitem(datasets._KINDS, "cifar10", few)
     folder = tmp_path / "cifar-10-batches-bin"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastl2l import MetaTrainer, RNNpropRule, experiments
+from fastl2l import MetaTrainer, RNNpropRule, cli, experiments, tasks
 from fastl2l.build import locked
 from fastl2l.cli import app
 from fastl2l.experiments.experiment import Experiment, Panel
@@ -158,6 +158,13 @@ def test_a_rule_is_described_with_how_it_was_trained(trained):
     assert "validation_loss: " in own
 
 
+def test_options_of_tasks_are_those_of_their_classes():
+    assert cli._task("digits", hidden="", convolutions="2,1", activation="relu", table=None) == tasks.Digits(
+        hidden=(), convolutions=(2, 1), activation="relu"
+    )
+    assert cli._task("table", hidden="8", table="wine", batch_size=4) == tasks.Table("wine", hidden=(8,), batch_size=4)
+
+
 def test_rnnprop_is_trained_tuned_and_evaluated_like_any_rule(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
     assert run("train", *SMALL, "--rule", "rnnprop", "--hidden-size", 5, "--out", tmp_path / "run").exit_code == 0
@@ -241,6 +248,13 @@ def test_help_shows_an_example(command):
         (["train", "--init", "missing"], "missing: expected a rule file or one of lstm-mnist"),
         (["train", "--init", "lstm-mnist", "--layers", "3"], "num_layers: expected none beside init"),
         (["train", "--task", "digits", "--hidden", "twenty"], "hidden: expected numbers such as 40,40, got 'twenty'"),
+        (
+            ["train", "--task", "digits", "--convolutions", "2;2"],
+            "convolutions: expected numbers such as 40,40, got '2;2'",
+        ),
+        (["train", "--task", "digits", "--convolutions", "2,2,2,2"], "convolutions: expected at most 3 stages"),
+        (["train", "--task", "digits", "--table", "wine"], "options of task 'digits'"),
+        (["train", "--task", "table", "--table", "boston"], "table: expected one of diabetes"),
         (["reproduce", "fig7"], "name: expected one of fig4-quadratic"),
         (["reproduce", "fig5", "--rule", "mine.safetensors"], "rule: expected NAME=FILE, got 'mine.safetensors'"),
         (["reproduce", "fig5", "--rule", "lstm-mnist=missing"], "missing: expected a rule file or one of lstm-mnist"),

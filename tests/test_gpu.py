@@ -418,9 +418,9 @@ def test_captured_runs_can_be_taken_up_again(backend, tmp_path):
 def test_the_host_waits_for_nothing_along_a_captured_trajectory(backend):
     trained, _ = runs(backend, tasks.Digits(hidden=(3,), batch_size=8, **ON_GPU), batch=3)
     window, problem = trained._captured(), trained._problems("train", 0, 3)
-    window.train([problem])
+    window.train([(problem, 2)])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        window._train_on(problem)
+        window._train_on(problem, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from fastl2l.rule_files import read_recipe, shipped
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def test_every_recipe_has_its_rule():
-    assert shipped().keys() == RECIPES.keys()
+def test_every_shipped_rule_has_its_recipe():
+    assert shipped().keys() <= RECIPES.keys()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", shipped())
 def test_a_rule_says_where_it_comes_from(name):
     recipe, made = RECIPES[name], read_recipe(name)
     assert made["about"] == recipe.about
@@ -33,12 +34,14 @@ def test_a_rule_says_where_it_comes_from(name):
     assert all(torch.isfinite(weight).all() for weight in load_rule(name).weights())
 
 
-# The best learning rate that tuning found for each, to keep this short; 10 problems in place of 100.
+# A rival at the best learning rate that tuning found, or Adam as it comes; 10 problems in place of 100 for brevity.
 @pytest.mark.parametrize(
     ("name", "task", "best"),
     [
         ("lstm-quadratic", tasks.Quadratic, baselines.Adam(1.468)),
         ("lstm-mnist", tasks.MNIST, baselines.Adam(0.02154)),
+        ("rnnprop", tasks.MNIST, baselines.SGD(3.83)),
+        ("rnnprop-long", partial(tasks.Table, "diabetes", hidden=(20,), activation="tanh"), baselines.Adam(1e-3)),
     ],
 )
 def test_a_rule_is_ahead_on_what_it_was_trained_for(name, task, best):

@@ -608,6 +608,11 @@ def test_what_vmap_raises_does_not_matter():
         ((torch.eye(6).to_sparse(), torch.ones(6)), TypeError, r"data\[0\]: expected a dense Tensor.*sparse_coo"),
         ((torch.ones(6), torch.ones(6, device="meta")), TypeError, r"data\[1\]: expected a dense Tensor.*on meta"),
         ((torch.ones(6, 1), torch.ones(())), ValueError, r"data: .*got shapes \[6, 1\] and \[\]"),
+        (
+            (torch.ones(6, 2), torch.tensor([0, 1, 2, float("nan"), 4, float("nan")])),
+            ValueError,
+            r"data\[1\]: expected no NaN, got nan in row 3 and 1 more",
+        ),
     ],
 )
 def test_bad_data_are_named(data, error, message):
@@ -833,11 +838,12 @@ def test_non_finite_losses_pass_through_evaluation():
 
 
 def test_by_name():
-    assert tasks.names() == ["quadratic", "mnist", "fashion-mnist", "digits", "cifar10", "sine", "table"]
+    expected = ["quadratic", "mnist", "fashion-mnist", "digits", "cifar10", "sine", "table", "random-networks"]
+    assert tasks.names() == expected
     assert tasks.by_name("quadratic", dim=3) == tasks.Quadratic(dim=3)
     assert tasks.by_name("digits", hidden=[8]) == tasks.Digits(hidden=(8,))
     assert tasks.by_name("table", table="iris") == tasks.Table("iris")
-    with pytest.raises(ValueError, match=r"name: expected one of quadratic, mnist, .*, table, got 'cifar'"):
+    with pytest.raises(ValueError, match=r"name: expected one of quadratic, mnist, .*, random-networks, got 'cifar'"):
         tasks.by_name("cifar")
     with pytest.raises(ValueError, match=r"options of task 'quadratic': expected some of dim, batch.*, got 'hidden'"):
         tasks.by_name("quadratic", hidden=(3,))

@@ -14,7 +14,7 @@ from helpers import constants, detached, errors, lstm, random_rule, rule_of
 from fastl2l import LSTMRule, Trajectory, reference
 from fastl2l.ops.layout import to_rows
 from fastl2l.tasks import Problem, Quadratic
-from fastl2l.trajectory import step_weights
+from fastl2l.trajectory import SECOND_MINIBATCHES, Objective, step_weights
 
 F64 = torch.float64
 
@@ -48,7 +48,7 @@ class Sum(Problem):
 PROBLEMS = {"waves": Waves, "quadratic": lambda: Quadratic(dim=3, batch=4, dtype=F64).sample(0)}
 
 
-def by_autograd(problem, rule, window_weights, second=False, state=None, first_step=0, theta=None):
+def by_autograd(problem, rule, window_weights, second=False, state=None, first_step=0, theta=None, judge=None):
     """Losses and meta-gradient of a window by autograd through all of it; with detached gradients unless `second`."""
     theta = (problem.theta0 if theta is None else theta).clone().requires_grad_(second)
     rows = torch.zeros(rule.config.state_rows, theta.numel(), dtype=F64) if state is None else state
@@ -60,7 +60,7 @@ def by_autograd(problem, rule, window_weights, second=False, state=None, first_s
         theta = theta + change
         loss = problem.loss(theta, step + 1) / problem.functions
         losses.append(loss.detach())
-        objective = objective + weight * loss
+        objective = objective + weight * (loss if judge is None else judge(problem, theta, step + 1))
     gradients = torch.autograd.grad(objective, rule.weights(), materialize_grads=True)
     return torch.stack(losses), torch.cat([gradient.flatten() for gradient in gradients]), rows.detach(), theta.detach()
 
@@ -104,6 +104,60 @@ def test_exact_windows_are_autograd_s_through_everything(problem, window_weights
     first_order = by_autograd(problem, rule, window_weights)[1]
     # Up to the first loss no gradient depends on the rule.
     assert (errors(found.gradients, first_order)["rms"] > 1e-5) == any(window_weights[1:])
+
+
+class Positive(Waves):
+    """Above 0, and another function at the steps that no rule sees."""
+
+    def loss(self, theta, step):
+        return (super().loss(theta, step % 61 + (step >= SECOND_MINIBATCHES)).square() + 0.5).sum()
+
+
+def of_log(problem, theta, step):
+    return (problem.loss(theta, step) / problem.functions + 1e-2).log()
+
+
+def of_second(problem, theta, step):
+    return problem.loss(theta, SECOND_MINIBATCHES + step) / problem.functions
+
+
+def of_both(problem, theta, step):
+    return (of_second(problem, theta, step) + 1e-2).log()
+
+
+JUDGES = {
+    "log": ({"log_floor": 1e-2}, of_log),
+    "second": ({"second_minibatch": True}, of_second),
+    "both": ({"log_floor": 1e-2, "second_minibatch": True}, of_both),
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize("second_derivatives", [False, True])
+@pytest.mark.parametrize("text", TEXTS)
+def test_objectives_in_logs_and_on_second_minibatches_are_autograd_s(text, second_derivatives, judge):
+    options, judge = JUDGES[judge]
+    problem, rule, window_weights = Positive(), rule_of(text, dtype=F64), WEIGHTS["some"]
+    objective = Objective(window_weights, **options)
+    found = Trajectory(problem, rule).window(objective, second_derivatives=second_derivatives)
+    truth = by_autograd(problem, rule, window_weights, second=second_derivatives, judge=judge)
+    assert_same_window(found, *truth[:2])
+    plain = Trajectory(problem, rule).window(window_weights, second_derivatives=second_derivatives)
+    assert torch.equal(found.losses, plain.losses)  # what is reported, and the way, are the same
+    assert errors(found.gradients, plain.gradients)["rms"] > 1e-3
+
+
+def test_losses_below_zero_do_not_turn_a_log_objective_around():
+    class Below(Problem):
+        task, theta0 = "below", torch.ones(3, dtype=F64)
+
+        def loss(self, theta, step):
+            return theta.sum() - 10
+
+    rule = random_rule(hidden=5, dtype=F64)
+    for second_derivatives in (False, True):
+        window = Trajectory(Below(), rule).window(Objective([1.0] * 3, 0.1), second_derivatives=second_derivatives)
+        assert not window.gradients.any()
 
 
 def test_the_papers_rule_in_float32_is_close():

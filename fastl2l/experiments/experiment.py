@@ -112,6 +112,7 @@ class Experiment:
     study: Study | None = None
     last_tenth: bool = False
     more_rules: ClassVar[bool] = False
+    reserved: ClassVar[Sequence[str]] = ()
 
     @property
     def rules(self) -> set[str]:
@@ -147,6 +148,10 @@ class Reproducible(Protocol):
     def more_rules(self) -> bool:
         """Whether it also shows rules of any other name that it is given."""
 
+    @property
+    def reserved(self) -> Sequence[str]:
+        """Names that those must not have."""
+
     def run(
         self, out: str | os.PathLike[str], *, rules: Mapping[str, Rule], quick: bool, progress: bool = True
     ) -> list[str | Table]:
@@ -166,7 +171,9 @@ def missing(experiment: Reproducible, given: Collection[str] = ()) -> list[str]:
 
 
 def check_rules(experiment: Reproducible, given: Collection[str] = ()) -> None:
-    """Raise ValueError if rules are `missing`."""
+    """Raise ValueError if rules are `missing`, or have names that are `reserved`."""
+    for name in set(experiment.reserved) & set(given):
+        raise ValueError(f"rules: expected other names than {', '.join(experiment.reserved)}, got {name!r}")
     if absent := missing(experiment, given):
         raise ValueError(
             f"rule: expected {', '.join(absent)}, which {experiment.name} shows and which do not come with fastl2l, as "

@@ -30,7 +30,7 @@ RATES = tuple(float(f"{10 ** (number / 3):.2g}") for number in range(-12, 7))
 """Three a decade, from 1e-4 to 100."""
 
 TRICKS = {
-    "rnnprop": "rnnprop",
+    "rnnprop, both": "rnnprop-tricks",
     "rnnprop, no scaling": "rnnprop-no-scaling",
     "rnnprop, no convex": "rnnprop-no-convex",
     "rnnprop, neither": "rnnprop-no-tricks",

@@ -16,7 +16,7 @@ from rich.table import Table
 from fastl2l import baselines, plots
 from fastl2l.baselines import Baseline
 from fastl2l.evaluate import builder, describe_optimizer, json_number, markdown, versions
-from fastl2l.experiments.experiment import folder_name
+from fastl2l.experiments.experiment import check_rules, folder_name
 from fastl2l.experiments.own_networks_losses import rate, tuned, whole_losses
 from fastl2l.experiments.own_networks_problems import PROBLEMS
 from fastl2l.files import write_record, write_text
@@ -183,6 +183,7 @@ class OwnNetworks:
         "are means over all examples of a data set, ratios are to tuned Adam."
     )
     more_rules: ClassVar[bool] = True
+    reserved: ClassVar[Sequence[str]] = (*TUNED, DEFAULT)
 
     @property
     def rules(self) -> set[str]:
@@ -197,8 +198,7 @@ class OwnNetworks:
         Raises:
             ValueError: a rule is called as an optimizer that it is compared with.
         """
-        for name in rules.keys() & {*TUNED, DEFAULT}:
-            raise ValueError(f"rules: expected other names than {', '.join((*TUNED, DEFAULT))}, got {name!r}")
+        check_rules(self, rules)
         mine = {name: load_rule(name) for name in RULES if name in self.rules - rules.keys()}
         rules, efforts = {**mine, **rules}, QUICK if quick else FULL
         results = compare(rules, efforts, progress)

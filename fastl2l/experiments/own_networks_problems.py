@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn import datasets
 from torch import Tensor, nn
 
 from fastl2l.tasks import Task, from_module
@@ -186,6 +185,8 @@ def standardised(x: Tensor, dim: int | None = 0) -> Tensor:
 
 def table(name: str, features: int | None = None) -> Data:
     """A table of scikit-learn, standardised: features and classes, or a number to be predicted."""
+    from sklearn import datasets  # which takes a second
+
     inputs, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
     x = standardised(torch.from_numpy(inputs[:, :features]))
     if targets.dtype.kind == "i":
@@ -195,6 +196,8 @@ def table(name: str, features: int | None = None) -> Data:
 
 def friedman() -> Data:
     """Friedman's first function of 5 of 10 numbers, with noise."""
+    from sklearn import datasets  # which takes a second
+
     inputs, targets = datasets.make_friedman1(4000, 10, noise=1.0, random_state=0)
     return torch.from_numpy(inputs).float(), standardised(torch.from_numpy(targets)[:, None])
 
@@ -202,6 +205,8 @@ def friedman() -> Data:
 @cache
 def photograph(name: str) -> Tensor:
     """One of scikit-learn's two photographs at half its size: [3, 213, 320] in [0, 1]."""
+    from sklearn import datasets  # which takes a second
+
     pixels = torch.from_numpy(datasets.load_sample_image(f"{name}.jpg").copy()).float() / 255
     return F.avg_pool2d(pixels.permute(2, 0, 1), 2)
 

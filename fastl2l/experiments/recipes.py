@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from typing import Any
 
 from fastl2l import tasks
 from fastl2l.meta import MetaTrainer
-from fastl2l.rules import RULES, LSTMRule, Rule
+from fastl2l.rules import RULES, LSTMRule, RNNpropRule, Rule
 
 RULE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"quadratic": MappingProxyType({"preprocess": "raw", "output_scale": 1.0})}
@@ -44,14 +44,16 @@ def fresh_rule(kind: str, task: str, *, seed: int = 0, **options: Any) -> Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a rule is trained: all arguments of `LSTMRule` and `MetaTrainer` that are not defaults.
+    """How a rule is trained: all that is not a default.
 
     Args:
         name: the rule's.
         about: one sentence on what it is good for.
         task: name of the task.
-        epochs: of 20 trajectories each.
+        epochs: of 20 trajectories each, unless `training` has another number.
         training: arguments of `MetaTrainer`.
+        kind: the rule's, a name in `fastl2l.rules.RULES`.
+        augmentation: arguments of `fastl2l.tasks.augmented`.
         seed: of the first weights and of all problems.
         init: how the rule is trained that this one starts from; fresh weights by default.
     """
@@ -61,19 +63,21 @@ class Recipe:
     task: str
     epochs: int
     training: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = LSTMRule.kind
+    augmentation: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     init: Recipe | None = None
 
     @property
     def commands(self) -> list[str]:
         """The commands that do the same, one after the other."""
-        options = {"task": self.task, "epochs": self.epochs, **self.training, "seed": self.seed}
+        options = {"task": self.task, **self.augmentation, "epochs": self.epochs, **self.training, "seed": self.seed}
         if self.init is not None:
             options["init"] = f"runs/{self.init.name}/rule.safetensors"
+        elif self.kind != LSTMRule.kind:
+            options["rule"] = self.kind
         options["out"] = f"runs/{self.name}"
-        words = [
-            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in options.items()
-        ]
+        words = [_option(name, value) for name, value in options.items()]
         return [*(self.init.commands if self.init is not None else []), " ".join(["fastl2l train", *words])]
 
     def train(self, folder: str | os.PathLike[str], *, quick: bool = False, progress: bool = True) -> Rule:
@@ -85,14 +89,22 @@ class Recipe:
             progress: show how far it is.
         """
         if self.init is None:
-            rule = fresh_rule(LSTMRule.kind, self.task, seed=self.seed)
+            rule = fresh_rule(self.kind, self.task, seed=self.seed)
         else:
             rule = self.init.train(folder, quick=quick, progress=progress)
         checkpoint = Path(folder) / f"{self.name}{'-quick' * quick}.pt"
-        task = tasks.by_name(self.task)
+        task = tasks.augmented(tasks.by_name(self.task), **self.augmentation)
         trainer = MetaTrainer(rule, task, seed=self.seed, checkpoint=checkpoint, **self.training)
         trainer.fit(max(1, self.epochs // 10) if quick else self.epochs, progress=progress)
         return rule
+
+
+def _option(name: str, value: Any) -> str:
+    """As the command line has it: --name, with numbers in a row as 1,2,3."""
+    word = f"--{name.replace('_', '-')}"
+    if value is True:
+        return word
+    return f"{word} {','.join(f'{number:g}' for number in value) if isinstance(value, tuple) else value}"
 
 
 def _lstm_mnist() -> Recipe:
@@ -121,10 +133,96 @@ def _lstm_mnist() -> Recipe:
     return then(third, "lstm-mnist", about, 20, seed=6, horizon=200, unroll=200, meta_lr=3e-4)
 
 
+def _rnnprop() -> Recipe:
+    """Lv et al. 2017: the base MLP in other units, with convex functions beside."""
+    first = Recipe(
+        "rnnprop-1",
+        "The first stage of rnnprop.",
+        task="mnist",
+        epochs=13,
+        training=MappingProxyType({"meta_lr": 1e-3, "schedule": "constant", "keep": "last"}),
+        kind=RNNpropRule.kind,
+        augmentation=MappingProxyType({"scaling": (3.0,), "convex": 20}),
+    )
+    return replace(
+        first,
+        name="rnnprop",
+        about="Small networks on images, of any activation: trained as the second paper's rule is, on an MLP on MNIST.",
+        epochs=35,
+        training=MappingProxyType({"meta_lr": 1e-3, "schedule": "cosine", "keep": "last", "validation_problems": 2}),
+        seed=1,
+        init=first,
+    )
+
+
+def _rnnprop_long() -> Recipe:
+    """Random networks of many kinds; longer ways and windows in the later stages, and a falling rate in the last."""
+    common = {
+        "trajectories": 50,
+        "validation_problems": 8,
+        "validation_horizon": 500,
+        "second_minibatch": True,
+        "keep": "last",
+    }
+    first = Recipe(
+        "rnnprop-long-1",
+        "The first stage of rnnprop-long.",
+        task="random-networks",
+        epochs=17,
+        training=MappingProxyType(
+            {"horizon": (40, 500), "meta_lr": 1e-3, "schedule": "constant", "log_floor": 1e-3, **common}
+        ),
+        kind=RNNpropRule.kind,
+        augmentation=MappingProxyType({"scaling": (0.0, 1.0, 3.0), "convex": 20}),
+    )
+    longer = {**common, "horizon": (50, 2000), "unroll": 50, "log_floor": 1e-5}
+    second = replace(
+        first,
+        name="rnnprop-long-2",
+        about="The second stage of rnnprop-long.",
+        epochs=36,
+        training=MappingProxyType({**longer, "meta_lr": 8e-4, "schedule": "constant"}),
+        seed=1,
+        init=first,
+    )
+    return replace(
+        second,
+        name="rnnprop-long",
+        about="Networks of your own, for some thousand steps: trained on small networks of many kinds.",
+        epochs=18,
+        training=MappingProxyType({**longer, "meta_lr": 6e-4, "schedule": "cosine"}),
+        seed=2,
+        init=second,
+    )
+
+
+def _ablations() -> Iterator[Recipe]:
+    """Rules that differ in how they are trained alone (Lv et al. 2017, section 5): with and without each trick."""
+    tricks: dict[str, dict[str, Any]] = {
+        "tricks": {"scaling": (3.0,), "convex": 20},
+        "no-scaling": {"convex": 20},
+        "no-convex": {"scaling": (3.0,)},
+        "no-tricks": {},
+    }
+    training = MappingProxyType({"meta_lr": 1e-3, "schedule": "cosine", "keep": "last", "validation_problems": 2})
+    for kind in (RNNpropRule.kind, LSTMRule.kind):
+        for name, augmentation in tricks.items():
+            about = f"{kind}, 800 trajectories on MNIST: {name.replace('-', ' ')}."
+            yield Recipe(f"{kind}-{name}", about, "mnist", 40, training, kind, MappingProxyType(augmentation))
+    for trajectories in (100, 200, 400, 800, 1600):
+        for name, trick in (("convex", "tricks"), ("no-convex", "no-convex")):
+            about = f"rnnprop, {trajectories} trajectories on MNIST: scaling, {name.replace('-', ' ')}."
+            epochs, tried = trajectories // 20, MappingProxyType(tricks[trick])
+            yield Recipe(f"rnnprop-{name}-{trajectories}", about, "mnist", epochs, training, "rnnprop", tried)
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         _lstm_mnist(),
+        _rnnprop(),
+        _rnnprop_long(),
+        *_ablations(),
         Recipe(
             "lstm-quadratic",
             "Random quadratic functions of 10 coordinates, for 100 steps.",
@@ -134,4 +232,4 @@ RECIPES = {
         ),
     )
 }
-"""By name of the rule (Andrychowicz et al. 2016, sections 3.1 and 3.2)."""
+"""By name of the rule (Andrychowicz et al. 2016, sections 3.1 and 3.2; Lv et al. 2017)."""

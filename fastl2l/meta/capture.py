@@ -12,7 +12,7 @@ This has not run on a GPU yet; all but `record` and pinned memory is tested on t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fastl2l.meta.step import meta_step
 from fastl2l.rules import Rule, rules_by_part
 from fastl2l.tasks.base import Problem, PureProblem, is_pure
 from fastl2l.tasks.batch import alike
-from fastl2l.trajectory import Trajectory
+from fastl2l.trajectory import Objective, Trajectory
 
 Work = Callable[[], None]
 
@@ -70,8 +70,7 @@ class CapturedWindow:
         adam: steps on its weights: fused and capturable, with a Tensor as learning rate, which may be filled with
             another number between trajectories. Its states are not to be replaced.
         problem: one like those to come.
-        windows: windows of a trajectory.
-        weights: of the steps of a window.
+        objective: of a window; not of second minibatches.
         clip_norm, backend: see :class:`fastl2l.MetaTrainer`.
     """
 
@@ -81,16 +80,15 @@ class CapturedWindow:
         adam: torch.optim.Adam,
         problem: Problem,
         *,
-        windows: int,
-        weights: Sequence[float],
+        objective: Objective,
         clip_norm: float | None,
         backend: str,
     ) -> None:
-        self._rules, self._adam, self._windows = rules_by_part(rule), adam, windows
+        self._rules, self._adam = rules_by_part(rule), adam
         first = next(iter(self._rules.values()))
         device = first.device
-        self._weights, self._clip_norm = weights, clip_norm
-        self._problem = _Slots(_pure(problem), len(weights) + 1)
+        self._objective, self._clip_norm = objective, clip_norm
+        self._problem = _Slots(_pure(problem), len(objective.weights) + 1)
         self._trajectory = Trajectory(self._problem, rule, backend=backend)
         # Up until a trajectory begins: recording must change neither rule nor meta-optimizer.
         self._stopped = torch.ones((), device=device)
@@ -98,23 +96,24 @@ class CapturedWindow:
         self._outcome = torch.zeros(2, dtype=first.dtype, device=device)
         self._replay = RECORDERS[device.type](self._window, device)
 
-    def train(self, problems: Iterable[Problem]) -> tuple[Tensor, int]:
-        """Train along the trajectories of `problems`.
+    def train(self, trajectories: Iterable[tuple[Problem, int]]) -> tuple[Tensor, int]:
+        """Train along trajectories: problems, and how many windows each goes on for.
 
         Returns:
             The mean losses of the windows that were finite, and how many trajectories were left at one that was not.
         """
-        outcomes = torch.stack([self._train_on(_pure(problem)) for problem in problems]).cpu()
-        losses, stopped = outcomes.unbind(-1)
-        return losses[stopped == 0], int(stopped[:, -1].sum())
+        outcomes = [self._train_on(_pure(problem), windows) for problem, windows in trajectories]
+        losses, stopped = torch.cat(outcomes).cpu().unbind(-1)
+        ends = torch.tensor([len(outcome) for outcome in outcomes]).cumsum(0) - 1
+        return losses[stopped == 0], int(stopped[ends].sum())
 
-    def _train_on(self, problem: PureProblem) -> Tensor:
-        unroll, outcomes = len(self._weights), []
+    def _train_on(self, problem: PureProblem, windows: int) -> Tensor:
+        unroll, outcomes = len(self._objective.weights), []
         self._problem.load(problem)
         self._problem.draw(problem, 0)
         self._trajectory.restart()
         self._stopped.zero_()
-        for index in range(self._windows):
+        for index in range(windows):
             if index:
                 self._problem.draw(problem, index * unroll)
             self._replay()
@@ -124,7 +123,7 @@ class CapturedWindow:
     def _window(self) -> None:
         """What is captured."""
         self._trajectory.steps = 0  # the slot of the step before the window
-        window = self._trajectory.window(self._weights)
+        window = self._trajectory.window(self._objective)
         norm, loss = torch.linalg.vector_norm(window.gradients), window.losses.mean()
         self._stopped.masked_fill_(~(norm.isfinite() & loss.isfinite()), 1.0)
         meta_step(self._rules, self._adam, window.gradients, norm, self._clip_norm)

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +19,15 @@ from torch import Tensor
 from fastl2l.build import locked
 from fastl2l.meta import capture as capture_module
 from fastl2l.meta import checkpoint as checkpoint_module
+from fastl2l.meta.imitation import Imitation, TaughtTrajectory
 from fastl2l.meta.step import meta_step
 from fastl2l.ops.dispatch import select
 from fastl2l.progress import Progress
 from fastl2l.rule_config import require_positive
 from fastl2l.rules import Rule, all_weights, named_weights, rules_by_part
-from fastl2l.tasks.base import Problem, Task, check_start, fingerprint, integer, problem_seed
+from fastl2l.tasks.base import Problem, Task, check_start, fingerprint, generator, integer, problem_seed
 from fastl2l.tasks.batch import batch as side_by_side
-from fastl2l.trajectory import Trajectory
+from fastl2l.trajectory import Objective, Trajectory
 from fastl2l.trajectory import step_weights as _step_weights
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -67,8 +69,9 @@ class MetaTrainer:
         rule: trained in place; or a dict of rules by the names of the problems' parts, which are trained together: one
             window, one step, one norm of all their gradients. Weights that do not require grad stay as they are.
         task: gives the problems.
-        horizon: steps of a trajectory.
-        unroll: steps of a window; divides `horizon`.
+        horizon: steps of a trajectory; or the least and the most, between which each trajectory's number is drawn, log-
+            uniformly (rules that meet short and long ways early learn both). Validation takes the most.
+        unroll: steps of a window; divides `horizon`, or both.
         meta_lr: learning rate of Adam.
         seed: seed of all problems.
         trajectories: trajectories an epoch.
@@ -76,9 +79,13 @@ class MetaTrainer:
             Worth it where problems are small: their evaluation and the kernels' calls cost little more than one's (see
             :func:`fastl2l.tasks.batch`).
         validation_problems: problems that the rule is validated on.
+        validation_horizon: steps that it is validated for; by default the (longest) horizon.
         step_weights: weights of the losses in a window's objective: None for 1 everywhere, ``"last"``, or `unroll`
             numbers.
+        log_floor, second_minibatch: of the objective, see :class:`fastl2l.trajectory.Objective`. With `log_floor` the
+            validation loss is a geometric mean over problems and the last tenth of the steps, of f + log_floor.
         second_derivatives: see :meth:`fastl2l.trajectory.Trajectory.window`.
+        imitation: a share of the trajectories is a teacher's: see :class:`fastl2l.meta.Imitation`.
         clip_norm: the meta-gradient's largest norm, or None.
         schedule: ``"constant"``, or ``"cosine"`` to bring the meta learning rate to 0 by the last epoch.
         keep: what :meth:`fit` ends with: ``"best"``, the epoch with the best validation loss, or ``"last"``. With the
@@ -111,15 +118,19 @@ class MetaTrainer:
         rule: Rule | Mapping[str, Rule],
         task: Task,
         *,
-        horizon: int = 100,
+        horizon: int | tuple[int, int] = 100,
         unroll: int = 20,
         meta_lr: float = 1e-3,
         seed: int = 0,
         trajectories: int = 20,
         batch: int = 1,
         validation_problems: int = 20,
+        validation_horizon: int | None = None,
         step_weights: Sequence[float] | str | None = None,
+        log_floor: float | None = None,
+        second_minibatch: bool = False,
         second_derivatives: bool = False,
+        imitation: Imitation | None = None,
         clip_norm: float | None = 1.0,
         schedule: str = "constant",
         keep: str = "best",
@@ -130,13 +141,18 @@ class MetaTrainer:
     ) -> None:
         self.rule, self._rules = rule, rules_by_part(rule)
         self.task, self.seed = task, integer("seed", seed, least=0)
-        self.horizon, self.unroll = integer("horizon", horizon), integer("unroll", unroll)
+        self.horizon, self.unroll = _horizon(horizon), integer("unroll", unroll)
         self.trajectories, self.batch = integer("trajectories", trajectories), integer("batch", batch)
         self.validation_problems = integer("validation_problems", validation_problems)
+        self.validation_horizon = self._horizons[1]
+        if validation_horizon is not None:
+            self.validation_horizon = integer("validation_horizon", validation_horizon)
         self.meta_lr, self.clip_norm, self.schedule, self.keep = meta_lr, clip_norm, schedule, keep
         self.second_derivatives, self.backend, self.capture = second_derivatives, backend, capture
+        self.log_floor, self.second_minibatch, self.imitation = log_floor, second_minibatch, imitation
         self._check()
         self.step_weights = _step_weights(step_weights, self.unroll)
+        self._objective = Objective(self.step_weights, self.log_floor, self.second_minibatch)
         check_start(self._problems("validation", 0, 1))
         Trajectory(self._problems("validation", 0, 1), rule, backend=backend)
         if capture:
@@ -165,8 +181,9 @@ class MetaTrainer:
             raise ValueError("rule: expected a tensor for each weight, got one for two of them")
         if not isinstance(self.task, Task):
             raise TypeError(f"task: expected a fastl2l.tasks.Task, got {type(self.task).__name__}")
-        if self.horizon % self.unroll:
-            raise ValueError(f"unroll: expected a divisor of the horizon {self.horizon}, got {self.unroll}")
+        for horizon in self._horizons:
+            if horizon % self.unroll:
+                raise ValueError(f"unroll: expected a divisor of the horizon {horizon}, got {self.unroll}")
         if self.trajectories % self.batch:
             raise ValueError(f"batch: expected a divisor of the trajectories {self.trajectories}, got {self.batch}")
         if self.schedule not in SCHEDULES:
@@ -174,6 +191,13 @@ class MetaTrainer:
         if self.keep not in ("best", "last"):
             raise ValueError(f"keep: expected best or last, got {self.keep!r}")
         self.meta_lr = require_positive("meta_lr", self.meta_lr)
+        if self.log_floor is not None:
+            self.log_floor = require_positive("log_floor", self.log_floor)
+        if self.imitation is not None and not isinstance(self.imitation, Imitation):
+            raise TypeError(f"imitation: expected None or an Imitation, got {self.imitation!r}")
+        for name in ("second_minibatch", "imitation"):
+            if self.capture and getattr(self, name):
+                raise ValueError(f"{name}: expected none in captured windows, got {getattr(self, name)!r}")
         if self.clip_norm is not None:
             self.clip_norm = require_positive("clip_norm", self.clip_norm)
 
@@ -181,20 +205,44 @@ class MetaTrainer:
         """All that decides what this run computes, as JSON would hold it: a checkpoint is good for these alone."""
         names = ["horizon", "unroll", "meta_lr", "seed", "trajectories", "batch", "validation_problems", "step_weights"]
         names += ["second_derivatives", "clip_norm", "schedule"]
-        return {
+        settings = {
             "task": self.task.spec(),
             "rule": self._identity,
             "backend": select(self.backend, next(iter(self._rules.values())).device).name,
             **{name: getattr(self, name) for name in names},
         }
+        if isinstance(self.horizon, tuple):
+            settings["horizon"] = list(self.horizon)
+        # What a run is without them, it was before they were there: older checkpoints are good.
+        later = {
+            "log_floor": self.log_floor,
+            "second_minibatch": self.second_minibatch,
+            "validation_horizon": self.validation_horizon if self.validation_horizon != self._horizons[1] else None,
+            "imitation": None if self.imitation is None else self.imitation.describe(),
+        }
+        return settings | {name: value for name, value in later.items() if value}
 
-    def fit(self, epochs: int, *, progress: bool = True) -> list[Epoch]:
+    @property
+    def _horizons(self) -> tuple[int, int]:
+        """The least and the most."""
+        return self.horizon if isinstance(self.horizon, tuple) else (self.horizon, self.horizon)
+
+    def _windows(self, first: int) -> int:
+        """How many windows the trajectory has whose first problem has this number."""
+        least, most = self._horizons
+        if least == most:
+            return least // self.unroll
+        u = generator(problem_seed(self.seed, "train", first), "horizon").random()
+        return round(least * (most / least) ** u / self.unroll)
+
+    def fit(self, epochs: int, *, patience: int | None = None, progress: bool = True) -> list[Epoch]:
         """Train until `epochs` epochs are done in all, counting those of earlier calls and of the checkpoint.
 
         With the cosine schedule `epochs` is also its length, so a run that is taken up again names the same number.
 
         Args:
             epochs: epochs in all.
+            patience: stop before that once so many epochs in a row were no better than the best before them.
             progress: show how far it is, with an estimate of the time left.
 
         Returns:
@@ -207,6 +255,8 @@ class MetaTrainer:
             ValueError: the finished epochs followed a schedule of another length, or weights were frozen or thawed.
         """
         epochs = integer("epochs", epochs, least=0)
+        if patience is not None:
+            integer("patience", patience)
         if _identity(self._rules) != self._identity:
             raise ValueError(
                 f"rule: expected {self._identity} with the same weights to train as when the trainer was made, got "
@@ -216,7 +266,7 @@ class MetaTrainer:
             self._take_up()
             self._check_schedule(epochs)
             try:
-                self._fit(epochs, progress)
+                self._fit(epochs, patience, progress)
             finally:
                 self._load_weights(self._best if self.keep == "best" else self._current)
         return self.history
@@ -234,13 +284,17 @@ class MetaTrainer:
                 raise RuntimeError(f"checkpoint: {self._checkpoint} is another run's at this moment") from error
             yield
 
-    def _fit(self, epochs: int, progress: bool) -> None:
+    def _fit(self, epochs: int, patience: int | None, progress: bool) -> None:
         # As they were after the last finished epoch: one that was interrupted has left both somewhere else.
         self._load_weights(self._current)
         self._load_adam(self._adam_state)
-        train = self._captured().train if self.capture and len(self.history) < epochs else self._train
+        train = self._train
+        if self.capture and len(self.history) < epochs:
+            train = partial(self._train_captured, self._captured())
         with Progress("meta-training", epochs, done=len(self.history), shown=progress) as shown:
             for number in range(len(self.history), epochs):
+                if patience is not None and self._epochs_since_best() >= patience:
+                    break
                 epoch = self._epoch(number, epochs, train)
                 current, adam_state = self._copy_weights(), self._copy_adam()
                 is_best = epoch.validation_loss < self.best_loss
@@ -252,16 +306,19 @@ class MetaTrainer:
                 shown.advance(f"validation {epoch.validation_loss:.4g}, best {self.best_loss:.4g}")
                 _return_freed_memory()
 
+    def _epochs_since_best(self) -> int:
+        losses = [epoch.validation_loss for epoch in self.history]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
     @property
     def kept_loss(self) -> float:
         """Validation loss of the weights that :meth:`fit` has ended with; infinite before the first epoch."""
         return self.best_loss if self.keep == "best" or not self.history else self.history[-1].validation_loss
 
-    def _epoch(self, number: int, epochs: int, train: Callable[[Iterable[Problem]], tuple[Tensor, int]]) -> Epoch:
+    def _epoch(self, number: int, epochs: int, train: Callable[[Iterable[int]], tuple[Tensor, int]]) -> Epoch:
         meta_lr = self._scheduled_lr(number, epochs)
         self._set_lr(meta_lr)
-        first_of_batches = range(number * self.trajectories, (number + 1) * self.trajectories, self.batch)
-        losses, skipped = train(self._problems("train", first, self.batch) for first in first_of_batches)
+        losses, skipped = train(range(number * self.trajectories, (number + 1) * self.trajectories, self.batch))
         train_loss = losses.mean().item() if len(losses) else math.nan
         epoch = Epoch(number + 1, train_loss, self.validate(), meta_lr, skipped)
         self._log(epoch)
@@ -280,46 +337,71 @@ class MetaTrainer:
                     f"got {epochs}: epoch {epoch.epoch} had the rate {epoch.meta_lr:.6g} and would have {meta_lr:.6g}"
                 )
 
-    def _train(self, problems: Iterable[Problem]) -> tuple[Tensor, int]:
-        """Train along the trajectories of `problems`; see :meth:`capture.CapturedWindow.train`."""
+    def _train(self, first_problems: Iterable[int]) -> tuple[Tensor, int]:
+        """Train along the trajectories whose first problems have these numbers.
+
+        Returns:
+            The mean losses of the windows that were finite, and how many trajectories were left at one that was not.
+        """
         losses: list[Tensor] = []
-        skipped = sum(not self._train_on(problem, losses) for problem in problems)
+        skipped = sum(not self._train_on(first, losses) for first in first_problems)
         return torch.stack(losses) if losses else torch.empty(0), skipped
 
-    def _train_on(self, problem: Problem, losses: list[Tensor]) -> bool:
+    def _train_on(self, first: int, losses: list[Tensor]) -> bool:
         """Train along one trajectory; False if it was left because something was not finite."""
-        trajectory = Trajectory(problem, self.rule, backend=self.backend)
-        for _ in range(self.horizon // self.unroll):
-            window = trajectory.window(self.step_weights, second_derivatives=self.second_derivatives)
+        problem = self._problems("train", first, self.batch)
+        trajectory = self._imitated(problem, first) or Trajectory(problem, self.rule, backend=self.backend)
+        for _ in range(self._windows(first)):
+            window = trajectory.window(self._objective, second_derivatives=self.second_derivatives)
             norm = torch.linalg.vector_norm(window.gradients)
             mean = window.losses.mean()
             if not (math.isfinite(norm) and math.isfinite(mean)):
                 return False
-            losses.append(mean)
+            if not isinstance(trajectory, TaughtTrajectory):
+                losses.append(mean)
             meta_step(self._rules, self._adam, window.gradients, norm, self.clip_norm)
         return True
+
+    def _imitated(self, problem: Problem, first: int) -> TaughtTrajectory | None:
+        """The trajectory if it is a teacher's."""
+        teacher = None if self.imitation is None else self.imitation.teacher(problem_seed(self.seed, "train", first))
+        return None if teacher is None else TaughtTrajectory(problem, self.rule, teacher, backend=self.backend)
 
     def _captured(self) -> capture_module.CapturedWindow:
         return capture_module.CapturedWindow(
             self.rule,
             self._adam,
             self._problems("train", 0, self.batch),
-            windows=self.horizon // self.unroll,
-            weights=self.step_weights,
+            objective=self._objective,
             clip_norm=self.clip_norm,
             backend=self.backend,
         )
 
+    def _train_captured(self, window: capture_module.CapturedWindow, first_problems: Iterable[int]) -> Any:
+        """As `_train`."""
+        pairs = ((self._problems("train", first, self.batch), self._windows(first)) for first in first_problems)
+        return window.train(pairs)
+
     def validate(self) -> float:
-        """Mean final loss of the rule, as it is now, on the validation problems; infinite if any diverged."""
-        total = 0.0
+        """The rule, as it is now, on the validation problems; infinite if any diverged.
+
+        That is the mean final loss. With `log_floor` it is the geometric mean, over the problems and the last tenth of
+        the steps, of the losses + `log_floor`.
+        """
+        total, horizon = 0.0, self.validation_horizon
         for first in range(0, self.validation_problems, self.batch):
             count = min(self.batch, self.validation_problems - first)
             trajectory = Trajectory(self._problems("validation", first, count), self.rule, backend=self.backend)
-            for _ in range(self.horizon):
-                trajectory.advance()
-            total += trajectory.loss.item() * count
-        return total / self.validation_problems if math.isfinite(total) else math.inf
+            losses = [trajectory.advance() for _ in range(horizon)]
+            if self.log_floor is None:
+                total += losses[-1].item() * count
+            else:
+                last = torch.stack(losses[-math.ceil(horizon / 10) :]).double()
+                total += (last.clamp(min=0) + self.log_floor).log().mean().item() * count
+        mean = total / self.validation_problems
+        if not math.isfinite(mean):
+            return math.inf
+        return mean if self.log_floor is None else math.exp(mean)
 
     def _problems(self, purpose: str, first: int, count: int) -> Problem:
         seeds = [problem_seed(self.seed, purpose, index) for index in range(first, first + count)]
@@ -385,6 +467,17 @@ class MetaTrainer:
         for name, value in epoch._asdict().items():
             self._writer.add_scalar(f"meta/{name}", value, epoch.epoch)
         self._writer.flush()
+
+
+def _horizon(horizon: object) -> int | tuple[int, int]:
+    if not isinstance(horizon, (tuple, list)):
+        return integer("horizon", horizon)
+    if len(horizon) != 2:
+        raise ValueError(f"horizon: expected a number of steps, or the least and the most, got {horizon!r}")
+    least, most = (integer("horizon", steps) for steps in horizon)
+    if least > most:
+        raise ValueError(f"horizon: expected the least steps, then the most, got {horizon!r}")
+    return least, most
 
 
 def _fingerprint(weights: Mapping[str, Tensor]) -> str:

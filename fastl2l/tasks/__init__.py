@@ -5,13 +5,18 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from fastl2l.tasks.augmented import augmented
 from fastl2l.tasks.base import Problem, PureProblem, Task
 from fastl2l.tasks.batch import batch
 from fastl2l.tasks.classification import CIFAR10, MNIST, Digits, FashionMNIST
+from fastl2l.tasks.convex import WithConvex
 from fastl2l.tasks.custom import from_module
+from fastl2l.tasks.mixture import Mixture
 from fastl2l.tasks.parts import conv_and_fc
 from fastl2l.tasks.quadratic import Quadratic
+from fastl2l.tasks.random_networks import RandomNetworks
 from fastl2l.tasks.recurrent import Sine
+from fastl2l.tasks.scaled import Scaled
 from fastl2l.tasks.tables import Table
 
 __all__ = [
@@ -19,12 +24,17 @@ __all__ = [
     "MNIST",
     "Digits",
     "FashionMNIST",
+    "Mixture",
     "Problem",
     "PureProblem",
     "Quadratic",
+    "RandomNetworks",
+    "Scaled",
     "Sine",
     "Table",
     "Task",
+    "WithConvex",
+    "augmented",
     "batch",
     "by_name",
     "conv_and_fc",
@@ -33,7 +43,7 @@ __all__ = [
 ]
 
 _TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits, CIFAR10, Sine, Table)
+    task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits, CIFAR10, Sine, Table, RandomNetworks)
 }
 
 

@@ -203,17 +203,21 @@ class Minibatches:
     def __init__(self, seed: int, rows: int, batch_size: int) -> None:
         self._seed, self._rows, self._batch_size = seed, rows, batch_size
         self._steps = max(1, min(64, 65536 // batch_size))
-        self._held: tuple[int, torch.device] | None = None
-        self._drawn: Sequence[Tensor] = ()
+        # The last two blocks: a trajectory may go along two sequences of steps, one far from the other.
+        self._held: dict[tuple[int, torch.device], Sequence[Tensor]] = {}
 
     def at(self, step: int, device: torch.device) -> Tensor:
         """The rows of a step, on `device`."""
         block, place = divmod(step, self._steps)
-        if (block, device) != self._held:
+        drawn = self._held.get((block, device))
+        if drawn is None:
             random = generator(self._seed, "minibatches", block)
             numbers = random.integers(self._rows, size=(self._steps, self._batch_size))
-            self._drawn, self._held = torch.from_numpy(numbers).to(device).unbind(), (block, device)
-        return self._drawn[place]
+            drawn = torch.from_numpy(numbers).to(device).unbind()
+            if len(self._held) == 2:
+                del self._held[next(iter(self._held))]
+            self._held[block, device] = drawn
+        return drawn[place]
 
     def whole(self, device: torch.device) -> Iterator[Tensor]:
         """All rows, each once, in as few minibatches of at most `batch_size` as there can be, as even as can be.
@@ -323,6 +327,17 @@ def integer(name: str, value: object, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
     return int(value)
+
+
+def refuse(name: str, data: Tensor, bad: Tensor, expected: str) -> None:
+    """Raise a ValueError if some of `data` [rows, ...] is `bad`: it says where, and how many there are."""
+    places = bad.nonzero()
+    if len(places):
+        found, row = data[tuple(places[0])].item(), places[0, 0].item()
+        raise ValueError(
+            f"{name}: expected {expected}, got {found} in row {row} and {len(places) - 1} more; "
+            "fill them in or leave out such rows"
+        )
 
 
 def floating(name: str, value: object) -> torch.dtype:

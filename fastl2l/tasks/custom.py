@@ -23,6 +23,7 @@ from fastl2l.tasks.base import (
     fingerprint,
     integer,
     problem_seed,
+    refuse,
     take,
     value_and_grad,
 )
@@ -79,7 +80,8 @@ def from_module(
     Raises:
         TypeError, ValueError: an argument is not as above; the network has no trainable parameters, or some that are
             not floating or of several dtypes, or in no part or in two; it or the loss holds something that cannot be
-            told from others (a lock, an open file); the loss is not a finite scalar at the start of a first problem.
+            told from others (a lock, an open file); some of the data are NaN; the loss is not a finite scalar at the
+            start of a first problem.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: expected a non-empty string, got {name!r}")
@@ -114,7 +116,7 @@ class ModuleTask(Task):
         ]
         self._draws = self._alone = False
         first = self.sample(0)
-        with _seeded(0, self.device):
+        with seeded(0, self.device):
             before = _random_state(self.device)
             check_start(first)
             self._draws = not torch.equal(before, _random_state(self.device))
@@ -123,7 +125,7 @@ class ModuleTask(Task):
 
     def sample(self, seed: int) -> ModuleProblem:
         minibatches = Minibatches(seed, len(self._data[0]), self.batch_size)
-        network = _Network(self._module(seed), self._loss, self._data, self._parts, self._dtype)
+        network = ModuleFunction(self._module(seed), self._loss, self._data, self._parts, self._dtype)
         if self._alone:
             return LoneModuleProblem(self.name, network, minibatches, seed if self._draws else None)
         return ModuleProblem(self.name, network, minibatches)
@@ -132,7 +134,7 @@ class ModuleTask(Task):
         return dict(self._spec)
 
     def _module(self, seed: int) -> nn.Module:
-        with _seeded(seed, torch.device("cpu")), _defaults(torch.device("cpu"), self._dtype):
+        with seeded(seed, torch.device("cpu")), _defaults(torch.device("cpu"), self._dtype):
             module = self._make_module()
         _check_module(module)
         return module
@@ -152,7 +154,7 @@ class ModuleTask(Task):
         } | ({} if self._parts is None else {"parts": problem.function.names_by_part})
 
 
-class _Network:
+class ModuleFunction:
     """From theta, what else a network holds and the rows of a minibatch to the loss."""
 
     def __init__(
@@ -160,8 +162,8 @@ class _Network:
         module: nn.Module,
         loss: Loss,
         data: Sequence[Tensor],
-        parts: Parts | None,
-        default_dtype: torch.dtype,
+        parts: Parts | None = None,
+        default_dtype: torch.dtype = torch.float32,
     ) -> None:
         trainable = _trainable(module)
         self.module = module.to(data[0].device)
@@ -170,12 +172,13 @@ class _Network:
         self._names = list(chain(*self.names_by_part.values())) if self.names_by_part else list(trainable)
         self._shapes = [trainable[name].shape for name in self._names]
         self._sizes = [shape.numel() for shape in self._shapes]
+        self._has_tied = len(list(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters()))
         self._frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         self._buffers = [name for name, _ in module.named_buffers()]
 
     def __eq__(self, other: object) -> bool:
         """Whether the two differ in the numbers of theta, frozen parameters and buffers alone."""
-        if not isinstance(other, _Network) or self._loss is not other._loss or self._data is not other._data:
+        if not isinstance(other, ModuleFunction) or self._loss is not other._loss or self._data is not other._data:
             return False
         return self._names == other._names and self.identity == other.identity
 
@@ -207,15 +210,16 @@ class _Network:
         tensors |= {name: tensors[name].clone() for name in self._buffers}  # which the network may write to
         *inputs, targets = (take(column, rows) for column in self._data)
         with _defaults(*self._defaults):
-            return self._loss(functional_call(self.module, tensors, tuple(inputs)), targets)
+            output = functional_call(self.module, tensors, tuple(inputs), tie_weights=self._has_tied)
+            return self._loss(output, targets)
 
 
 class ModuleProblem(DataProblem):
     """One network, whose trainable parameters are theta; everything else about it stays as it was made."""
 
-    function: _Network
+    function: ModuleFunction
 
-    def __init__(self, task: str, network: _Network, minibatches: Minibatches) -> None:
+    def __init__(self, task: str, network: ModuleFunction, minibatches: Minibatches) -> None:
         super().__init__(minibatches)
         self.task, self.module, self.function = task, network.module, network
         self.theta0, self.constants, self.parts = network.theta0(), network.constants(), network.parts()
@@ -224,7 +228,7 @@ class ModuleProblem(DataProblem):
 class LoneModuleProblem(ModuleProblem):
     """One that cannot be evaluated with others, since its network draws random numbers or vmap does not take it."""
 
-    def __init__(self, task: str, network: _Network, minibatches: Minibatches, draws_from: int | None) -> None:
+    def __init__(self, task: str, network: ModuleFunction, minibatches: Minibatches, draws_from: int | None) -> None:
         super().__init__(task, network, minibatches)
         self._draws_from = draws_from
 
@@ -239,7 +243,7 @@ class LoneModuleProblem(ModuleProblem):
     def _random_numbers(self, purpose: str, index: int, device: torch.device) -> AbstractContextManager[None]:
         if self._draws_from is None:
             return nullcontext()
-        return _seeded(problem_seed(self._draws_from, purpose, index), device)
+        return seeded(problem_seed(self._draws_from, purpose, index), device)
 
 
 def _taken_by_vmap(problem: ModuleProblem) -> bool:
@@ -302,6 +306,8 @@ def _columns(data: object) -> list[Tensor]:
     if len({column.shape[:1] for column in columns}) > 1 or not all(column.ndim and len(column) for column in columns):
         shapes = " and ".join(str(list(column.shape)) for column in columns)
         raise ValueError(f"data: expected as many targets as inputs, and at least one, got shapes {shapes}")
+    for i, column in enumerate(columns):
+        refuse(f"data[{i}]", column, column.isnan(), "no NaN")
     return columns
 
 
@@ -335,7 +341,7 @@ def _tensor(name: str, value: object) -> Tensor:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's random numbers of the CPU and `device` start from `seed` inside, and go on as before afterwards."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastl2l.tasks.base import Task, fingerprint
+from fastl2l.tasks.base import Task, fingerprint, refuse
 from fastl2l.tasks.networks import LossOnRows, Network, NetworkProblem, check_training
 
 TABLES = ("diabetes", "breast-cancer", "wine", "iris", "linnerud")
@@ -62,7 +62,7 @@ class Table(Task):
         return NetworkProblem(self, self._function(), seed)
 
     def _function(self) -> LossOnRows:
-        rows: _Rows = _bundled(self.table) if isinstance(self.table, str) else self.table  # type: ignore[assignment]
+        rows = self.table if isinstance(self.table, _Rows) else _bundled(str(self.table))
         inputs, targets = rows.on(self.dtype, torch.device(self.device))
         network = Network((inputs.shape[1],), rows.outputs, self.hidden, self.activation)
         return LossOnRows(network, rows.loss, inputs, targets)
@@ -111,31 +111,26 @@ def _own(table: object) -> _Rows:
         got = type(table).__name__ + (f" of {len(table)}" if isinstance(table, (tuple, list)) else "")
         raise TypeError(f"table: expected a name or (inputs, targets), got {got}")
     inputs, targets = _array("inputs", table[0]), _array("targets", table[1])
-    labels = targets.dtype == np.int64
+    labels = targets.dtype == torch.int64
     shapes = f"{list(inputs.shape)} and {list(targets.shape)}"
-    if inputs.ndim != 2 or 0 in inputs.shape or targets.ndim not in (1, 2) or len(targets) != len(inputs):
+    if inputs.ndim != 2 or not inputs.numel() or targets.ndim not in (1, 2) or len(targets) != len(inputs):
         raise ValueError(f"table: expected inputs [rows, columns] and targets [rows] or [rows, targets], got {shapes}")
     if labels and (targets.ndim != 1 or targets.min() < 0):
-        got = targets.min() if targets.ndim == 1 else f"shape {list(targets.shape)}"
+        got = f"{targets.min()}" if targets.ndim == 1 else f"shape {list(targets.shape)}"
         raise ValueError(f"table: expected labels 0, 1, ... [rows] as targets that are whole, got {got}")
-    inputs, targets = inputs.astype(np.float64), targets if labels or targets.ndim == 2 else targets[:, None]
-    return _Rows(torch.from_numpy(inputs), torch.from_numpy(targets))
+    return _Rows(inputs.double(), targets if labels or targets.ndim == 2 else targets[:, None])
 
 
-def _array(name: str, values: Any) -> np.ndarray:
+def _array(name: str, values: Any) -> Tensor:
     """`values` as int64 or float64, all finite."""
     array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"table: {name}: expected numbers, got {array.dtype}")
-    bad = np.argwhere(~np.isfinite(array))
-    if len(bad):
-        raise ValueError(
-            f"table: {name}: expected finite numbers, got {array[tuple(bad[0])]} in row {bad[0][0]} "
-            f"and {len(bad) - 1} more; fill them in or leave out such rows"
-        )
-    return array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+    numbers = torch.from_numpy(array.astype(np.float64 if array.dtype.kind == "f" else np.int64))
+    refuse(f"table: {name}", numbers, ~numbers.isfinite(), "finite numbers")
+    return numbers
 
 
 def _standardized(columns: Tensor) -> Tensor:
-    deviations = columns.std(0, correction=0)
-    return (columns - columns.mean(0)) / torch.where(deviations > 0, deviations, 1.0)
+    constant = (columns == columns[0]).all(0)  # of such, rounding may leave some deviation
+    return (columns - columns.mean(0)) / columns.std(0, correction=0).masked_fill(constant, 1.0)

@@ -1,0 +1,28 @@
+"""The augmentations of Lv et al. 2017, section 4.2, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastl2l.tasks.base import Task
+from fastl2l.tasks.convex import WithConvex
+from fastl2l.tasks.mixture import Mixture
+from fastl2l.tasks.scaled import Scaled
+
+
+def augmented(task: Task, *, scaling: Sequence[float] = (), convex: int = 0) -> Task:
+    """`task` with scaled coordinates and, beside them, convex functions.
+
+    Args:
+        task: what is to be trained on.
+        scaling: ranges of random scaling (see `Scaled`); of several, each problem has one, all as likely. None by
+            default.
+        convex: coordinates of a convex function that is added (see `WithConvex`); 0 for none.
+
+    Raises:
+        TypeError, ValueError: as by these.
+    """
+    if scaling:
+        scaled = [Scaled(task, r) for r in scaling]
+        task = scaled[0] if len(scaled) == 1 else Mixture(scaled)
+    return WithConvex(task, convex) if convex else task

@@ -1,0 +1,96 @@
+"""Problems made of others, by a change of their coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastl2l.tasks.base import Problem, PureProblem, Task, is_pure
+
+
+class Change(Protocol):
+    """What is made of a problem. Two that compare equal do the same."""
+
+    def __call__(self, loss: Callable[[Tensor], Tensor], theta: Tensor, *own: Tensor) -> Tensor:
+        """The new loss at theta [new N], from the old one and Tensors of this problem's own; vmap takes it."""
+        ...
+
+
+def wrap(
+    problem: Problem, change: Change, theta0: Tensor, own: tuple[Tensor, ...], parts: Mapping[str, int] | None
+) -> Problem:
+    """`problem` under `change`, with a new start and new parts; it is pure where `problem` is."""
+    if isinstance(problem, PureProblem) and is_pure(problem):
+        return _WrappedPure(problem, change, theta0, own, parts)
+    return _Wrapped(problem, change, theta0, own, parts)
+
+
+class _Wrapped(Problem):
+    def __init__(
+        self,
+        problem: Problem,
+        change: Change,
+        theta0: Tensor,
+        own: tuple[Tensor, ...],
+        parts: Mapping[str, int] | None,
+    ) -> None:
+        self.task, self.functions, self.theta0, self.parts = problem.task, problem.functions, theta0, parts
+        self._problem, self._change, self._own = problem, change, own
+
+    def loss(self, theta: Tensor, step: int) -> Tensor:
+        return self._change(lambda inner: self._problem.loss(inner, step), theta, *self._own)
+
+    @torch.no_grad()
+    def whole_loss(self, theta: Tensor) -> Tensor:
+        return self._change(self._problem.whole_loss, theta, *self._own)
+
+
+class _WrappedPure(_Wrapped, PureProblem):
+    loss = PureProblem.loss  # by which it is known to be pure
+
+    def __init__(
+        self,
+        problem: PureProblem,
+        change: Change,
+        theta0: Tensor,
+        own: tuple[Tensor, ...],
+        parts: Mapping[str, int] | None,
+    ) -> None:
+        super().__init__(problem, change, theta0, own, parts)
+        self.function = _Changed(problem.function, change, len(own))
+        self.constants = (*own, *problem.constants)
+        self._inputs = problem.inputs
+
+    def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
+        return self._inputs(step, device)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """The function of a wrapped problem."""
+
+    function: Callable[..., Tensor]
+    change: Change
+    own: int
+
+    def __call__(self, theta: Tensor, *tensors: Tensor) -> Tensor:
+        own, rest = tensors[: self.own], tensors[self.own :]
+        return self.change(lambda inner: self.function(inner, *rest), theta, *own)
+
+
+def check_task(task: object) -> Task:
+    """`task` if it is one, or a TypeError."""
+    if not isinstance(task, Task):
+        raise TypeError(f"task: expected a fastl2l.tasks.Task, got {type(task).__name__}")
+    return task
+
+
+def check_coordinates(problem: Problem) -> None:
+    """Raise a TypeError unless the problem's coordinates are floating numbers."""
+    if not isinstance(problem.theta0, Tensor) or not problem.theta0.is_floating_point():
+        got = f"a Tensor of {problem.theta0.dtype}" if isinstance(problem.theta0, Tensor) else repr(problem.theta0)
+        raise TypeError(f"task: expected one whose theta_0 is a floating Tensor, got {got} from {problem.task!r}")
