@@ -54,8 +54,8 @@ _FORMATS: dict[str, dict[str, Any]] = {  # without dates: the same curves give t
     "svg": {"metadata": {"Date": None}},
     "pdf": {"metadata": {"CreationDate": None}},
 }
-_MOST_POINTS = 1001
-"""Of a curve: a longer one is drawn by means over as many stretches."""
+_MOST_POINTS, _STRETCHES = 1001, 200
+"""A curve of more points is drawn by means over so many stretches: minibatches make a smear of it otherwise."""
 _PANEL_HEIGHT = 3.85  # inches of axes and their scales, without titles and legend
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -401,7 +401,7 @@ def _wrapped(text: str, width: int) -> str:
 
 def _draw(axes: Axes, curves: Curves, log: bool) -> None:
     colours = dict(_colours(curves.losses))
-    points = min(curves.steps + 1, _MOST_POINTS)
+    points = curves.steps + 1 if curves.steps < _MOST_POINTS else _STRETCHES
     steps = [stretch.mean().item() for stretch in torch.arange(curves.steps + 1.0).tensor_split(points)]
     smooth = Curves({name: _stretches(losses, points) for name, losses in curves.losses.items()})
     lines = []

@@ -245,7 +245,7 @@ def test_baselines_at_many_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment.plots, "plot_rates", lambda panels, path, **options: drawn.append(panels))
     monkeypatch.setattr(baselines, "tune", pytest.fail)
     rates = (0.001, 0.01, 0.1)
-    told = run("one", tmp_path=tmp_path, baselines=("sgd", "adam"), rates=rates)["one"]
+    told = run("one", tmp_path=tmp_path, baselines=("sgd", "adam"), rates=rates, last_tenth=True)["one"]
     curves = drawn[0]["panel one"]
     expected = evaluate(SMALL, {f"adam {rate:g}": baselines.Adam(rate) for rate in rates}, steps=3, runs=20)
     assert list(curves.losses) == ["lstm", *(f"{name} {rate:g}" for name in ("sgd", "adam") for rate in rates)]
@@ -254,6 +254,7 @@ def test_baselines_at_many_rates(tmp_path, monkeypatch):
     assert (learned, adam) == ("lstm", expected.ranking()[0])
     table = (tmp_path / "out" / "small" / "table.md").read_text()
     assert table.count("lstm ends") + table.count("lstm against") == 2
+    assert "Compared by the mean of the last 1 losses." in table
     assert "| learning rate | sgd" in table
     assert "| 0.001 " in table
 

@@ -286,7 +286,8 @@ def _table(experiment: Experiment, panels: Sequence[Panel], results: Mapping[str
         parts.append(f"## {panel.title}" + (f", {panel.x} {experiment.study.unit}" if experiment.study else ""))
         parts.append(f"Mean loss after {curves.steps} steps on {curves.runs} problems, 95% intervals.")
         if experiment.last_tenth:
-            parts[-1] += f" Compared, and tuned on other problems, by the mean of the last {curves.last:,} losses."
+            tuned = "" if panel.rates else ", and tuned on other problems,"
+            parts[-1] += f" Compared{tuned} by the mean of the last {curves.last:,} losses."
         told = _told(panel, curves)
         parts.append(told.markdown())
         parts.append("\n".join(f"- {line}" for line in comparisons(told)))
