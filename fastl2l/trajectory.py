@@ -191,11 +191,7 @@ class Trajectory:
         for t in range(unroll - 2, -1, -1):
             torch.add(adjoints[t + 1], judged[t], alpha=weights[t], out=adjoints[t])
         self._gradient.copy_(grads[unroll])
-        found = [
-            self._window_backward(track, first_state, grads[:unroll, track.part], adjoints[:, track.part])
-            for track, first_state in zip(self._tracks, first_states, strict=True)
-        ]
-        return losses, torch.cat(found) if len(found) > 1 else found[0]
+        return losses, self._backward(first_states, grads[:unroll], adjoints)
 
     def _judge(self, objective: Objective, gradient: Tensor, judged: Tensor) -> None:
         """Write the gradient of the objective's loss at theta to `judged`; `gradient` is that of what the rule sees."""
@@ -207,6 +203,14 @@ class Trajectory:
             judged.copy_(gradient)
         else:
             torch.mul(gradient, (loss >= 0) / (loss.clamp(min=0) + objective.log_floor), out=judged)
+
+    def _backward(self, first_states: Sequence[Tensor], grads: Tensor, adjoints: Tensor) -> Tensor:
+        """The gradient with respect to all rules' weights, from what they were given and dL/dupdate, [unroll, N]."""
+        found = [
+            self._window_backward(track, first_state, grads[:, track.part], adjoints[:, track.part])
+            for track, first_state in zip(self._tracks, first_states, strict=True)
+        ]
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     def _window_backward(self, track: _Track, first_state: Tensor, grads: Tensor, adjoints: Tensor) -> Tensor:
         """The gradient with respect to a rule's weights; 0 for those that are frozen."""

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastl2l import tasks
-from fastl2l.meta import capture
+from fastl2l.baselines import Adam
+from fastl2l.meta import Imitation, capture
 from fastl2l.tasks import Quadratic
 from fastl2l.tasks.quadratic import QuadraticProblem
 
@@ -103,6 +104,9 @@ CASES = {
     },
     "reference": {"backend": "reference"},
     "last step": {"step_weights": "last"},
+    "in logs": {"log_floor": 1e-2},
+    "horizons in a range": {"horizon": (4, 16)},
+    "scaled, with convex functions": {"task": tasks.WithConvex(tasks.Scaled(TASK), 2), "batch": 3},
     "not clipped": {"clip_norm": None},
     "clipped": {"clip_norm": 1e-3},
     "one window": {"unroll": 8},
@@ -274,6 +278,8 @@ def test_the_cpu_has_no_graphs():
             {"task": tasks.from_module(Alone, F.cross_entropy, blobs(), batch_size=8)},
             "capture: task 'custom': expected problems that say what is drawn .*, got one with a loss of its own",
         ),
+        ({"second_minibatch": True}, "second_minibatch: expected none in captured windows, got True"),
+        ({"imitation": Imitation([Adam(lr=0.1)])}, "imitation: expected none in captured windows, got Imitation"),
     ],
 )
 def test_what_cannot_be_captured_is_named_at_once(change, message, stand_in):

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fastl2l import tasks
 from fastl2l.tasks import datasets, tables
 from fastl2l.tasks.base import (
+    Drawn,
     Minibatches,
     Problem,
     Task,
@@ -352,6 +353,19 @@ def test_minibatches_do_not_depend_on_the_order_of_asking():
     ahead = [forward.at(step, CPU) for step in range(200)]
     for step in reversed(range(200)):
         assert torch.equal(backward.at(step, CPU), ahead[step])
+
+
+@pytest.mark.parametrize("name", ["digits", "sine"])
+def test_going_along_two_sequences_of_steps_draws_nothing_twice(name, monkeypatch):
+    problem, drawn = tasks.by_name(name, batch_size=4).sample(0), []
+    (kind,) = {type(value) for value in vars(problem).values() if isinstance(value, Drawn)}
+    original = kind.draw
+    monkeypatch.setattr(kind, "draw", lambda self, block, device: drawn.append(block) or original(self, block, device))
+    for step in range(130):
+        problem.inputs(step, CPU)
+        problem.inputs(2**40 + step, CPU)
+    assert len(drawn) == len(set(drawn)) == 6
+    assert not torch.equal(problem.inputs(5, CPU)[0], problem.inputs(2**40 + 5, CPU)[0])
 
 
 # Custom tasks

@@ -53,7 +53,7 @@ EXPERIMENTS = (
     Experiment(
         "lv-mlp-100",
         "The base MLP, 100 steps",
-        "RNNprop, which has no learning rate, ends below every tuned optimizer (from its curves; it names no numbers).",
+        "RNNprop, which has no learning rate, ends below every tuned optimizer.",
         [_short("sigmoid", BASE, tasks.MNIST, RULES, baselines=tuple(baselines.ALL))],
         last_tenth=True,
     ),
@@ -75,8 +75,8 @@ EXPERIMENTS = (
     Experiment(
         "lv-learning-rates",
         "Final loss of the base MLP by learning rate, 100 steps",
-        "every optimizer is good in a narrow range of rates, and at the best of them level with RNNprop or above it "
-        "(from its curves).",
+        "hand-made optimizers are run at many rates; RNNprop, which has none to tune, is to be level with the best or "
+        "below.",
         [
             Panel(
                 "rates",
@@ -114,7 +114,7 @@ EXPERIMENTS = (
     Experiment(
         "lv-deep-curve",
         "A deep sigmoid MLP, 100 steps",
-        "RNNprop leaves the plateau before any tuned optimizer does (from its curves).",
+        "one loss curve of a deep network, beside the final losses by depth.",
         [_deep("layers-5", "five hidden layers of 20", _mlp(5), RULES)],
         last_tenth=True,
     ),
@@ -159,8 +159,8 @@ EXPERIMENTS = (
     Experiment(
         "lv-tricks",
         "Rules trained with and without each trick",
-        "random scaling and the convex function make both rules descend on networks, and for numbers of steps, that "
-        "they were not trained on.",
+        "rules are trained without random scaling, without the convex function and without both, to show what each "
+        "is worth.",
         [
             _deep("sigmoid", BASE, tasks.MNIST, TRICKS, baselines=("adam",)),
             _deep("relu", "ReLU", partial(tasks.MNIST, activation="relu"), TRICKS, baselines=("adam",)),
@@ -172,7 +172,7 @@ EXPERIMENTS = (
     Experiment(
         "lv-convex-iterations",
         "RNNprop with and without the convex function, by the length of its training",
-        "with it fewer trajectories do.",
+        "both are shown by how long they were trained.",
         [
             _deep(
                 f"{name}-{iterations}",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastl2l.tasks import Task, from_module
 from fastl2l.tasks.datasets import load
+from fastl2l.tasks.random_networks import Residual
 
 Data = tuple[Tensor, Tensor]
 
@@ -62,17 +63,6 @@ def convolutional_network() -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(16, 8),
     )
-
-
-class Residual(nn.Module):
-    """x + f(x)."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
 
 
 def residual_network() -> nn.Sequential:

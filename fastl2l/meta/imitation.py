@@ -103,11 +103,7 @@ class TaughtTrajectory(Trajectory):
             losses.append(self.loss)
         factors = torch.tensor(weights, dtype=grads.dtype, device=grads.device).mul_(2 / taught.square().sum(1).mean())
         adjoints = (updates - taught) * factors.unsqueeze(1)
-        found = [
-            self._window_backward(track, first_state, grads[:, track.part], adjoints[:, track.part])
-            for track, first_state in zip(self._tracks, first_states, strict=True)
-        ]
-        return Window(torch.stack(losses), torch.cat(found))
+        return Window(torch.stack(losses), self._backward(first_states, grads, adjoints))
 
     def _follow(self) -> Tensor:
         """A step of the teacher; returns its update [N]."""

@@ -16,11 +16,14 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Draw = TypeVar("Draw")
+"""What a step draws: a Tensor or several."""
 
 
 class Problem(ABC):
@@ -47,6 +50,9 @@ class Problem(ABC):
         It depends on the problem, theta and step alone: minibatches are a function of (seed of the problem, step), so
         that every optimizer sees the same ones and a resumed run repeats them to the bit. The gradient of the sum holds
         each function's own gradient. The loss one reports is the mean, `loss / functions`.
+
+        Steps may be anything from 0 on: some objectives of meta-training ask for minibatches of far ones, which no
+        optimizer sees (`trajectory.SECOND_MINIBATCHES`).
         """
 
     def whole_loss(self, theta: Tensor) -> Tensor:
@@ -193,31 +199,47 @@ def normal(
     return torch.from_numpy(random.standard_normal(shape) * std).to(device, dtype)
 
 
-class Minibatches:
-    """Which rows of a data set each step of a problem sees: iid uniform, with replacement.
+class Drawn(ABC, Generic[Draw]):
+    """What a problem draws for each step, in blocks of `steps` steps.
 
-    `minibatches.at(step, device)` is an int64 Tensor [batch_size] of row numbers below `rows`. Steps are drawn in
-    blocks, which makes one step cost about a microsecond, and one copy to the device enough for many steps.
+    So a step costs about a microsecond, and one copy to the device is enough for many.
     """
 
-    def __init__(self, seed: int, rows: int, batch_size: int) -> None:
-        self._seed, self._rows, self._batch_size = seed, rows, batch_size
-        self._steps = max(1, min(64, 65536 // batch_size))
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
         # The last two blocks: a trajectory may go along two sequences of steps, one far from the other.
-        self._held: dict[tuple[int, torch.device], Sequence[Tensor]] = {}
+        self._held: dict[tuple[int, torch.device], Sequence[Draw]] = {}
 
-    def at(self, step: int, device: torch.device) -> Tensor:
-        """The rows of a step, on `device`."""
+    @abstractmethod
+    def draw(self, block: int, device: torch.device) -> Sequence[Draw]:
+        """What each step of this block gets, on `device`: a function of the block alone."""
+
+    def at(self, step: int, device: torch.device) -> Draw:
+        """What a step gets, on `device`."""
         block, place = divmod(step, self._steps)
         drawn = self._held.get((block, device))
         if drawn is None:
-            random = generator(self._seed, "minibatches", block)
-            numbers = random.integers(self._rows, size=(self._steps, self._batch_size))
-            drawn = torch.from_numpy(numbers).to(device).unbind()
+            drawn = self.draw(block, device)
             if len(self._held) == 2:
                 del self._held[next(iter(self._held))]
             self._held[block, device] = drawn
         return drawn[place]
+
+
+class Minibatches(Drawn[Tensor]):
+    """Which rows of a data set each step of a problem sees: iid uniform, with replacement.
+
+    `minibatches.at(step, device)` is an int64 Tensor [batch_size] of row numbers below `rows`.
+    """
+
+    def __init__(self, seed: int, rows: int, batch_size: int) -> None:
+        super().__init__(max(1, min(64, 65536 // batch_size)))
+        self._seed, self._rows, self._batch_size = seed, rows, batch_size
+
+    def draw(self, block: int, device: torch.device) -> Sequence[Tensor]:
+        random = generator(self._seed, "minibatches", block)
+        numbers = random.integers(self._rows, size=(self._steps, self._batch_size))
+        return torch.from_numpy(numbers).to(device).unbind()
 
     def whole(self, device: torch.device) -> Iterator[Tensor]:
         """All rows, each once, in as few minibatches of at most `batch_size` as there can be, as even as can be.

@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastl2l.tasks.base import PureProblem, Task, generator, integer
+from fastl2l.tasks.base import Drawn, PureProblem, Task, generator, integer
 from fastl2l.tasks.networks import check_training, deviation, initial
 
-_STEPS = 10
-"""Values that the network sees, of steps 0 to 9."""
-_BLOCK = 64
-"""Steps whose sequences are drawn at once."""
+_VALUES = 10
+"""That the network sees, of steps 0 to 9."""
 
 
 @dataclass(frozen=True)
@@ -108,30 +106,33 @@ class _Forecast:
         return tuple(outputs)
 
 
+class _Sequences(Drawn[tuple[Tensor, Tensor]]):
+    """Values [10, batch_size], with noise, and what is to be predicted of them [batch_size]."""
+
+    def __init__(self, task: Sine, seed: int) -> None:
+        super().__init__(64)
+        self._of, self._seed = task, seed
+
+    def draw(self, block: int, device: torch.device) -> Sequence[tuple[Tensor, Tensor]]:
+        random, batch_size = generator(self._seed, "sequences", block), self._of.batch_size
+        amplitude, frequency, phase = random.random((3, self._steps, 1, batch_size))
+        steps = np.arange(_VALUES + 1)[:, None]
+        sines = 10 * amplitude * np.sin(math.pi / 2 * frequency * steps + 2 * math.pi * phase)
+        noise = random.standard_normal((self._steps, _VALUES, batch_size)) * self._of.noise
+        drawn = (sines[:, :_VALUES] + noise, sines[:, _VALUES])
+        values, targets = (torch.from_numpy(x).to(device, self._of.dtype).unbind() for x in drawn)
+        return list(zip(values, targets, strict=True))
+
+
 class SineProblem(PureProblem):
     """One initialisation of the network and the sequences of each step."""
 
     task = Sine.name
 
     def __init__(self, task: Sine, seed: int) -> None:
-        self._of, self._seed = task, seed
         self.function = _Forecast(task.layers, task.units)
         self.theta0 = initial(task, seed, self.function.parameters)
-        self._held: tuple[int, torch.device] | None = None
-        self._drawn: Sequence[tuple[Tensor, Tensor]] = ()
+        self._sequences = _Sequences(task, seed)
 
     def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Values [10, batch_size], with noise, and what is to be predicted of them [batch_size]."""
-        block, place = divmod(step, _BLOCK)
-        if (block, device) != self._held:
-            drawn = (torch.from_numpy(x).to(device, self._of.dtype).unbind() for x in self._draw(block))
-            self._drawn, self._held = list(zip(*drawn, strict=True)), (block, device)
-        return self._drawn[place]
-
-    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        random = generator(self._seed, "sequences", block)
-        amplitude, frequency, phase = random.random((3, _BLOCK, 1, self._of.batch_size))
-        steps = np.arange(_STEPS + 1)[:, None]
-        sines = 10 * amplitude * np.sin(math.pi / 2 * frequency * steps + 2 * math.pi * phase)
-        noise = random.standard_normal((_BLOCK, _STEPS, self._of.batch_size)) * self._of.noise
-        return sines[:, :_STEPS] + noise, sines[:, _STEPS]
+        return self._sequences.at(step, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -24,9 +25,8 @@ def wrap(
     problem: Problem, change: Change, theta0: Tensor, own: tuple[Tensor, ...], parts: Mapping[str, int] | None
 ) -> Problem:
     """`problem` under `change`, with a new start and new parts; it is pure where `problem` is."""
-    if isinstance(problem, PureProblem) and is_pure(problem):
-        return _WrappedPure(problem, change, theta0, own, parts)
-    return _Wrapped(problem, change, theta0, own, parts)
+    kind = _WrappedPure if isinstance(problem, PureProblem) and is_pure(problem) else _Wrapped
+    return kind(problem, change, theta0, own, parts)
 
 
 class _Wrapped(Problem):
@@ -51,22 +51,18 @@ class _Wrapped(Problem):
 
 class _WrappedPure(_Wrapped, PureProblem):
     loss = PureProblem.loss  # by which it is known to be pure
+    _problem: PureProblem
 
-    def __init__(
-        self,
-        problem: PureProblem,
-        change: Change,
-        theta0: Tensor,
-        own: tuple[Tensor, ...],
-        parts: Mapping[str, int] | None,
-    ) -> None:
-        super().__init__(problem, change, theta0, own, parts)
-        self.function = _Changed(problem.function, change, len(own))
-        self.constants = (*own, *problem.constants)
-        self._inputs = problem.inputs
+    @cached_property
+    def function(self) -> Callable[..., Tensor]:  # type: ignore[override]
+        return _Changed(self._problem.function, self._change, len(self._own))
+
+    @cached_property
+    def constants(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return (*self._own, *self._problem.constants)
 
     def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        return self._inputs(step, device)
+        return self._problem.inputs(step, device)
 
 
 @dataclass(frozen=True)
