@@ -178,10 +178,10 @@ class OwnNetworks:
     name: ClassVar[str] = "own-networks"
     title: ClassVar[str] = "Networks of one's own"
     claim: ClassVar[str] = (
-        "Rules, which have no rate to tune, on networks that none of the shipped ones was trained on (two are on images "
-        "of MNIST, which rnnprop and lstm-mnist have seen in another network); beside them Adam at its default rate, and "
-        "Adam, NAG and RMSprop tuned for each problem and number of steps. Losses are means over all examples of a data "
-        "set, ratios are to tuned Adam."
+        "Rules, which have no rate to tune, on networks that none of the shipped ones was trained on (two are on "
+        "images of MNIST, which rnnprop and lstm-mnist have seen in another network); beside them Adam at its "
+        "default rate, and Adam, NAG and RMSprop tuned for each problem and number of steps. Losses are means over "
+        "all examples of a data set, ratios are to tuned Adam."
     )
     more_rules: ClassVar[bool] = True
     reserved: ClassVar[Sequence[str]] = (*TUNED, DEFAULT)

@@ -1,8 +1,8 @@
 """Problems of the kind that people bring: ordinary networks of torch.nn with torch's initialisation, each on its data.
 
-All data come with scikit-learn or Python or are made of random numbers, except MNIST. No shipped rule was trained on one
-of these networks, nor on their data but for MNIST's images (`rnnprop` and `lstm-mnist`). Networks are small, so that
-10,000 steps take seconds to half a minute of one core.
+All data come with scikit-learn or Python or are made of random numbers, except MNIST. No shipped rule was trained on
+one of these networks, nor on their data but for MNIST's images (`rnnprop` and `lstm-mnist`). Networks are small, so
+that 10,000 steps take seconds to half a minute of one core.
 """
 
 from __future__ import annotations
