@@ -46,6 +46,7 @@ Convolutions = Annotated[str | None, typer.Option(help="3 x 3 convolutions of th
 Activation = Annotated[str | None, typer.Option(help=f"Of the network: {', '.join(ACTIVATIONS)}.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images, rows or sequences in a minibatch.")]
 TableName = Annotated[str | None, typer.Option("--table", help=f"For the task table: {', '.join(TABLES)}.")]
+Kinds = Annotated[str | None, typer.Option(help="Of random-networks: some of its kinds, such as image-mlp,curve.")]
 SecondDerivatives = Annotated[bool, typer.Option("--second-derivatives", help="Exact meta-gradients.")]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
 Scaling = Annotated[
@@ -59,6 +60,8 @@ def _task(name: str, **options: str | int | None) -> tasks.Task:
     given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
     for option in given.keys() & {"hidden", "convolutions"}:
         given[option] = _numbers(option, given[option], int, "40,40") if given[option] else ()
+    if "kinds" in given:
+        given["kinds"] = tuple(given["kinds"].split(","))
     return tasks.by_name(name, **given)
 
 
@@ -107,6 +110,7 @@ def train(
     activation: Activation = None,
     batch_size: BatchSize = None,
     table: TableName = None,
+    kinds: Kinds = None,
     scaling: Scaling = None,
     convex: Convex = 0,
     step_weights: Annotated[str | None, typer.Option(help="Of a window's losses: 'last', or a number a step.")] = None,
@@ -145,7 +149,13 @@ def train(
     _check_folder(out)
     steps, weights = _numbers("horizon", horizon, int, "100 or 50,2000"), step_weights
     problems = _task(
-        task, hidden=hidden, convolutions=convolutions, activation=activation, batch_size=batch_size, table=table
+        task,
+        hidden=hidden,
+        convolutions=convolutions,
+        activation=activation,
+        batch_size=batch_size,
+        table=table,
+        kinds=kinds,
     )
     trainer = MetaTrainer(
         trained,
@@ -210,6 +220,7 @@ def evaluate_command(
     activation: Activation = None,
     batch_size: BatchSize = None,
     table: TableName = None,
+    kinds: Kinds = None,
     backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
 ) -> None:
     """Compare update rules with tuned optimizers on fresh problems of a task: a table, a figure, CSV and JSON.
@@ -221,7 +232,13 @@ def evaluate_command(
         tuned = [(name, baselines.by_name(name)) for name in baseline.split(",")]
         optimizers = _by_name("rule and baseline", [*optimizers.items(), *tuned])
     problems = _task(
-        task, hidden=hidden, convolutions=convolutions, activation=activation, batch_size=batch_size, table=table
+        task,
+        hidden=hidden,
+        convolutions=convolutions,
+        activation=activation,
+        batch_size=batch_size,
+        table=table,
+        kinds=kinds,
     )
     arguments: dict[str, Any] = {"steps": steps, "runs": runs, "seed": seed, "backend": backend}
     check(problems, optimizers, **arguments)
@@ -299,13 +316,20 @@ def tune(
     activation: Activation = None,
     batch_size: BatchSize = None,
     table: TableName = None,
+    kinds: Kinds = None,
 ) -> None:
     """Search the meta learning rate at random, by validation loss. Run it again to go on where it was stopped.
 
     Example: fastl2l tune --task quadratic --trials 10 --epochs 20
     """
     problems = _task(
-        task, hidden=hidden, convolutions=convolutions, activation=activation, batch_size=batch_size, table=table
+        task,
+        hidden=hidden,
+        convolutions=convolutions,
+        activation=activation,
+        batch_size=batch_size,
+        table=table,
+        kinds=kinds,
     )
     _check_folder(out)
 

@@ -54,6 +54,7 @@ class Recipe:
         training: arguments of `MetaTrainer`.
         kind: the rule's, a name in `fastl2l.rules.RULES`.
         augmentation: arguments of `fastl2l.tasks.augmented`.
+        options: of the task.
         seed: of the first weights and of all problems.
         init: how the rule is trained that this one starts from; fresh weights by default.
     """
@@ -65,13 +66,21 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)
     kind: str = LSTMRule.kind
     augmentation: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     init: Recipe | None = None
 
     @property
     def commands(self) -> list[str]:
         """The commands that do the same, one after the other."""
-        options = {"task": self.task, **self.augmentation, "epochs": self.epochs, **self.training, "seed": self.seed}
+        options = {
+            "task": self.task,
+            **self.options,
+            **self.augmentation,
+            "epochs": self.epochs,
+            **self.training,
+            "seed": self.seed,
+        }
         if self.init is not None:
             options["init"] = f"runs/{self.init.name}/rule.safetensors"
         elif self.kind != LSTMRule.kind:
@@ -93,7 +102,7 @@ class Recipe:
         else:
             rule = self.init.train(folder, quick=quick, progress=progress)
         checkpoint = Path(folder) / f"{self.name}{'-quick' * quick}.pt"
-        task = tasks.augmented(tasks.by_name(self.task), **self.augmentation)
+        task = tasks.augmented(tasks.by_name(self.task, **self.options), **self.augmentation)
         trainer = MetaTrainer(rule, task, seed=self.seed, checkpoint=checkpoint, **self.training)
         trainer.fit(max(1, self.epochs // 10) if quick else self.epochs, progress=progress)
         return rule
@@ -104,7 +113,9 @@ def _option(name: str, value: Any) -> str:
     word = f"--{name.replace('_', '-')}"
     if value is True:
         return word
-    return f"{word} {','.join(f'{number:g}' for number in value) if isinstance(value, tuple) else value}"
+    if isinstance(value, tuple):
+        value = ",".join(item if isinstance(item, str) else f"{item:g}" for item in value)
+    return f"{word} {value}"
 
 
 def _lstm_mnist() -> Recipe:
@@ -155,8 +166,24 @@ def _rnnprop() -> Recipe:
     )
 
 
+_FIRST_KINDS = (
+    "image-mlp",
+    "image-cnn",
+    "autoencoder",
+    "table-regression",
+    "table-classification",
+    "curve",
+    "sequence",
+    "attention",
+    "symbols",
+    "language",
+    "factors",
+)
+"""Of random networks: those without many inputs, rare symbols or data that are learned by heart."""
+
+
 def _rnnprop_long() -> Recipe:
-    """Random networks of many kinds; longer ways and windows in the later stages, and a falling rate in the last."""
+    """Random networks of many kinds; longer ways and windows, then more kinds, at a rate that falls twice."""
     common = {
         "trajectories": 50,
         "validation_problems": 8,
@@ -174,8 +201,10 @@ def _rnnprop_long() -> Recipe:
         ),
         kind=RNNpropRule.kind,
         augmentation=MappingProxyType({"scaling": (0.0, 1.0, 3.0), "convex": 20}),
+        options=MappingProxyType({"kinds": _FIRST_KINDS}),
     )
     longer = {**common, "horizon": (50, 2000), "unroll": 50, "log_floor": 1e-5}
+    falling = MappingProxyType({**longer, "meta_lr": 6e-4, "schedule": "cosine"})
     second = replace(
         first,
         name="rnnprop-long-2",
@@ -185,14 +214,23 @@ def _rnnprop_long() -> Recipe:
         seed=1,
         init=first,
     )
-    return replace(
+    third = replace(
         second,
-        name="rnnprop-long",
-        about="Networks of your own, for some thousand steps: trained on small networks of many kinds.",
+        name="rnnprop-long-3",
+        about="The third stage of rnnprop-long.",
         epochs=18,
-        training=MappingProxyType({**longer, "meta_lr": 6e-4, "schedule": "cosine"}),
+        training=falling,
         seed=2,
         init=second,
+    )
+    return replace(
+        third,
+        name="rnnprop-long",
+        about="Networks of your own, for some thousand steps: trained on small networks of many kinds.",
+        epochs=80,
+        options=MappingProxyType({}),
+        seed=3,
+        init=third,
     )
 
 
