@@ -210,7 +210,7 @@ def test_cifar10_is_read_as_torchvision_has_it(cifar10, tmp_path, monkeypatch):
 
 def test_problems_of_bytes_are_those_of_their_numbers(cifar10):
     _, images, labels = cifar10
-    task = CIFAR10(hidden=(5,), batch_size=6)
+    task = CIFAR10(hidden=(5,), activation="sigmoid", convolutions=(), batch_norm=False, batch_size=6)
     problem = task.sample(3)
     rows = Minibatches(3, 20, 6).at(2, torch.device("cpu"))
     network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 5), nn.Sigmoid(), nn.Linear(5, 10))
@@ -220,6 +220,57 @@ def test_problems_of_bytes_are_those_of_their_numbers(cifar10):
     torch.testing.assert_close(value_and_grad(problem, problem.theta0, 2)[0], expected.detach())
     right = (network(numbers[20:]).argmax(1) == targets[20:]).float().mean()
     assert problem.accuracy(problem.theta0) == right
+
+
+def paper_s_network(labels):
+    """Of Andrychowicz et al. 2016, section 3.3."""
+    layers = []
+    for channels in (3, 16, 16):
+        layers += [nn.Conv2d(channels, 16, 5, padding=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
+    hidden = [nn.Flatten(), nn.Linear(256, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU()]
+    return nn.Sequential(*layers, *hidden, nn.Linear(32, labels))
+
+
+@pytest.mark.parametrize("labels", [None, (7, 2, 5)])
+def test_the_paper_s_network_on_some_labels(labels, cifar10):
+    _, images, all_labels = cifar10
+    task = CIFAR10(labels=labels, batch_size=9, dtype=torch.float64)
+    problem = task.sample(3)
+    network = paper_s_network(len(labels or range(10))).double()
+    assert problem.parts == {
+        "conv": sum(part.numel() for part in network[:12].parameters()),
+        "fc": sum(part.numel() for part in network[12:].parameters()),
+    }
+    nn.utils.vector_to_parameters(problem.theta0, network.parameters())
+    assert all(
+        (module.weight == 1).all() and (module.bias == 0).all()
+        for module in network
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+    )
+    chosen = [place for place in range(20) if all_labels[place] in (labels or range(10))]
+    numbers = torch.from_numpy(images[chosen]).double() / 255
+    targets = torch.tensor([(labels or range(10)).index(label) for label in all_labels[chosen]])
+    rows = Minibatches(3, len(chosen), 9).at(2, torch.device("cpu"))
+    expected = F.cross_entropy(network(numbers[rows]), targets[rows])
+    loss, gradient = value_and_grad(problem, problem.theta0, 2)
+    torch.testing.assert_close(loss, expected.detach())
+    wanted = torch.autograd.grad(expected, list(network.parameters()))
+    torch.testing.assert_close(gradient, torch.cat([part.flatten() for part in wanted]))
+
+
+@pytest.mark.parametrize("labels", [(), (3,), (3, 3), (1, 10), (-1, 2), (1.0, 2), 3, "01"])
+def test_labels_that_make_no_subset_are_named(labels, cifar10):
+    with pytest.raises((TypeError, ValueError), match="labels: expected"):
+        CIFAR10(labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"kernel": 4}, "kernel: expected an odd"), ({"batch_norm": 1}, "batch_norm: expected True")],
+)
+def test_options_of_a_network_are_named(options, message, cifar10):
+    with pytest.raises((TypeError, ValueError), match=message):
+        CIFAR10(**options)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ EXPERIMENTS = (
         ".0078, .0055 and .0039.",
         [
             _cnn(
-                f"{data.name}-{size}",
+                f"{name}-{size}",
                 f"{title} on {shown}",
                 partial(data, convolutions=convolutions, hidden=hidden, activation="relu"),
                 RULES,
@@ -135,7 +135,10 @@ EXPERIMENTS = (
                 ("small", "c-c-p-f", (2,), (), 10),
                 ("large", "c-c-p-c-c-p-f-f", (2, 2), (64,), 5),
             )
-            for data, shown in ((tasks.MNIST, "MNIST"), (tasks.CIFAR10, "CIFAR-10"))
+            for name, shown, data in (
+                ("mnist", "MNIST", tasks.MNIST),
+                ("cifar10", "CIFAR-10", partial(tasks.CIFAR10, kernel=3, widening=2, batch_norm=False)),
+            )
         ],
         quick=["mnist-small"],
         last_tenth=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastl2l.tasks.base import Task
 from fastl2l.tasks.datasets import Images, load
-from fastl2l.tasks.networks import LossOnRows, Network, NetworkProblem, check_training, numbers
+from fastl2l.tasks.networks import LossOnRows, Network, NetworkProblem, check_training, integers, numbers
 
 _AT_ONCE = 1000
 """Images whose accuracy is computed at once: convolutions of many more take gigabytes."""
@@ -36,7 +36,7 @@ class Classification(Task):
         convolutions: how many 3 x 3 convolutions, which keep the size, in each stage before the hidden layers; () for
             none. The first stage has 16 channels, each later one twice as many; 2 x 2 max pooling after each. So the
             networks of Lv et al. are c-c-p-f, `hidden=(), activation="relu", convolutions=(2,)`, and c-c-p-c-c-p-f-f,
-            `hidden=(64,), activation="relu", convolutions=(2, 2)`.
+            `hidden=(64,), activation="relu", convolutions=(2, 2)`. With convolutions, theta has parts: "conv" and "fc".
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -93,9 +93,51 @@ class Digits(Classification):
     name = "digits"
 
 
+@dataclass(frozen=True)
 class CIFAR10(Classification):
-    __doc__ = Classification.__doc__
+    """Mean cross-entropy (nats) of a convolutional network on a minibatch of CIFAR-10, as a function of its parameters.
+
+    By default the network of Andrychowicz et al. 2016, section 3.3: three 5 x 5 convolutions of 16 channels, each with
+    batch norm (over the minibatch: there are no running means), ReLU and 2 x 2 max pooling, 32 hidden units with batch
+    norm and ReLU, a linear layer. theta [N] has parts, for rules of their own: "conv" and "fc". theta_0 is iid
+    N(0, init_std^2), but for norms, which begin with gains of 1 and shifts of 0. Each step has a minibatch of its own,
+    iid uniform from the split, with replacement. Pixels are held as bytes; networks get them in [0, 1].
+
+    The networks of Lv et al. 2017 have `kernel=3, widening=2, batch_norm=False`; see `convolutions`.
+
+    Args:
+        hidden, activation, batch_size, split, init_std, dtype, device: as of `MNIST`.
+        convolutions: how many, which keep the size, in each stage before the hidden layers; () for none. The first
+            stage has 16 channels; 2 x 2 max pooling after each.
+        kernel: side of the convolutions, odd.
+        widening: how many times as many channels each stage has as the one before.
+        batch_norm: whether channels and hidden units are normalised over the minibatch, before the activation.
+        labels: those whose images are used, of 0 to 9, which become 0, 1, ... in this order; None for all.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        FileNotFoundError, ImportError: the data set cannot be had (see `fastl2l.tasks.datasets.load`).
+    """
+
+    hidden: Sequence[int] = (32,)
+    activation: str = "relu"
+    convolutions: Sequence[int] = (1, 1, 1)
+    kernel: int = 5
+    widening: int = 1
+    batch_norm: bool = True
+    labels: Sequence[int] | None = None
     name = "cifar10"
+
+    def __post_init__(self) -> None:
+        if self.labels is not None:
+            object.__setattr__(self, "labels", integers("labels", self.labels, (0, 1), least=0))
+        super().__post_init__()
+
+    def data(self, split: str) -> Images:
+        return load(self.name, split, labels=self.labels, dtype=self.dtype, device=self.device)
+
+    def network(self, data: Images) -> Network:
+        return replace(super().network(data), kernel=self.kernel, widening=self.widening, batch_norm=self.batch_norm)
 
 
 class ClassificationProblem(NetworkProblem):

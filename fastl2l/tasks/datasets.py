@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -61,15 +62,25 @@ def data_folder() -> Path:
     return Path(os.environ.get("FASTL2L_DATA") or "~/.cache/fastl2l/data").expanduser()
 
 
-def load(name: str, split: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Images:
+def load(
+    name: str,
+    split: str,
+    *,
+    labels: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Images:
     """A split ("train" or "test") of one of `NAMES`. The tensors are shared: never write to them.
+
+    Of some `labels` alone, if they are given, which become 0, 1, ... in their order.
 
     MNIST, Fashion-MNIST and CIFAR-10 are read from `data_folder()`, where torchvision downloads them to if they are not
     there. Of CIFAR-10 the official binary version does as well: a folder cifar-10-batches-bin, which comes first.
     Digits (1,797 images, 8 x 8) comes with scikit-learn; every fifth image, from the first on, is its test split.
 
     Raises:
-        ValueError: unknown name or split; or the files hold something else than this data set: another number or size
+        ValueError: unknown name or split; labels that there are not, or some of them twice, or fewer than two; or the
+            files hold something else than this data set: another number or size
             of images, labels that are out of range.
         ImportError: torchvision or scikit-learn is missing.
         FileNotFoundError: the data set is not there and cannot be downloaded, or its files are damaged.
@@ -78,7 +89,23 @@ def load(name: str, split: str, *, dtype: torch.dtype = torch.float32, device: t
         raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    return _load(name, split, dtype, torch.device(device), data_folder())
+    where = dtype, torch.device(device), data_folder()
+    return _load(name, split, *where) if labels is None else _some(name, split, tuple(labels), *where)
+
+
+@cache
+def _some(
+    name: str, split: str, labels: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path
+) -> Images:
+    classes = _KINDS[name].classes
+    if len(labels) < 2 or len(set(labels)) < len(labels) or not all(0 <= label < classes for label in labels):
+        got = ", ".join(map(str, labels)) or "none"
+        raise ValueError(f"labels: expected at least two of 0 to {classes - 1}, each once, got {got}")
+    images, all_labels, _ = _load(name, split, dtype, device, folder)
+    renamed = torch.full((classes,), -1, device=device)
+    renamed[list(labels)] = torch.arange(len(labels), device=device)
+    chosen = renamed[all_labels]
+    return Images(images[chosen >= 0], chosen[chosen >= 0], len(labels))
 
 
 @cache  # a problem holds its data anyway, and loading them anew would make them others

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +31,44 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 WHITE = 255
 """Of pixels that are held as bytes."""
 _CHANNELS = 16
-"""Of the first stage of convolutions; each later one has twice as many."""
+"""Of the first stage of convolutions."""
+
+
+class _Layer(NamedTuple):
+    """Shapes of a layer's parameters, as torch lays them out, and whether channels are normalised behind it."""
+
+    weight: tuple[int, ...]
+    norm: bool
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the weight, then of the bias or of the norm's gains and shifts."""
+        return [self.weight, *[self.weight[:1]] * (2 if self.norm else 1)]
+
+    @property
+    def part(self) -> str:
+        """Convolutional or fully connected."""
+        return "conv" if len(self.weight) == 4 else "fc"
+
+    def __call__(self, output: Tensor, parameters: Iterator[Tensor]) -> Tensor:
+        convolution = len(self.weight) == 4
+        weight, bias = next(parameters), None if self.norm else next(parameters)
+        if convolution:
+            output = F.conv2d(output, weight, bias, padding=self.weight[-1] // 2)
+        else:
+            output = F.linear(output, weight, bias)
+        if self.norm:
+            output = F.batch_norm(output, None, None, next(parameters), next(parameters), training=True)
+        return output
 
 
 @dataclass(frozen=True)
 class Network:
     """Stages of convolutions, fully connected layers, and a linear one to the outputs.
 
-    A stage is some 3x3 convolutions that keep the size, each with the activation behind it, and 2x2 max pooling; the
-    first has 16 channels, each later one twice as many. The parameters are weight and bias of each layer in turn, as
-    torch lays them out: [out, in, 3, 3] or [out, in], and [out].
+    A stage is some square convolutions that keep the size, each with the activation behind it, and 2x2 max pooling; the
+    first has 16 channels. The parameters are weight and bias of each layer in turn, as torch lays them out:
+    [out, in, k, k] or [out, in], and [out].
 
     Args:
         inputs: shape of one input: (channels, height, width) where there are convolutions.
@@ -48,6 +76,10 @@ class Network:
         hidden: units of each hidden layer.
         activation: one of `ACTIVATIONS`, after each layer but the last.
         convolutions: how many in each stage.
+        kernel: side of the convolutions, odd.
+        widening: how many times as many channels each stage has as the one before.
+        batch_norm: normalise each channel and hidden unit over the minibatch, before the activation. Then a layer has
+            gains and shifts, [out] each, behind its weight in place of a bias. The last layer is as ever.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the inputs are too small for so many stages.
@@ -58,11 +90,19 @@ class Network:
     hidden: Sequence[int] = ()
     activation: str = "sigmoid"
     convolutions: Sequence[int] = ()
+    kernel: int = 3
+    widening: int = 2
+    batch_norm: bool = False
 
     def __post_init__(self) -> None:
         for name, example in (("hidden", (20,)), ("convolutions", (2, 2))):
             object.__setattr__(self, name, integers(name, getattr(self, name), example))
         check_activation(self.activation)
+        if integer("kernel", self.kernel) % 2 == 0:
+            raise ValueError(f"kernel: expected an odd number, so that a convolution keeps the size, got {self.kernel}")
+        integer("widening", self.widening)
+        if not isinstance(self.batch_norm, bool):
+            raise TypeError(f"batch_norm: expected True or False, got {self.batch_norm!r}")
         most = min(size.bit_length() - 1 for size in self.inputs[1:]) if len(self.inputs) == 3 else 0
         if len(self.convolutions) > most:
             size = " x ".join(map(str, self.inputs))
@@ -77,44 +117,68 @@ class Network:
         return sum(self._sizes)
 
     @cached_property
-    def _shapes(self) -> list[tuple[int, ...]]:
-        """Of each weight and bias."""
+    def parts(self) -> dict[str, int] | None:
+        """How many of them belong to convolutions and their norms, "conv", and to all else, "fc"; None if to one."""
+        sizes = {"conv": 0, "fc": 0}
+        for layer in self._layers:
+            sizes[layer.part] += sum(map(math.prod, layer.shapes))
+        return sizes if sizes["conv"] else None
+
+    @cached_property
+    def _layers(self) -> list[_Layer]:
         weights: list[tuple[int, ...]] = []
         shape = self.inputs
         for stage, count in enumerate(self.convolutions):
             channels, *sides = shape
-            units = (channels, *[_CHANNELS << stage] * count)
-            weights += [(n_out, n_in, 3, 3) for n_in, n_out in pairwise(units)]
+            units = (channels, *[_CHANNELS * self.widening**stage] * count)
+            weights += [(n_out, n_in, self.kernel, self.kernel) for n_in, n_out in pairwise(units)]
             shape = (units[-1], *(side // 2 for side in sides))
         units = (math.prod(shape), *self.hidden, self.outputs)
         weights += [(n_out, n_in) for n_in, n_out in pairwise(units)]
-        return [shape for weight in weights for shape in (weight, weight[:1])]
+        return [_Layer(weight, self.batch_norm and place > 0) for place, weight in enumerate(weights[::-1])][::-1]
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of each parameter."""
+        return [shape for layer in self._layers for shape in layer.shapes]
 
     @cached_property
     def _sizes(self) -> list[int]:
         return [math.prod(shape) for shape in self._shapes]
 
+    def _parameters(self, theta: Tensor) -> Iterator[Tensor]:
+        return (part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True))
+
     def __call__(self, theta: Tensor, inputs: Tensor) -> Tensor:
         """Outputs [batch, outputs] for parameters theta [N] and inputs [batch, ...]."""
-        parameters = [part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True)]
-        layers = iter(zip(parameters[::2], parameters[1::2], strict=True))
+        parameters, layers = self._parameters(theta), iter(self._layers)
         activation = ACTIVATIONS[self.activation]
         output = inputs.reshape(len(inputs), *self.inputs)
         for count in self.convolutions:
             for _ in range(count):
-                output = activation(F.conv2d(output, *next(layers), padding=1))
+                output = activation(next(layers)(output, parameters))
             output = F.max_pool2d(output, 2)
         output = output.flatten(1)
         for _ in self.hidden:
-            output = activation(F.linear(output, *next(layers)))
-        return F.linear(output, *next(layers))
+            output = activation(next(layers)(output, parameters))
+        return next(layers)(output, parameters)
+
+    def settle(self, theta: Tensor) -> Tensor:
+        """Give norms gains of 1 and shifts of 0, in place, and return theta [N]."""
+        parameters = self._parameters(theta)
+        for layer in self._layers:
+            _, second, *shifts = (next(parameters) for _ in layer.shapes)
+            if layer.norm:
+                second.fill_(1)
+                shifts[0].zero_()
+        return theta
 
 
-def integers(name: str, value: object, example: tuple[int, ...]) -> tuple[int, ...]:
-    """`value` as a tuple of positive integers, or a TypeError or ValueError that names it."""
+def integers(name: str, value: object, example: tuple[int, ...], *, least: int = 1) -> tuple[int, ...]:
+    """`value` as a tuple of integers, or a TypeError or ValueError that names it."""
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected a sequence of positive integers such as {example}, got {value!r}")
-    return tuple(integer(name, number) for number in value)
+        raise TypeError(f"{name}: expected a sequence of integers >= {least} such as {example}, got {value!r}")
+    return tuple(integer(name, number, least) for number in value)
 
 
 def check_activation(value: object) -> None:
@@ -195,4 +259,5 @@ class NetworkProblem(DataProblem):
     def __init__(self, task: Training, function: LossOnRows, seed: int) -> None:
         super().__init__(Minibatches(seed, function.rows, task.batch_size))
         self.task, self.function = task.name, function
-        self.theta0 = initial(task, seed, function.network.parameters)
+        self.theta0 = function.network.settle(initial(task, seed, function.network.parameters))
+        self.parts = function.network.parts
