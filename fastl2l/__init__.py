@@ -16,6 +16,7 @@ if not Path(__file__).with_name("kernels").is_dir():
 
 from fastl2l import baselines, tasks
 from fastl2l.evaluate import Curves, evaluate
+from fastl2l.groups import parameter_groups
 from fastl2l.meta import MetaTrainer
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.rule_files import RuleFileError, load_rule, save_rule
@@ -39,6 +40,7 @@ __all__ = [
     "baselines",
     "evaluate",
     "load_rule",
+    "parameter_groups",
     "save_rule",
     "tasks",
 ]

@@ -7,7 +7,7 @@ fresh problems of the task, which are never those of a test.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
-from fastl2l.tasks.base import Problem, Task, check_start, evaluate_loss, integer, problem_seed, value_and_grad
+from fastl2l.tasks.base import (
+    Problem,
+    Task,
+    check_start,
+    evaluate_loss,
+    integer,
+    parts_of,
+    problem_seed,
+    value_and_grad,
+)
 
 FORMAT = 1
 """Of the cached learning rates. A new number where the same key would no longer mean the same search."""
@@ -116,18 +125,32 @@ def by_name(name: str, lr: float | Literal["tune"] = "tune") -> Baseline:
 def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimizer], steps: int) -> Tensor:
     """Follow an optimizer on a problem: the losses f_t(theta_t) / functions at t = 0 .. steps, float64 [steps + 1].
 
-    From the first non-finite loss on, all are inf.
+    `build` gets a list of the problem's parts; of all of theta, if it has none. From the first non-finite loss on, all
+    are inf.
     """
-    theta = problem.theta0.clone().requires_grad_()
-    optimizer = build([theta])
+    theta = problem.theta0.clone()
+    parts = leaves(problem, theta)
+    optimizer = build(parts)
     losses = []
     for step in range(steps):
-        loss, theta.grad = value_and_grad(problem, theta, step)
+        loss, gradient = value_and_grad(problem, theta, step)
+        give_gradient(parts, gradient)
         losses.append(loss / problem.functions)
         optimizer.step()
     losses.append(evaluate_loss(problem, theta, steps) / problem.functions)
     curve = torch.stack(losses).cpu().double()  # in one go: to look at a loss every step would make a GPU wait
     return curve.masked_fill(curve.isfinite().logical_not().cumsum(0) > 0, math.inf)
+
+
+def leaves(problem: Problem, theta: Tensor) -> list[Tensor]:
+    """The problem's parts as parameters for a torch optimizer, in their order: they share memory with theta [N]."""
+    return [part.requires_grad_() for part in theta.detach().split(list(parts_of(problem).values()))]
+
+
+def give_gradient(parts: Sequence[Tensor], gradient: Tensor) -> None:
+    """Let `gradient` [N] be that of `leaves`."""
+    for part, found in zip(parts, gradient.split([part.numel() for part in parts]), strict=True):
+        part.grad = found
 
 
 # Tuning

@@ -20,7 +20,7 @@ from fastl2l.build import locked
 from fastl2l.evaluate import Curves, check, comparisons, evaluate
 from fastl2l.meta import Imitation, MetaTrainer, search_meta_lr
 from fastl2l.progress import plain_console
-from fastl2l.rules import RULES, LSTMRule, Rule
+from fastl2l.rules import RULES, Learned, LSTMRule, Rule
 from fastl2l.tasks.base import integer
 from fastl2l.tasks.networks import ACTIVATIONS
 from fastl2l.tasks.tables import TABLES
@@ -46,6 +46,7 @@ Convolutions = Annotated[str | None, typer.Option(help="3 x 3 convolutions of th
 Activation = Annotated[str | None, typer.Option(help=f"Of the network: {', '.join(ACTIVATIONS)}.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images, rows or sequences in a minibatch.")]
 TableName = Annotated[str | None, typer.Option("--table", help=f"For the task table: {', '.join(TABLES)}.")]
+Labels = Annotated[str | None, typer.Option(help="Of cifar10: those whose images are used, such as 0,1,8,9.")]
 Kinds = Annotated[str | None, typer.Option(help="Of random-networks: some of its kinds, such as image-mlp,curve.")]
 SecondDerivatives = Annotated[bool, typer.Option("--second-derivatives", help="Exact meta-gradients.")]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
@@ -58,7 +59,7 @@ Kind = Annotated[str, typer.Option("--rule", help=f"What is trained: {' or '.joi
 
 def _task(name: str, **options: str | int | None) -> tasks.Task:
     given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
-    for option in given.keys() & {"hidden", "convolutions"}:
+    for option in given.keys() & {"hidden", "convolutions", "labels"}:
         given[option] = _numbers(option, given[option], int, "40,40") if given[option] else ()
     if "kinds" in given:
         given["kinds"] = tuple(given["kinds"].split(","))
@@ -111,6 +112,10 @@ def train(
     batch_size: BatchSize = None,
     table: TableName = None,
     kinds: Kinds = None,
+    labels: Labels = None,
+    by_part: Annotated[
+        bool, typer.Option("--by-part", help="A rule for each part of the task's problems, such as conv and fc.")
+    ] = False,
     scaling: Scaling = None,
     convex: Convex = 0,
     step_weights: Annotated[str | None, typer.Option(help="Of a window's losses: 'last', or a number a step.")] = None,
@@ -140,12 +145,9 @@ def train(
     changed = {"preprocess": preprocess, "output_scale": output_scale, "hidden_size": hidden_size, "num_layers": layers}
     changed = {name: value for name, value in changed.items() if value is not None}
     integer("epochs", epochs)
-    if init is None:
-        trained = experiments.fresh_rule(rule, task, seed=seed, **changed)
-    elif changed or rule != LSTMRule.kind:
+    if init is not None and (changed or rule != LSTMRule.kind):
         raise ValueError(f"{next(iter(changed), 'rule')}: expected none beside init, whose rule has its own")
-    else:
-        trained = rule_files.load_rule(init)
+    first = None if init is None else rule_files.load_rule(init)
     _check_folder(out)
     steps, weights = _numbers("horizon", horizon, int, "100 or 50,2000"), step_weights
     problems = _task(
@@ -156,7 +158,9 @@ def train(
         batch_size=batch_size,
         table=table,
         kinds=kinds,
+        labels=labels,
     )
+    trained = experiments.first_rules(problems, kind=rule, by_part=by_part, init=first, seed=seed, **changed)
     trainer = MetaTrainer(
         trained,
         _augmented(problems, scaling, convex),
@@ -221,6 +225,7 @@ def evaluate_command(
     batch_size: BatchSize = None,
     table: TableName = None,
     kinds: Kinds = None,
+    labels: Labels = None,
     backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
 ) -> None:
     """Compare update rules with tuned optimizers on fresh problems of a task: a table, a figure, CSV and JSON.
@@ -239,6 +244,7 @@ def evaluate_command(
         batch_size=batch_size,
         table=table,
         kinds=kinds,
+        labels=labels,
     )
     arguments: dict[str, Any] = {"steps": steps, "runs": runs, "seed": seed, "backend": backend}
     check(problems, optimizers, **arguments)
@@ -258,13 +264,17 @@ def _print_curves(curves: Curves) -> None:
         _say(line)
 
 
-def _named_rule(entry: str) -> tuple[str, Rule]:
-    """A rule and its name: what comes before the first =, unless that is in a path, or its kind."""
+def _named_rule(entry: str) -> tuple[str, Learned]:
+    """A rule, or some by part, and its name: what comes before the first =, unless that is in a path, or its kind."""
     name, separator, path = entry.partition("=")
     if not separator or Path(entry).exists() or Path(name).name != name:
         rule = rule_files.load_rule(entry)
-        return rule.kind, rule
+        return _kind(rule), rule
     return name, rule_files.load_rule(path)
+
+
+def _kind(rule: Learned) -> str:
+    return rule.kind if isinstance(rule, Rule) else "+".join(dict.fromkeys(one.kind for one in rule.values()))
 
 
 def _by_name(what: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -317,6 +327,7 @@ def tune(
     batch_size: BatchSize = None,
     table: TableName = None,
     kinds: Kinds = None,
+    labels: Labels = None,
 ) -> None:
     """Search the meta learning rate at random, by validation loss. Run it again to go on where it was stopped.
 
@@ -330,6 +341,7 @@ def tune(
         batch_size=batch_size,
         table=table,
         kinds=kinds,
+        labels=labels,
     )
     _check_folder(out)
 
@@ -450,16 +462,18 @@ def rules(
         return
     table = Table("rule", "kind", "good for", title='load_rule("name"), or --rule name')
     for shipped, path in rule_files.shipped().items():
-        table.add_row(shipped, rule_files.load_rule(path).kind, rule_files.read_recipe(path).get("about", ""))
+        table.add_row(shipped, _kind(rule_files.load_rule(path)), rule_files.read_recipe(path).get("about", ""))
     console.print(table)
     _say("how one was trained: fastl2l rules NAME")
 
 
 def _print_rule(name: str) -> None:
     rule, recipe = rule_files.load_rule(name), dict(rule_files.read_recipe(name))
-    weights = sum(weight.numel() for weight in rule.weights())
     _say(Text.assemble((name, "bold"), f": {recipe.pop('about', '')}"))
-    _say(f"{rule.text}, output scale {rule.config.output_scale:g}, {weights:,} weights")
+    for part, one in ({"": rule} if isinstance(rule, Rule) else rule).items():
+        weights = sum(weight.numel() for weight in one.weights())
+        of = f"{part}: " if part else ""
+        _say(f"{of}{one.text}, output scale {one.config.output_scale:g}, {weights:,} weights")
     for command in recipe.pop("commands", []):
         _say(command)
     for about, what in recipe.items():

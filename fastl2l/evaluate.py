@@ -11,7 +11,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.table import Table
@@ -23,7 +23,7 @@ from fastl2l.baselines import Baseline, descend, tune
 from fastl2l.files import open_tensors, read_record, shown, write_record, write_tensors, write_text
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.progress import Progress
-from fastl2l.rules import Rule
+from fastl2l.rules import Learned, Rule, rules_by_part
 from fastl2l.tasks.base import Task, check_start, fingerprint, integer, problem_seed
 
 FORMAT = 1
@@ -34,6 +34,8 @@ _UNSEALED = {"format", "metadata", "final", "losses"}
 """What is in a results.json from before it had a digest."""
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
+Optimizer: TypeAlias = "Learned | Baseline | Build"
+"""What is compared: a rule, or one for each part of the problems; a baseline; what makes a torch optimizer."""
 
 
 @dataclass
@@ -214,7 +216,7 @@ class Curves:
 
 def evaluate(
     task: Task,
-    optimizers: Mapping[str, Rule | Baseline | Build],
+    optimizers: Mapping[str, Optimizer],
     *,
     steps: int = 100,
     runs: int = 100,
@@ -229,8 +231,9 @@ def evaluate(
 
     Args:
         task: the distribution of problems.
-        optimizers: by name: an update rule; a baseline, whose rate is tuned first (on other problems) if it is "tune";
-            or a function from a list of parameters to a torch optimizer.
+        optimizers: by name: an update rule, or a dict of rules by the parts of the problems; a baseline, whose rate is
+            tuned first (on other problems) if it is "tune"; or a function from a list of parameters, one for each part,
+            to a torch optimizer.
         steps: optimization steps a run.
         runs: number of problems: number 0 .. runs - 1 of purpose "test" of this seed.
         seed: see runs.
@@ -263,9 +266,7 @@ def evaluate(
     return Curves(losses, metadata)
 
 
-def check(
-    task: Task, optimizers: Mapping[str, Rule | Baseline | Build], *, steps: int, runs: int, seed: int, backend: str
-) -> None:
+def check(task: Task, optimizers: Mapping[str, Optimizer], *, steps: int, runs: int, seed: int, backend: str) -> None:
     """Raise what is wrong with arguments of `evaluate` before there is work to lose: every optimizer takes a step."""
     if not isinstance(task, Task):
         raise TypeError(f"task: expected a fastl2l Task, got {type(task).__name__}")
@@ -277,12 +278,12 @@ def check(
     check_start(first)
     for name, optimizer in optimizers.items():
         if not (isinstance(optimizer, Baseline) and optimizer.lr == "tune"):
-            descend(first, builder(f"optimizers[{name!r}]", optimizer, backend), 1)
+            descend(first, builder(f"optimizers[{name!r}]", optimizer, backend, parts=first.parts), 1)
 
 
 def follow(
     task: Task,
-    optimizer: Rule | Baseline | Build,
+    optimizer: Optimizer,
     steps: int,
     numbers: Iterable[int],
     *,
@@ -295,17 +296,17 @@ def follow(
 
     `advance` is called after each of them, and errors speak of `name`; everything else is as for `evaluate`.
     """
-    build = builder(name, optimizer, backend)
     losses = []
     for number in numbers:
-        losses.append(descend(task.sample(problem_seed(seed, "test", number)), build, steps))
+        problem = task.sample(problem_seed(seed, "test", number))
+        losses.append(descend(problem, builder(name, optimizer, backend, parts=problem.parts), steps))
         advance()
     return torch.stack(losses)
 
 
 def describe(
     task: Task,
-    optimizers: Mapping[str, Rule | Baseline | Build],
+    optimizers: Mapping[str, Optimizer],
     *,
     steps: int,
     runs: int,
@@ -362,12 +363,15 @@ def _check_optimizers(optimizers: object) -> None:
             raise TypeError(f"optimizers: expected strings as names, got {name!r}")
         if not name.isprintable() or name in ("", "__metadata__"):  # files of safetensors have another use for that
             raise ValueError(f"optimizers: expected names that can be printed and saved, got {name!r}")
+        if isinstance(optimizer, Mapping):
+            rules_by_part(optimizer)
+            continue
         is_class = isinstance(optimizer, type) and not issubclass(optimizer, torch.optim.Optimizer)
         is_module = isinstance(optimizer, nn.Module) and not isinstance(optimizer, Rule)
         if is_class or is_module or not (isinstance(optimizer, Baseline) or callable(optimizer)):
             raise TypeError(
-                f"optimizers[{name!r}]: expected an update rule, a Baseline such as Adam(), or a function from a list "
-                f"of parameters to a torch optimizer, got {optimizer!r}"
+                f"optimizers[{name!r}]: expected an update rule or a dict of some, a Baseline such as Adam(), or a "
+                f"function from a list of parameters to a torch optimizer, got {optimizer!r}"
             )
 
 
@@ -387,12 +391,30 @@ def _tuned(task: Task, optimizers: Mapping[str, Any], steps: int, progress: bool
     return found
 
 
-def builder(name: str, optimizer: Rule | Baseline | Build, backend: str = "auto") -> Build:
-    """What makes the torch optimizer of any of the three kinds for a list of parameters; errors speak of `name`."""
+def builder(name: str, optimizer: Optimizer, backend: str = "auto", *, parts: Mapping[str, int] | None = None) -> Build:
+    """What makes the torch optimizer of any of the kinds for a list of parameters, which are `parts`.
+
+    Raises:
+        ValueError: there are rules by part, and of other parts. It speaks of `name`.
+    """
     if isinstance(optimizer, Baseline):
         return optimizer.build
     if isinstance(optimizer, Rule):
         return lambda params: FusedLSTMOptimizer(params, optimizer, nonfinite="propagate", backend=backend)
+    if isinstance(optimizer, Mapping):
+        names = list(parts or ())
+        if set(names) != optimizer.keys():
+            got = f"rules for {', '.join(optimizer)}"
+            raise ValueError(
+                f"{name}: expected a rule for each part ({', '.join(names) or 'there are none'}), got {got}"
+            )
+        rules = [optimizer[part] for part in names]
+
+        def of_parts(params: list[Tensor]) -> torch.optim.Optimizer:
+            groups = [{"params": [param], "rule": rule} for param, rule in zip(params, rules, strict=True)]
+            return FusedLSTMOptimizer(groups, nonfinite="propagate", backend=backend)
+
+        return of_parts
 
     def build(params: list[Tensor]) -> torch.optim.Optimizer:
         built = optimizer(params)
@@ -407,6 +429,9 @@ def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     """What is known of an optimizer: its kind, and the learning rate of a baseline or the hash of a rule's weights."""
     if isinstance(optimizer, Baseline):
         return {"kind": "baseline", "optimizer": optimizer.name, "lr": optimizer.lr, **optimizer.options}
+    if isinstance(optimizer, Mapping):
+        parts = {part: describe_optimizer(rule) for part, rule in optimizer.items()}
+        return {"kind": "learned", "parts": parts}
     if isinstance(optimizer, Rule):
         return {"kind": "learned", "rule": optimizer.config.describe(), "weights": fingerprint(*optimizer.weights())}
     return {"kind": "other"}

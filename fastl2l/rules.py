@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -312,6 +312,10 @@ def named_weights(rules: Mapping[str, Rule]) -> dict[str, Tensor]:
         for part, rule in rules.items()
         for name, weight in rule.named_parameters()
     }
+
+
+Learned: TypeAlias = "Rule | Mapping[str, Rule]"
+"""A rule, or one for each part of a problem, by its name."""
 
 
 def all_weights(rules: Mapping[str, Rule]) -> list[Tensor]:

@@ -72,6 +72,43 @@ def test_training_may_start_from_a_rule(trained, tmp_path):
         assert not torch.equal(weight, other)
 
 
+class Halves(Quadratic):
+    """Quadratics whose coordinates are two parts."""
+
+    name = "quadratic"
+
+    def sample(self, seed):
+        problem = super().sample(seed)
+        problem.parts = {"first": 480, "rest": 800}
+        return problem
+
+
+def test_a_rule_for_each_part_is_trained_evaluated_and_described(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tasks, "by_name", lambda name: Halves())
+    assert run("train", *SMALL, "--by-part", "--out", tmp_path / "run").exit_code == 0
+    file = tmp_path / "run" / "rule.safetensors"
+    rules = load_rule(file)
+    assert list(rules) == ["first", "rest"]
+    assert not torch.equal(rules["first"].weight_out, rules["rest"].weight_out)
+    again = tmp_path / "again"
+    assert run("train", *SMALL, "--init", file, "--out", again).exit_code == 0
+    assert list(load_rule(again / "rule.safetensors")) == ["first", "rest"]
+    shown = run(
+        "evaluate", "--task", "quadratic", "--rule", f"pair={file}", "--steps", "3", "--runs", "2", "--out", again
+    )
+    assert shown.exit_code == 0
+    assert "pair" in shown.stdout
+    assert "rest: " in run("rules", file).stdout
+
+
+def test_a_rule_for_each_part_wants_parts(tmp_path):
+    failed = CliRunner().invoke(app, ["train", *SMALL, "--by-part", "--out", str(tmp_path / "run")])
+    assert "by_part: expected a task whose problems have parts, such as cifar10, got 'quadratic'" in str(
+        failed.exception
+    )
+
+
 def test_a_run_is_as_long_as_its_recipe_says(trained):
     """Neither fewer epochs than are done, nor a cosine of another length behind the first ones."""
     before = (trained / "rule.safetensors").read_bytes()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import lstm, rule_of
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastl2l import MetaTrainer, Trajectory
+from fastl2l import FusedLSTMOptimizer, LSTMRule, MetaTrainer, Trajectory, baselines, evaluate, parameter_groups
 from fastl2l.meta.checkpoint import CheckpointError
 from fastl2l.tasks import Problem, PureProblem, Task, batch
-from fastl2l.tasks.base import check_start, generator, normal
+from fastl2l.tasks.base import check_start, generator, normal, problem_seed, value_and_grad
 
 F64 = torch.float64
 SIZES = {"left": 5, "middle": 17, "right": 2}
@@ -170,3 +170,91 @@ def test_a_batch_is_of_problems_with_the_same_parts():
     other.parts = {"left": 7, "middle": 15, "right": 2}  # of other sizes: one after the other
     assert dict(batch([one, other]).parts) == {"left": 12, "middle": 32, "right": 4}
     check_start(batch([one, other]))
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_rules_of_parts_are_evaluated_on_the_way_that_a_trajectory_takes(own):
+    task, by_part = Bowls(own=own), rules()
+    curves = evaluate(task, {"parts": by_part, "adam": baselines.Adam(0.01)}, steps=6, runs=2, seed=4)
+    for run in range(2):
+        trajectory = Trajectory(task.sample(problem_seed(4, "test", run)), by_part)
+        losses = [trajectory.loss, *(trajectory.advance() for _ in range(6))]
+        assert torch.equal(curves.losses["parts"][run], torch.stack(losses).double())
+    assert curves.kind("parts") == "learned"
+    assert curves.metadata["optimizers"]["parts"]["parts"].keys() == SIZES.keys()
+
+
+def test_one_rule_of_all_parts_and_a_baseline_step_each_of_them():
+    task, rule = Bowls(F64), LSTMRule(dtype=F64)
+    alike = {part: LSTMRule(dtype=F64) for part in SIZES}
+    curves = evaluate(task, {"one": rule, "each": alike}, steps=5, runs=1)
+    assert torch.equal(curves.losses["one"], curves.losses["each"])
+    problem = task.sample(1)
+    theta = problem.theta0.clone().requires_grad_()
+    adam, expected = torch.optim.Adam([theta], lr=0.1), []
+    for step in range(5):
+        loss, theta.grad = value_and_grad(problem, theta, step)
+        expected.append(loss)
+        adam.step()
+    assert torch.equal(baselines.descend(problem, baselines.Adam(0.1).build, 5)[:5], torch.stack(expected))
+
+
+@pytest.mark.parametrize("without", ["left", "right"])
+def test_evaluation_wants_a_rule_for_every_part(without):
+    lacking = {part: rule for part, rule in rules().items() if part != without}
+    with pytest.raises(ValueError, match=r"optimizers\['a'\]: expected a rule for each part \(left, middle, ri"):
+        evaluate(Bowls(), {"a": lacking}, steps=2, runs=1)
+
+
+# Parameter groups of networks
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3), nn.LayerNorm(3)
+    )
+
+
+def conv_and_fc_rules():
+    return {"fc": LSTMRule(seed=1), "conv": LSTMRule(seed=2)}
+
+
+def test_parameter_groups_are_by_the_type_of_the_module():
+    model, pair = network(), conv_and_fc_rules()
+    model[4].bias.requires_grad_(False)
+    groups = parameter_groups(model, pair)
+    assert [group["rule"] for group in groups] == [pair["fc"], pair["conv"]]
+    of = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = [[of[id(parameter)] for parameter in group["params"]] for group in groups]
+    assert names == [["4.weight", "5.weight", "5.bias"], ["0.weight", "0.bias", "1.weight", "1.bias"]]
+    optimizer = FusedLSTMOptimizer(groups)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model(torch.ones(4, 1, 4, 4)).square().sum().backward()
+    optimizer.step()
+    moved = [not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
+    assert moved[0]
+    assert not moved[5]  # the frozen bias
+
+
+def test_parameter_groups_may_be_by_name():
+    model = network()
+    first, rest = parameter_groups(model, {"a": LSTMRule(), "b": LSTMRule()}, parts={"a": ["0"], "b": ["1", "4", "5"]})
+    assert [len(first["params"]), len(rest["params"])] == [2, 6]
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "error", "message"),
+    [
+        (nn.Linear(2, 3), conv_and_fc_rules(), ValueError, r"parts of the network \(fc\), got one for 'conv'"),
+        (network(), {"fc": LSTMRule()}, ValueError, "got none for 'conv': 0.weight"),
+        (network(), LSTMRule(), TypeError, "rules: expected a dict of rules by part"),
+        ("model", conv_and_fc_rules(), TypeError, "module: expected a torch.nn.Module, got str"),
+        (nn.ReLU(), conv_and_fc_rules(), ValueError, "it has none"),
+    ],
+)
+def test_groups_that_cannot_be_are_named(model, given, error, message):
+    with pytest.raises(error, match=message):
+        parameter_groups(model, given)

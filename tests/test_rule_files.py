@@ -13,7 +13,7 @@ from helpers import GIVEN, RULES, random_rule, rule_of
 from safetensors.torch import save
 
 from fastl2l import LSTMRule, RNNpropRule, Rule, RuleFileError, files, load_rule, save_rule
-from fastl2l.rule_files import read_recipe
+from fastl2l.rule_files import load_one_rule, read_recipe
 
 
 def same(one: Rule, other: Rule) -> bool:
@@ -156,6 +156,60 @@ def test_rnnprop_comes_back_as_what_it_is(tmp_path):
     assert type(loaded) is RNNpropRule
 
 
+def pair():
+    return {"fc": RNNpropRule(seed=1), "conv": random_rule(hidden=3)}
+
+
+def test_rules_of_parts_come_back_to_the_bit_in_their_order(tmp_path):
+    rules, recipe = pair(), {"seed": 1}
+    path = save_rule(rules, tmp_path / "a", recipe=recipe)
+    loaded = load_rule(path)
+    assert list(loaded) == ["fc", "conv"]
+    assert all(same(loaded[part], rule) and type(loaded[part]) is type(rule) for part, rule in rules.items())
+    assert read_recipe(path) == recipe
+    with pytest.raises(RuleFileError, match="a: expected one rule, got one for each part: fc, conv"):
+        load_one_rule(path)
+
+
+def test_every_wrong_bit_of_rules_of_parts_is_noticed(tmp_path):
+    numbers, whole = random.Random(0), save_rule(pair(), tmp_path / "whole").read_bytes()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[numbers.randrange(len(whole))] ^= 1 << numbers.randrange(8)
+        refused(tmp_path, bytes(damaged))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (None, "its parts: expected JSON"),
+        ("{", "its parts: expected JSON"),
+        ("{}", "expected a rule and its configuration by part"),
+        ("[1]", "expected a rule and its configuration by part"),
+        ('{"": {"rule": "lstm", "config": {}}}', "expected a rule and its configuration by part"),
+        ('{"a.b": {"rule": "lstm", "config": {}}}', "expected a rule and its configuration by part"),
+        ('{"a": {"rule": "lstm"}}', "expected a rule and its configuration by part"),
+        ('{"a": {"rule": "lstm", "config": {}, "more": 1}}', "expected a rule and its configuration by part"),
+        ('{"a": {"rule": ["lstm"], "config": {}}}', "expected a rule of kind"),
+        ('{"a": {"rule": "lstm", "config": {}}}', "its configuration cannot be used"),
+        ('{"a": {"rule": "lstm", "config": {"text": "raw:1 lstm:3 linear", "output_scale": 1}}}', "expected weights"),
+    ],
+)
+def test_parts_that_are_none_are_refused(tmp_path, parts, message):
+    (tmp_path / "a").write_bytes(by_hand(random_rule(hidden=3), format_version="3", parts=parts))
+    with pytest.raises(RuleFileError, match=message):
+        load_rule(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("rules", "error"), [({}, ValueError), ({"a": 1}, TypeError), ({"a.b": LSTMRule()}, ValueError), (3, TypeError)]
+)
+def test_what_are_no_rules_of_parts_is_not_written(tmp_path, rules, error):
+    with pytest.raises(error, match="rule: expected"):
+        save_rule(rules, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_constant_that_is_no_number_of_the_weights_dtype_is_refused(tmp_path):
     rule = LSTMRule("raw", scale=1e39, dtype=torch.float64)
     weights = {name: weight.detach().float() for name, weight in rule.named_parameters()}
@@ -169,7 +223,7 @@ def test_a_constant_that_is_no_number_of_the_weights_dtype_is_refused(tmp_path):
     [
         ({"format": "other"}, "expected format 'fastl2l-rule', got 'other'"),
         ({"format": None}, "expected format 'fastl2l-rule', got None"),
-        ({"format_version": "3"}, "expected format version 2, got 3"),
+        ({"format_version": "4"}, "expected format version 2 or 3, got 4"),
         ({"rule": "gac"}, "expected a rule of kind lstm, rnnprop or rule, got 'gac'"),
         ({"config": None}, "its configuration cannot be used"),
         ({"config": "{"}, "its configuration cannot be used"),
@@ -284,7 +338,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, whole):
     path = tmp_path / "whole"
-    with pytest.raises(TypeError, match="rule: expected a rule, got Linear"):
+    with pytest.raises(TypeError, match="rule: expected a rule or a dict of rules by part, got Linear"):
         save_rule(torch.nn.Linear(1, 1), path)
     with pytest.raises(TypeError):
         save_rule(random_rule(hidden=4), path, recipe={"task": object()})

@@ -11,7 +11,7 @@ from fastl2l.experiments.experiment import (
     retrain,
 )
 from fastl2l.experiments.own_networks import OwnNetworks
-from fastl2l.experiments.recipes import RECIPES, fresh_rule
+from fastl2l.experiments.recipes import RECIPES, first_rules, fresh_rule
 
 ALL: dict[str, Reproducible] = {
     experiment.name: experiment for experiment in (*andrychowicz2016.EXPERIMENTS, *lv2017.EXPERIMENTS, OwnNetworks())
@@ -26,6 +26,7 @@ __all__ = [
     "Reproducible",
     "by_name",
     "check_rules",
+    "first_rules",
     "folder_name",
     "fresh_rule",
     "missing",

@@ -17,7 +17,7 @@ from fastl2l.experiments import losses
 from fastl2l.experiments.recipes import RECIPES
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule, shipped
-from fastl2l.rules import Rule
+from fastl2l.rules import Learned
 from fastl2l.tasks import Task
 
 
@@ -120,7 +120,7 @@ class Experiment:
         return {name for panel in self.panels for name in panel.rules.values()}
 
     def run(
-        self, out: str | os.PathLike[str], *, rules: Mapping[str, Rule], quick: bool, progress: bool = True
+        self, out: str | os.PathLike[str], *, rules: Mapping[str, Learned], quick: bool, progress: bool = True
     ) -> list[str | Table]:
         """See `Reproducible`."""
         told: list[str | Table] = [f"The paper: {self.claim}"]
@@ -153,7 +153,7 @@ class Reproducible(Protocol):
         """Names that those must not have."""
 
     def run(
-        self, out: str | os.PathLike[str], *, rules: Mapping[str, Rule], quick: bool, progress: bool = True
+        self, out: str | os.PathLike[str], *, rules: Mapping[str, Learned], quick: bool, progress: bool = True
     ) -> list[str | Table]:
         """Do it, write figures and tables to a folder of its name in `out`, and say what there is to tell.
 
@@ -185,7 +185,7 @@ def reproduce(
     experiment: Experiment,
     out: str | os.PathLike[str],
     *,
-    rules: Mapping[str, Rule] | None = None,
+    rules: Mapping[str, Learned] | None = None,
     quick: bool = False,
     progress: bool = True,
 ) -> dict[str, Curves]:
@@ -241,8 +241,8 @@ def folder_name(experiment: Reproducible, quick: bool) -> str:
     return experiment.name + "-quick" * quick
 
 
-def _optimizers(panel: Panel, rules: Mapping[str, Rule]) -> dict[str, Rule | Baseline]:
-    learned: dict[str, Rule | Baseline] = {label: rules[name] for label, name in panel.rules.items()}
+def _optimizers(panel: Panel, rules: Mapping[str, Learned]) -> dict[str, Learned | Baseline]:
+    learned: dict[str, Learned | Baseline] = {label: rules[name] for label, name in panel.rules.items()}
     if panel.rates:
         return learned | {
             _at(name, rate): baselines.by_name(name, rate) for name in panel.baselines for rate in panel.rates
@@ -305,7 +305,7 @@ def _rates(panel: Panel, curves: Curves) -> list[list[str]]:
     return rows
 
 
-def retrain(experiment: Reproducible, out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, Rule]:
+def retrain(experiment: Reproducible, out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, Learned]:
     """Train the rules of an experiment from their recipes, for `reproduce`; a tenth of the epochs if `quick`.
 
     Checkpoints are kept in `out`/rules: a run that was killed goes on, one that was finished is only loaded.

@@ -18,7 +18,7 @@ from fastl2l import baselines
 from fastl2l.baselines import Baseline
 from fastl2l.evaluate import Curves, describe, describe_optimizer, follow
 from fastl2l.files import FileError, cache_file, cached, open_tensors, parse_json, plain, shown, write_tensors
-from fastl2l.rules import Rule
+from fastl2l.rules import Learned
 from fastl2l.tasks import Task
 
 FORMAT = 1
@@ -27,7 +27,7 @@ FORMAT = 1
 
 def curves(
     task: Task,
-    optimizers: Mapping[str, Rule | Baseline],
+    optimizers: Mapping[str, Learned | Baseline],
     *,
     steps: int,
     runs: int,
@@ -74,7 +74,7 @@ def curves(
     return Curves(losses, describe(task, tuned, steps=steps, runs=runs, seed=seed, backend="auto", last=last))
 
 
-def _kept(task: Task, optimizer: Rule | Baseline, steps: int, numbers: range, seed: int) -> Tensor:
+def _kept(task: Task, optimizer: Learned | Baseline, steps: int, numbers: range, seed: int) -> Tensor:
     """Losses of the problems of these numbers, from the cache or into it."""
     request = plain(
         {

@@ -22,7 +22,7 @@ from fastl2l.experiments.own_networks_problems import PROBLEMS
 from fastl2l.files import write_record, write_text
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule, shipped
-from fastl2l.rules import Rule
+from fastl2l.rules import Learned, Rule
 from fastl2l.tasks.base import Task, problem_seed, value_and_grad
 
 FORMAT = 1
@@ -192,18 +192,18 @@ class OwnNetworks:
         return set(RULES) & shipped().keys()
 
     def run(
-        self, out: str | os.PathLike[str], *, rules: Mapping[str, Rule], quick: bool, progress: bool = True
+        self, out: str | os.PathLike[str], *, rules: Mapping[str, Learned], quick: bool, progress: bool = True
     ) -> list[str | Table]:
         """See `Reproducible`.
 
         Raises:
-            ValueError: a rule is called as an optimizer that it is compared with.
+            ValueError: a rule is called as an optimizer that it is compared with, or there is one for each part.
         """
         check_rules(self, rules)
         mine = {name: load_rule(name) for name in RULES if name in self.rules - rules.keys()}
-        rules, efforts = {**mine, **rules}, QUICK if quick else FULL
-        results = compare(rules, efforts, progress)
-        times = _all_times(results, rules, 20 if quick else 100)
+        compared, efforts = {**mine, **_single(rules)}, QUICK if quick else FULL
+        results = compare(compared, efforts, progress)
+        times = _all_times(results, compared, 20 if quick else 100)
         folder = Path(out) / folder_name(self, quick)
         groups: dict[str, dict[str, dict[str, float]]] = {}
         for result in results:
@@ -211,13 +211,23 @@ class OwnNetworks:
             groups.setdefault(f"{result.steps:,} steps", {})[result.problem] = ratios
         title = self.title + ", a quick look" * quick
         plots.plot_ratios(
-            groups, folder / "figure.png", title=title, xlabel="loss, ratio to tuned Adam's", learned=rules
+            groups, folder / "figure.png", title=title, xlabel="loss, ratio to tuned Adam's", learned=compared
         )
         told = [self.claim, *(effort.describe(steps) for steps, effort in efforts.items())]
-        summary = _summary(results, [DEFAULT, *rules])
+        summary = _summary(results, [DEFAULT, *compared])
         write_text(folder / "table.md", _page(title, told, summary, results, times))
-        write_record(folder / "results.json", _record(results, times, rules))
-        return [*told, *_sentences(summary, rules)]
+        write_record(folder / "results.json", _record(results, times, compared))
+        return [*told, *_sentences(summary, compared)]
+
+
+def _single(rules: Mapping[str, Learned]) -> dict[str, Rule]:
+    """`rules`, if each of them is one for all of a network."""
+    single = {}
+    for name, rule in rules.items():
+        if not isinstance(rule, Rule):
+            raise ValueError(f"rules[{name!r}]: expected one rule for all of a network, got {', '.join(rule)}")
+        single[name] = rule
+    return single
 
 
 Rows = list[list[str]]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastl2l.baselines import Baseline
+from fastl2l.baselines import Baseline, give_gradient, leaves
 from fastl2l.evaluate import builder, describe_optimizer, json_number
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.rules import Rule
@@ -73,16 +73,18 @@ def _kept(task: Task, optimizer: Rule | Baseline, steps: int, seed: int) -> floa
 
 def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimizer], at: list[int]) -> list[float]:
     """Loss on all examples after these numbers of steps, which rise; inf from a loss on that is not finite."""
-    theta = problem.theta0.clone().requires_grad_()
-    optimizer = build([theta])
+    theta = problem.theta0.clone()
+    parts = leaves(problem, theta)
+    optimizer = build(parts)
     found: list[float] = []
     for step in range(at[-1]):
-        loss, theta.grad = value_and_grad(problem, theta, step)
+        loss, gradient = value_and_grad(problem, theta, step)
         if not loss.isfinite():
             break
+        give_gradient(parts, gradient)
         optimizer.step()
         if step + 1 == at[len(found)]:
-            found.append(problem.whole_loss(theta.detach()).item() / problem.functions)
+            found.append(problem.whole_loss(theta).item() / problem.functions)
             if not math.isfinite(found[-1]):
                 found.pop()
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 from fastl2l import tasks
 from fastl2l.meta import MetaTrainer
-from fastl2l.rules import RULES, LSTMRule, RNNpropRule, Rule
+from fastl2l.rules import RULES, Learned, LSTMRule, RNNpropRule, Rule
 
 RULE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"quadratic": MappingProxyType({"preprocess": "raw", "output_scale": 1.0})}
@@ -42,6 +43,39 @@ def fresh_rule(kind: str, task: str, *, seed: int = 0, **options: Any) -> Rule:
     return RULES[kind](**{**papers, **options}, seed=seed)
 
 
+def first_rules(
+    task: tasks.Task,
+    *,
+    kind: str = LSTMRule.kind,
+    by_part: bool = False,
+    init: Learned | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Rule | dict[str, Rule]:
+    """What training on `task` starts from: a rule, or one for each part of the task's problems.
+
+    Args:
+        task: what is trained on.
+        kind, options: of fresh rules, as for `fresh_rule`.
+        by_part: whether each part has a rule of its own.
+        init: in place of fresh rules; for a part each, a copy of it.
+        seed: of the weights of the first rule; those of the next parts have the next seeds.
+
+    Raises:
+        ValueError: as for `fresh_rule`; or by_part, of a task whose problems have no parts.
+    """
+    if isinstance(init, Mapping):
+        return dict(init)
+    parts = list(task.sample(seed).parts or ()) if by_part else [""]
+    if not parts:
+        raise ValueError(f"by_part: expected a task whose problems have parts, such as cifar10, got {task.name!r}")
+    rules = {
+        part: copy.deepcopy(init) if init is not None else fresh_rule(kind, task.name, seed=seed + number, **options)
+        for number, part in enumerate(parts)
+    }
+    return rules if by_part else rules[""]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a rule is trained: all that is not a default.
@@ -57,6 +91,7 @@ class Recipe:
         options: of the task.
         seed: of the first weights and of all problems.
         init: how the rule is trained that this one starts from; fresh weights by default.
+        by_part: whether each part of the task's problems has a rule of its own, as in `first_rules`.
     """
 
     name: str
@@ -69,6 +104,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     init: Recipe | None = None
+    by_part: bool = False
 
     @property
     def commands(self) -> list[str]:
@@ -85,24 +121,27 @@ class Recipe:
             options["init"] = f"runs/{self.init.name}/rule.safetensors"
         elif self.kind != LSTMRule.kind:
             options["rule"] = self.kind
+        if self.by_part:
+            options["by_part"] = True
         options["out"] = f"runs/{self.name}"
         words = [_option(name, value) for name, value in options.items()]
         return [*(self.init.commands if self.init is not None else []), " ".join(["fastl2l train", *words])]
 
-    def train(self, folder: str | os.PathLike[str], *, quick: bool = False, progress: bool = True) -> Rule:
-        """The rule, trained; a run that was killed goes on from the checkpoints in `folder`.
+    def train(
+        self, folder: str | os.PathLike[str], *, quick: bool = False, progress: bool = True
+    ) -> Rule | dict[str, Rule]:
+        """The rule, or those of the parts, trained; a run that was killed goes on from the checkpoints in `folder`.
 
         Args:
             folder: for the checkpoints.
             quick: a tenth of the epochs, for a quick look.
             progress: show how far it is.
         """
-        if self.init is None:
-            rule = fresh_rule(self.kind, self.task, seed=self.seed)
-        else:
-            rule = self.init.train(folder, quick=quick, progress=progress)
+        before = None if self.init is None else self.init.train(folder, quick=quick, progress=progress)
         checkpoint = Path(folder) / f"{self.name}{'-quick' * quick}.pt"
-        task = tasks.augmented(tasks.by_name(self.task, **self.options), **self.augmentation)
+        task = tasks.by_name(self.task, **self.options)
+        rule = first_rules(task, kind=self.kind, by_part=self.by_part, init=before, seed=self.seed)
+        task = tasks.augmented(task, **self.augmentation)
         trainer = MetaTrainer(rule, task, seed=self.seed, checkpoint=checkpoint, **self.training)
         trainer.fit(max(1, self.epochs // 10) if quick else self.epochs, progress=progress)
         return rule
