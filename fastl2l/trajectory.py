@@ -69,7 +69,7 @@ def step_weights(weights: Sequence[float] | str | None, unroll: int) -> list[flo
     """
     if weights is None:
         return [1.0] * unroll
-    if weights == "last":
+    if isinstance(weights, str) and weights == "last":
         return [0.0] * (unroll - 1) + [1.0]
     if isinstance(weights, str) or not isinstance(weights, Iterable):
         raise ValueError(f"step_weights: expected None, 'last' or {unroll} numbers, got {weights!r}")

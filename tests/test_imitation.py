@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import errors, rule_of
 from small_training import SMALL, TASK, finished, outcome, small_rule, trainer
 from test_trajectory import TEXTS, Waves
 
-from fastl2l import MetaTrainer, Trajectory, reference
+from fastl2l import MetaTrainer, Trajectory, reference, tasks
 from fastl2l.baselines import Adam, descend
 from fastl2l.meta import Imitation, train_by_curriculum
 from fastl2l.meta.imitation import TaughtTrajectory
@@ -99,6 +100,15 @@ def test_imitation_goes_on_to_the_same_bits_and_is_part_of_a_run_s_settings(tmp_
         trainer(checkpoint=tmp_path / "run.pt", horizon=(4, 16))
 
 
+def test_numpy_numbers_in_settings_leave_a_checkpoint_that_is_read(tmp_path):
+    task = tasks.WithConvex(TASK, np.int64(3), np.float64(0.5))
+    options = {"imitation": Imitation([Adam(lr=np.float64(0.01))], np.float64(0.5)), "checkpoint": tmp_path / "run.pt"}
+    for epochs in (1, 2):
+        rising = MetaTrainer(small_rule(), task, **SMALL, **options)
+        rising.fit(epochs, progress=False)
+    assert len(rising.history) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -107,6 +117,7 @@ def test_imitation_goes_on_to_the_same_bits_and_is_part_of_a_run_s_settings(tmp_
         (([0.1],), TypeError, r"teachers\[0\]: expected an optimizer"),
         (([sgd, lambda params: params],), TypeError, r"teachers\[1\]: expected an optimizer.*returns"),
         (([Adam()],), ValueError, r"teachers\[0\]: expected a learning rate, got .tune."),
+        (([torch.optim.LBFGS],), TypeError, r"teachers\[0\]: expected an optimizer that steps without a closure"),
         (([sgd], 1.5), ValueError, "share: expected a number from 0 to 1, got 1.5"),
         (([sgd], "half"), TypeError, "share: expected a number from 0 to 1, got 'half'"),
     ],
@@ -179,6 +190,7 @@ def test_a_curriculum_goes_through_its_horizons_and_on_from_where_it_was_killed(
         ({"horizons": (8, 10)}, ValueError, "horizons: expected whole windows of 4 steps, got 10"),
         ({"horizons": ()}, TypeError, "horizons: expected a sequence of rising"),
         ({"horizons": 8}, TypeError, "horizons: expected a sequence"),
+        ({"unroll": 0}, ValueError, "unroll: expected an integer >= 1"),
         ({"horizons": (8,), "patience": 0}, ValueError, "patience: expected an integer >= 1"),
         ({"horizons": (8,), "horizon": 8}, ValueError, "horizon: expected none"),
     ],
@@ -197,6 +209,7 @@ def test_bad_curricula_are_named_before_anything_is_done(change, error, message,
         ({"horizon": (16, 8)}, ValueError, "horizon: expected the least steps, then the most"),
         ({"horizon": (4, 10)}, ValueError, "unroll: expected a divisor of the horizon 10, got 4"),
         ({"log_floor": 0.0}, ValueError, "log_floor: expected"),
+        ({"log_floor": 1e-3, "batch": 3}, ValueError, "batch: expected 1 with log_floor"),
         ({"validation_horizon": 0}, ValueError, "validation_horizon: expected an integer >= 1"),
         ({"imitation": sgd}, TypeError, "imitation: expected None or an Imitation"),
     ],

@@ -120,6 +120,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, options):
     assert same(weights(whole), weights(again))
 
 
+def test_a_run_goes_on_whatever_the_order_of_its_rules(tmp_path):
+    def alike(names):
+        return {name: rule_of(lstm("raw", 3, 1), seed=1, output_scale=0.1) for name in names}
+
+    whole, names = alike(SIZES), list(SIZES)
+    trained(whole, 4)
+    trained(alike(names[::-1]), 2, checkpoint=tmp_path / "run.pt")
+    again = alike([names[1], names[0], names[2]])
+    trained(again, 4, checkpoint=tmp_path / "run.pt")
+    assert all(same(whole[name].weights(), again[name].weights()) for name in names)
+
+
 def test_a_checkpoint_of_other_parts_is_refused(tmp_path):
     trained(rules(), 1, checkpoint=tmp_path / "run.pt")
     other = rules()

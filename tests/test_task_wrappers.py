@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -22,7 +23,7 @@ from fastl2l.tasks import (
     batch,
     from_module,
 )
-from fastl2l.tasks.base import check_start, is_pure, parts_of, value_and_grad
+from fastl2l.tasks.base import check_start, is_pure, parts_of, problem_seed, value_and_grad
 
 F64 = torch.float64
 QUADRATIC = Quadratic(3, 4, dtype=F64)
@@ -199,6 +200,30 @@ def test_bad_arguments_are_named(make, error, message):
         make()
 
 
+def test_mixtures_in_mixtures_choose_anew_at_each_level():
+    few = [Quadratic(dim=dim, batch=1) for dim in (2, 3, 4, 5)]
+    nested = Mixture([Mixture(few[:2]), Scaled(Mixture(few[2:]), 1.0)])
+    found = Counter(nested.sample(problem_seed(0, "train", i)).theta0.numel() for i in range(800))
+    assert all(140 < found[dim] < 260 for dim in (2, 3, 4, 5))
+
+
+def test_wrappers_in_wrappers_of_their_kind_draw_anew():
+    seed, alone = 3, Quadratic(dim=4, batch=1)
+    start = alone.sample(seed).theta0
+    once, twice = (task.sample(seed).theta0 for task in (Scaled(alone, 1), Scaled(Scaled(alone, 1), 1)))
+    assert not torch.allclose(start / once, once / twice)
+    problem = WithConvex(WithConvex(alone, 3), 3).sample(seed)
+    theta = problem.theta0.clone().requires_grad_()
+    gradient = value_and_grad(problem, theta, 0)[1]
+    assert not torch.equal(gradient[4:7], gradient[7:])
+
+
+def test_scales_that_a_dtype_cannot_hold_are_refused():
+    task = Scaled(Digits(hidden=(2,), dtype=torch.float16), 20)
+    with pytest.raises(ValueError, match=r"r: expected scales that torch\.float16 can hold, got 20"):
+        task.sample(0)
+
+
 # Random networks
 
 
@@ -222,6 +247,21 @@ def test_random_networks_of_every_kind_keep_the_contract_and_can_be_learned(kind
         losses.append(loss)
         optimizer.step()
     assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
+
+
+@pytest.mark.parametrize("kind", RandomNetworks().kinds)
+def test_random_networks_are_the_same_in_all_surroundings(kind):
+    task = RandomNetworks(kinds=(kind,))
+    expected = task.sample(1)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            problem = task.sample(1)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(problem.theta0, expected.theta0)
+    assert torch.equal(value_and_grad(problem, problem.theta0, 2)[1], value_and_grad(expected, expected.theta0, 2)[1])
 
 
 def test_random_networks_leave_torch_s_random_numbers_alone():

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import constants, detached, errors, lstm, random_rule, rule_of
@@ -401,6 +402,7 @@ def test_dtypes_must_agree():
         (None, [1.0, 1.0, 1.0]),
         ("last", [0.0, 0.0, 1.0]),
         ((0, 1, 2), [0.0, 1.0, 2.0]),
+        (np.array([0, 1, 2]), [0.0, 1.0, 2.0]),
         (iter([3.0, 0.0, 0.5]), [3.0, 0.0, 0.5]),
     ],
 )

@@ -205,24 +205,8 @@ def _rnnprop() -> Recipe:
     )
 
 
-_FIRST_KINDS = (
-    "image-mlp",
-    "image-cnn",
-    "autoencoder",
-    "table-regression",
-    "table-classification",
-    "curve",
-    "sequence",
-    "attention",
-    "symbols",
-    "language",
-    "factors",
-)
-"""Of random networks: those without many inputs, rare symbols or data that are learned by heart."""
-
-
 def _rnnprop_long() -> Recipe:
-    """Random networks of many kinds; longer ways and windows, then more kinds, at a rate that falls twice."""
+    """Random networks of many kinds; longer ways and windows in the later stages, and a falling rate in the last."""
     common = {
         "trajectories": 50,
         "validation_problems": 8,
@@ -240,10 +224,8 @@ def _rnnprop_long() -> Recipe:
         ),
         kind=RNNpropRule.kind,
         augmentation=MappingProxyType({"scaling": (0.0, 1.0, 3.0), "convex": 20}),
-        options=MappingProxyType({"kinds": _FIRST_KINDS}),
     )
     longer = {**common, "horizon": (50, 2000), "unroll": 50, "log_floor": 1e-5}
-    falling = MappingProxyType({**longer, "meta_lr": 6e-4, "schedule": "cosine"})
     second = replace(
         first,
         name="rnnprop-long-2",
@@ -253,23 +235,14 @@ def _rnnprop_long() -> Recipe:
         seed=1,
         init=first,
     )
-    third = replace(
-        second,
-        name="rnnprop-long-3",
-        about="The third stage of rnnprop-long.",
-        epochs=18,
-        training=falling,
-        seed=2,
-        init=second,
-    )
     return replace(
-        third,
+        second,
         name="rnnprop-long",
         about="Networks of your own, for some thousand steps: trained on small networks of many kinds.",
-        epochs=80,
-        options=MappingProxyType({}),
-        seed=3,
-        init=third,
+        epochs=18,
+        training=MappingProxyType({**longer, "meta_lr": 6e-4, "schedule": "cosine"}),
+        seed=2,
+        init=second,
     )
 
 

@@ -42,7 +42,8 @@ def train_by_curriculum(
 
     Args:
         rule, task: as for :class:`fastl2l.MetaTrainer`.
-        folder: for a checkpoint a stage. A run that was killed at any moment goes on from there, to the same bits.
+        folder: for a checkpoint a stage. A run that was killed at any moment goes on from there, to the same bits, if
+            `rule` is as it was at first, not as it was left.
         horizons: steps of the trajectories, in rising order, each a number of whole windows.
         epochs: of a stage at most.
         patience: epochs without progress that end a stage.
@@ -62,11 +63,10 @@ def train_by_curriculum(
     for name in ("horizon", "validation_horizon", "checkpoint"):
         if name in options:
             raise ValueError(f"{name}: expected none, it is the curriculum's, got {options[name]!r}")
+    unroll = integer("unroll", options.get("unroll", 20))
     for horizon in horizons:
-        if horizon % options.get("unroll", 20):
-            raise ValueError(
-                f"horizons: expected whole windows of {options.get('unroll', 20)} steps, got {horizon} steps"
-            )
+        if horizon % unroll:
+            raise ValueError(f"horizons: expected whole windows of {unroll} steps, got {horizon} steps")
     stages = []
     for horizon, following in zip(horizons, [*horizons[1:], horizons[-1]], strict=True):
         checkpoint = Path(folder) / f"horizon-{horizon}.pt"

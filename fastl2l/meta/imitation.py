@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class Imitation:
         object.__setattr__(self, "teachers", tuple(self.teachers))
         for i, teacher in enumerate(self.teachers):
             _check_teacher(f"teachers[{i}]", teacher)
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)):
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float, np.number)):
             raise TypeError(f"share: expected a number from 0 to 1, got {self.share!r}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share: expected a number from 0 to 1, got {self.share}")
@@ -123,6 +124,12 @@ def _check_teacher(name: str, teacher: object) -> None:
         return
     if not callable(teacher):
         raise TypeError(f"{name}: expected {expected}, got {teacher!r}")
-    built = teacher([torch.zeros(1, requires_grad=True)])
+    parameter = torch.zeros(3, requires_grad=True)
+    built = teacher([parameter])
     if not isinstance(built, torch.optim.Optimizer):
         raise TypeError(f"{name}: expected {expected}, got a function that returns {built!r}")
+    parameter.grad = torch.ones(3)
+    try:
+        built.step()
+    except Exception as error:
+        raise TypeError(f"{name}: expected an optimizer that steps without a closure, got {error}") from error

@@ -24,8 +24,8 @@ from fastl2l.meta.step import meta_step
 from fastl2l.ops.dispatch import select
 from fastl2l.progress import Progress
 from fastl2l.rule_config import require_positive
-from fastl2l.rules import Rule, all_weights, named_weights, rules_by_part
-from fastl2l.tasks.base import Problem, Task, check_start, fingerprint, generator, integer, problem_seed
+from fastl2l.rules import Learned, Rule, all_weights, named_weights, rules_by_part
+from fastl2l.tasks.base import Problem, Task, as_json, check_start, fingerprint, generator, integer, problem_seed
 from fastl2l.tasks.batch import batch as side_by_side
 from fastl2l.trajectory import Objective, Trajectory
 from fastl2l.trajectory import step_weights as _step_weights
@@ -139,7 +139,8 @@ class MetaTrainer:
         checkpoint: str | os.PathLike[str] | None = None,
         tensorboard: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.rule, self._rules = rule, rules_by_part(rule)
+        # In one order, whatever the caller's: what is kept of the meta-optimizer goes by it.
+        self.rule, self._rules = rule, dict(sorted(rules_by_part(rule).items()))
         self.task, self.seed = task, integer("seed", seed, least=0)
         self.horizon, self.unroll = _horizon(horizon), integer("unroll", unroll)
         self.trajectories, self.batch = integer("trajectories", trajectories), integer("batch", batch)
@@ -186,6 +187,11 @@ class MetaTrainer:
                 raise ValueError(f"unroll: expected a divisor of the horizon {horizon}, got {self.unroll}")
         if self.trajectories % self.batch:
             raise ValueError(f"batch: expected a divisor of the trajectories {self.trajectories}, got {self.batch}")
+        if self.log_floor is not None and self.batch > 1:
+            raise ValueError(
+                f"batch: expected 1 with log_floor, which lowers the log of each problem's loss, where of a batch the "
+                f"sum of the losses is known; got {self.batch}"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.keep not in ("best", "last"):
@@ -211,8 +217,6 @@ class MetaTrainer:
             "backend": select(self.backend, next(iter(self._rules.values())).device).name,
             **{name: getattr(self, name) for name in names},
         }
-        if isinstance(self.horizon, tuple):
-            settings["horizon"] = list(self.horizon)
         # What a run is without them, it was before they were there: older checkpoints are good.
         later = {
             "log_floor": self.log_floor,
@@ -220,7 +224,13 @@ class MetaTrainer:
             "validation_horizon": self.validation_horizon if self.validation_horizon != self._horizons[1] else None,
             "imitation": None if self.imitation is None else self.imitation.describe(),
         }
-        return settings | {name: value for name, value in later.items() if value}
+        settings |= {name: value for name, value in later.items() if value}
+        return {name: as_json(name, value) for name, value in settings.items()}
+
+    @property
+    def _ordered(self) -> Learned:
+        """The rule, or the rules in the order of `_rules`."""
+        return self._rules.get("", self._rules)
 
     @property
     def _horizons(self) -> tuple[int, int]:
@@ -350,7 +360,7 @@ class MetaTrainer:
     def _train_on(self, first: int, losses: list[Tensor]) -> bool:
         """Train along one trajectory; False if it was left because something was not finite."""
         problem = self._problems("train", first, self.batch)
-        trajectory = self._imitated(problem, first) or Trajectory(problem, self.rule, backend=self.backend)
+        trajectory = self._imitated(problem, first) or Trajectory(problem, self._ordered, backend=self.backend)
         for _ in range(self._windows(first)):
             window = trajectory.window(self._objective, second_derivatives=self.second_derivatives)
             norm = torch.linalg.vector_norm(window.gradients)
@@ -365,11 +375,11 @@ class MetaTrainer:
     def _imitated(self, problem: Problem, first: int) -> TaughtTrajectory | None:
         """The trajectory if it is a teacher's."""
         teacher = None if self.imitation is None else self.imitation.teacher(problem_seed(self.seed, "train", first))
-        return None if teacher is None else TaughtTrajectory(problem, self.rule, teacher, backend=self.backend)
+        return None if teacher is None else TaughtTrajectory(problem, self._ordered, teacher, backend=self.backend)
 
     def _captured(self) -> capture_module.CapturedWindow:
         return capture_module.CapturedWindow(
-            self.rule,
+            self._ordered,
             self._adam,
             self._problems("train", 0, self.batch),
             objective=self._objective,
@@ -391,7 +401,7 @@ class MetaTrainer:
         total, horizon = 0.0, self.validation_horizon
         for first in range(0, self.validation_problems, self.batch):
             count = min(self.batch, self.validation_problems - first)
-            trajectory = Trajectory(self._problems("validation", first, count), self.rule, backend=self.backend)
+            trajectory = Trajectory(self._problems("validation", first, count), self._ordered, backend=self.backend)
             losses = [trajectory.advance() for _ in range(horizon)]
             if self.log_floor is None:
                 total += losses[-1].item() * count

@@ -139,25 +139,26 @@ class Task(ABC):
         """
         names = [field.name for field in dataclasses.fields(cast(Any, self)) if field.name != "device"]
         return {"name": self.name} | {
-            name: _plain(f"task {self.name!r}: {name}", getattr(self, name)) for name in names
+            name: as_json(f"task {self.name!r}: {name}", getattr(self, name)) for name in names
         }
 
 
-def _plain(name: str, value: Any) -> Any:
+def as_json(name: str, value: Any) -> Any:
+    """`value` as JSON would hold it. Raises TypeError, which speaks of `name`, if there is no word for it."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, np.generic):
-        return _plain(name, value.item())
+        return as_json(name, value.item())
     if isinstance(value, (tuple, list)):
-        return [_plain(name, item) for item in value]
+        return [as_json(name, item) for item in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(name, item) for key, item in value.items()}
+        return {key: as_json(name, item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if callable(getattr(value, "spec", None)):
-        return _plain(name, value.spec())
+        return as_json(name, value.spec())
     raise TypeError(f"{name}: expected what JSON has a word for, got {_kind(value)}; override spec() to describe it")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastl2l.tasks.base import Problem, Task, generator, integer, parts_of
 from fastl2l.tasks.scaled import factors, log_range
-from fastl2l.tasks.wrapped import check_coordinates, check_task, wrap
+from fastl2l.tasks.wrapped import check_coordinates, check_task, stream, wrap
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class WithConvex(Task):
 
     def __post_init__(self) -> None:
         check_coordinates(check_task(self.task).sample(0))
-        integer("dim", self.dim)
+        object.__setattr__(self, "dim", integer("dim", self.dim))
         object.__setattr__(self, "r", log_range("r", self.r))
 
     @property
@@ -46,7 +46,7 @@ class WithConvex(Task):
 
     def sample(self, seed: int) -> Problem:
         problem = self.task.sample(seed)
-        parts, random = parts_of(problem), generator(seed, "convex")
+        parts, random = parts_of(problem), generator(seed, stream("convex", self))
         shape = (len(parts), problem.functions, self.dim)
         targets, scales = torch.from_numpy(random.uniform(-1, 1, shape)), factors(random, shape, self.r)
         change = _AddConvex(tuple(parts.values()), problem.functions, self.dim)

@@ -134,7 +134,7 @@ class ModuleTask(Task):
         return dict(self._spec)
 
     def _module(self, seed: int) -> nn.Module:
-        with seeded(seed, torch.device("cpu")), _defaults(torch.device("cpu"), self._dtype):
+        with seeded(seed, torch.device("cpu")), defaults(torch.device("cpu"), self._dtype):
             module = self._make_module()
         _check_module(module)
         return module
@@ -209,7 +209,7 @@ class ModuleFunction:
         tensors = dict(zip([*self._names, *self._frozen, *self._buffers], [*parts, *constants], strict=True))
         tensors |= {name: tensors[name].clone() for name in self._buffers}  # which the network may write to
         *inputs, targets = (take(column, rows) for column in self._data)
-        with _defaults(*self._defaults):
+        with defaults(*self._defaults):
             output = functional_call(self.module, tensors, tuple(inputs), tie_weights=self._has_tied)
             return self._loss(output, targets)
 
@@ -316,7 +316,7 @@ def _read(dataset: Dataset) -> list[Tensor]:
         raise ValueError(f"data: expected a Dataset of numbered items, at least one, got {_type(dataset)}")
     examples: list[list[Tensor]] = []
     for i in range(len(dataset)):
-        with _defaults(torch.device("cpu"), torch.get_default_dtype()):
+        with defaults(torch.device("cpu"), torch.get_default_dtype()):
             item = dataset[i]
         if not isinstance(item, (tuple, list)) or len(item) < 2:
             raise TypeError(f"data: item {i}: expected (input, target) or (input, ..., target), got {_type(item)}")
@@ -353,7 +353,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """What anyone's code makes without a device or dtype has these inside, whatever is the default outside."""
     before = torch.get_default_dtype()
     if before == dtype and torch.get_default_device() in (device, torch.device("cpu")):

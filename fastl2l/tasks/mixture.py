@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastl2l.tasks.base import Problem, Task, generator
-from fastl2l.tasks.wrapped import check_coordinates, check_task
+from fastl2l.tasks.wrapped import check_coordinates, check_task, stream
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Mixture(Task):
         return {"name": self.name, "tasks": [task.spec() for task in self.tasks], "weights": list(self.weights or ())}
 
     def sample(self, seed: int) -> Problem:
-        chosen = generator(seed, "mixture").choice(len(self.tasks), p=self.weights)
+        chosen = generator(seed, stream("mixture", self)).choice(len(self.tasks), p=self.weights)
         return self.tasks[chosen].sample(seed)
 
 
@@ -69,4 +69,5 @@ def _weights(weights: object, tasks: int) -> tuple[float, ...]:
         raise TypeError(f"weights: expected None or {tasks} numbers > 0, got {weights!r}") from error
     if len(numbers) != tasks or not all(0 < number < math.inf for number in numbers):
         raise ValueError(f"weights: expected {tasks} finite numbers > 0, got {numbers}")
-    return tuple(number / sum(numbers) for number in numbers)
+    shares = [number / max(numbers) for number in numbers]  # whose sum is finite
+    return tuple(share / sum(shares) for share in shares)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastl2l.tasks.base import Problem, Task, generator
-from fastl2l.tasks.wrapped import check_coordinates, check_task, wrap
+from fastl2l.tasks.wrapped import check_coordinates, check_task, stream, wrap
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,11 @@ class Scaled(Task):
     def sample(self, seed: int) -> Problem:
         problem = self.task.sample(seed)
         theta0 = problem.theta0
-        scales = factors(generator(seed, "scales"), theta0.shape, self.r).to(theta0.device, theta0.dtype)
-        return wrap(problem, _scaled, theta0 / scales, (scales,), problem.parts)
+        scales = factors(generator(seed, stream("scales", self)), theta0.shape, self.r).to(theta0.device, theta0.dtype)
+        start = theta0 / scales
+        if not (start.isfinite().all() and scales.isfinite().all()):
+            raise ValueError(f"r: expected scales that {theta0.dtype} can hold, got {self.r:g}")
+        return wrap(problem, _scaled, start, (scales,), problem.parts)
 
 
 def factors(random: np.random.Generator, shape: tuple[int, ...], r: float) -> Tensor:

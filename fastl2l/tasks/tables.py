@@ -133,4 +133,7 @@ def _array(name: str, values: Any) -> Tensor:
 
 def _standardized(columns: Tensor) -> Tensor:
     constant = (columns == columns[0]).all(0)  # of such, rounding may leave some deviation
-    return (columns - columns.mean(0)) / columns.std(0, correction=0).masked_fill(constant, 1.0)
+    deviations = columns.std(0, correction=0).masked_fill(constant, 1.0)
+    if not deviations.isfinite().all():
+        raise ValueError(f"table: expected numbers whose squares are finite, got up to {columns.abs().max()}")
+    return (columns - columns.mean(0)) / deviations

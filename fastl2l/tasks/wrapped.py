@@ -78,6 +78,20 @@ class _Changed:
         return self.change(lambda inner: self.function(inner, *rest), theta, *own)
 
 
+def stream(name: str, task: Task) -> str:
+    """The random numbers that `task` draws by `name`; numbered where tasks of its kind are within it.
+
+    A problem has one seed at all levels: by one name, an inner mixture would choose as the outer one has chosen.
+    """
+    depth = _levels(task, type(task)) - 1
+    return f"{name} {depth}" if depth else name
+
+
+def _levels(task: Task, kind: type[Task]) -> int:
+    inner = [*getattr(task, "tasks", ()), getattr(task, "task", None)]
+    return isinstance(task, kind) + max((_levels(one, kind) for one in inner if isinstance(one, Task)), default=0)
+
+
 def check_task(task: object) -> Task:
     """`task` if it is one, or a TypeError."""
     if not isinstance(task, Task):
