@@ -94,9 +94,14 @@ def picture(pixels: Tensor) -> Image.Image:
 
 def fitted(picture: Image.Image, size: int) -> Image.Image:
     """Resized so that the longer side has `size` pixels; the other keeps the proportions, with at least 8."""
+    return picture.resize(fitted_size(picture, size), Image.Resampling.LANCZOS)
+
+
+def fitted_size(picture: Image.Image, size: int) -> tuple[int, int]:
+    """Width and height that `fitted` gives it."""
     longer = max(picture.size)
     width, height = (max(LEAST_SIDE, round(side * size / longer)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    return width, height
 
 
 def square(picture: Image.Image, size: int, *, left: float = 0.5, top: float = 0.5, side: float = 1.0) -> Image.Image:
@@ -146,7 +151,7 @@ def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFo
 
 
 def check_output(name: str, path: str | os.PathLike[str], formats: Sequence[str] = tuple(FORMATS)) -> None:
-    """Raise a ValueError unless a picture can be written there: a name with such a suffix, in a folder that takes it."""
+    """Raise a ValueError unless a picture can be written there: a name with such a suffix, a folder that takes it."""
     target = Path(path)
     if target.suffix.lower() not in formats:
         raise ValueError(f"{name}: expected a name that ends in {', '.join(formats)}, got {str(path)!r}")

@@ -10,6 +10,7 @@ import torch
 from helpers import CIFAR10_FILES, ISAS
 from PIL import Image
 
+from fastl2l.experiments import neural_art
 from fastl2l.ops import dispatch
 from fastl2l.tasks import datasets, vgg
 
@@ -91,9 +92,9 @@ def tiny_vgg(monkeypatch):
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
-    """FASTL2L_DATA with 40 photographs in images/content, and a picture "waves" in images/style."""
-    monkeypatch.setenv("FASTL2L_DATA", str(tmp_path / "data"))
-    folder = tmp_path / "data" / "images"
+    """FASTL2L_DATA with 40 photographs in images/content, and three pictures of waves in images/style."""
+    monkeypatch.setenv("FASTL2L_DATA", str(tmp_path))
+    folder = tmp_path / "images"
     (folder / "content").mkdir(parents=True)
     (folder / "style").mkdir()
     random = np.random.default_rng(0)
@@ -102,5 +103,6 @@ def pictures(tmp_path, monkeypatch):
         coarse.resize((48, 40), Image.Resampling.BICUBIC).save(folder / "content" / f"{number}.png")
     x, y = np.meshgrid(np.arange(50.0), np.arange(40.0))
     waves = np.stack([np.sin(x / 3 + np.sin(y / 5)), np.cos(y / 2), np.sin(x / 7)], 2)
-    Image.fromarray(((waves + 1) * 127).astype(np.uint8)).save(folder / "style" / "waves.png")
+    for name in ("waves", neural_art.TRAINING_STYLE, neural_art.OTHER_STYLE):
+        Image.fromarray(((waves + 1) * 127).astype(np.uint8)).save(folder / "style" / f"{name}.png")
     return folder

@@ -22,6 +22,7 @@ from fastl2l.tasks.datasets import data_folder
 
 SPLITS = ("train", "validation", "test", "all")
 STARTS = ("noise", "content")
+TERMS = ("content", "style", "smoothness")
 LEAST_SIZE = 16
 """Pixels of a side: the deepest features by default are of an eighth of it."""
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -62,7 +63,7 @@ class Weights:
 
     content: float = 1.0
     style: float = 5.0
-    smoothness: float = 0.05
+    smoothness: float = 0.3
     content_layer: str = "relu4_1"
     style_layers: Sequence[str] = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
     network: str = "vgg16"
@@ -113,7 +114,7 @@ class Styling:
         self._content, self._styles = weights.layers
 
     def __call__(self, theta: Tensor, target: Tensor, square: Tensor) -> Tensor:
-        return self.height * self.width * sum(self.terms(theta, target, square))
+        return self.height * self.width * torch.stack(self.terms(theta, target, square)).sum()
 
     def terms(self, theta: Tensor, target: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three terms a pixel, with their weights: content, style, smoothness.
@@ -214,8 +215,8 @@ class NeuralArt(Task):
         size: pixels of a side; at least 16.
         content_weight, style_weight, smoothness: of the three terms, see `Weights`.
         style_shares: of several styles; by default all alike.
-        split: "train" (three quarters), "validation" (a tenth), "test" (the rest) or "all" of the photographs. Each is in
-            one of them by what it holds. By default "train" of a folder, "all" of files.
+        split: "train" (three quarters), "validation" (a tenth), "test" (the rest) or "all" of the photographs. Each
+            is in one of them by what it holds. By default "train" of a folder, "all" of files.
         crops: whether a photograph is cropped (a square of 0.6 to 1 of the shorter side, anywhere) and turned over at
             random, which makes many of few; else it is the square in its middle.
         start: "noise" or "content".
