@@ -257,13 +257,13 @@ def test_the_real_network_is_torchvisions():
 
 @needs_weights
 def test_a_picture_is_painted_with_the_real_network(pictures):
-    """Adam brings f far below its start, and the first layer's colours near the style's."""
+    """Adam, at its rate for pictures, brings f far below its start."""
     task = NeuralArt(style="waves", size=16)
     problem = task.sample(0)
     theta = problem.theta0.clone().requires_grad_()
-    optimizer = torch.optim.Adam([theta], lr=0.1)
+    optimizer = torch.optim.Adam([theta], lr=0.2)
     start = problem.loss(theta, 0).item()
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = problem.loss(theta, 0)
         loss.backward()
