@@ -6,6 +6,7 @@ fresh problems of the task, which are never those of a test.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -107,10 +108,36 @@ class Adadelta(Baseline):
     name, optimizer = "adadelta", torch.optim.Adadelta
 
 
+class LBFGS(Baseline):
+    """L-BFGS with a line search (strong Wolfe conditions), the habit of those who paint by optimization.
+
+    It needs several evaluations of the function for an iteration, and these are what its steps are counted by. "tune"
+    means 1: the line search finds the length of a step.
+    """
+
+    name, optimizer = "lbfgs", torch.optim.LBFGS
+    # It stops when `evaluations` are spent, not by itself.
+    options: ClassVar[dict[str, Any]] = {
+        "line_search_fn": "strong_wolfe",
+        "history_size": 20,
+        "max_iter": 10**9,
+        "max_eval": 10**9,
+        "tolerance_grad": 0.0,
+        "tolerance_change": 0.0,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr == "tune":
+            object.__setattr__(self, "lr", 1.0)
+
+
 ALL: dict[str, type[Baseline]] = {
-    baseline.name: baseline for baseline in (SGD, RMSprop, NAG, Adam, Momentum, Adagrad, Adadelta)
+    baseline.name: baseline for baseline in (SGD, RMSprop, NAG, Adam, Momentum, Adagrad, Adadelta, LBFGS)
 }
-"""The baselines of the papers, by name."""
+"""The baselines of the papers, and L-BFGS, by name."""
+FIRST_ORDER = tuple(name for name in ALL if name != LBFGS.name)
+"""Names of the papers' own, which take a step for an evaluation."""
 DEFAULT = ("sgd", "rmsprop", "nag", "adam")
 """Names of those that a rule is compared with where nothing else is said: the ones of both papers."""
 
@@ -126,12 +153,16 @@ def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimi
     """Follow an optimizer on a problem: the losses f_t(theta_t) / functions at t = 0 .. steps, float64 [steps + 1].
 
     `build` gets a list of the problem's parts; of all of theta, if it has none. From the first non-finite loss on, all
-    are inf.
+    are inf. Of L-BFGS, t counts evaluations of f and its gradient, line search included, and a loss is the lowest so
+    far: what it would give if it were stopped there.
     """
     theta = problem.theta0.clone()
     parts = leaves(problem, theta)
     optimizer = build(parts)
-    losses = []
+    losses: list[Tensor] = []
+    if isinstance(optimizer, torch.optim.LBFGS):
+        evaluations(problem, build, steps + 1, lambda loss, theta: losses.append(loss))
+        return torch.stack(losses).cpu().double().nan_to_num(nan=math.inf, posinf=math.inf).cummin(0).values
     for step in range(steps):
         loss, gradient = value_and_grad(problem, theta, step)
         give_gradient(parts, gradient)
@@ -140,6 +171,46 @@ def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimi
     losses.append(evaluate_loss(problem, theta, steps) / problem.functions)
     curve = torch.stack(losses).cpu().double()  # in one go: to look at a loss every step would make a GPU wait
     return curve.masked_fill(curve.isfinite().logical_not().cumsum(0) > 0, math.inf)
+
+
+def evaluations(
+    problem: Problem,
+    build: Callable[[list[Tensor]], torch.optim.Optimizer],
+    count: int,
+    visit: Callable[[Tensor, Tensor], object],
+    start: Tensor | None = None,
+) -> None:
+    """Follow an optimizer, of whatever kind, for `count` evaluations of f and its gradient.
+
+    Args:
+        problem: what is optimized.
+        build: as for `descend`.
+        count: how many; of most optimizers a step each, which gives count - 1 updates that are looked at.
+        visit: called after each with f / functions, a 0-d Tensor, and theta [N], which is not to be kept.
+        start: where to begin, in place of theta_0.
+    """
+    theta = (problem.theta0 if start is None else start).clone()
+    parts = leaves(problem, theta)
+    optimizer = build(parts)
+    done = 0
+
+    def closure() -> Tensor:
+        nonlocal done
+        if done == count:
+            raise _Spent
+        loss, gradient = value_and_grad(problem, theta, done)
+        give_gradient(parts, gradient)
+        done += 1
+        visit(loss / problem.functions, theta)
+        return loss
+
+    with contextlib.suppress(_Spent):
+        while True:
+            optimizer.step(closure)  # type: ignore[arg-type]
+
+
+class _Spent(Exception):
+    """There are no evaluations left."""
 
 
 def leaves(problem: Problem, theta: Tensor) -> list[Tensor]:

@@ -18,12 +18,16 @@ from rich.text import Text
 from fastl2l import baselines, environment, experiments, files, import_rules, plots, rule_files, tasks
 from fastl2l.build import locked
 from fastl2l.evaluate import Curves, check, comparisons, evaluate
+from fastl2l.inside import look
 from fastl2l.meta import Imitation, MetaTrainer, search_meta_lr
 from fastl2l.progress import plain_console
 from fastl2l.rules import RULES, Learned, LSTMRule, Rule
+from fastl2l.stylize import Painting, default_optimizer, stylize
 from fastl2l.tasks.base import integer
 from fastl2l.tasks.networks import ACTIVATIONS
+from fastl2l.tasks.neural_art import TERMS, Weights
 from fastl2l.tasks.tables import TABLES
+from fastl2l.tasks.vgg import NETWORKS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +52,10 @@ BatchSize = Annotated[int | None, typer.Option(help="Images, rows or sequences i
 TableName = Annotated[str | None, typer.Option("--table", help=f"For the task table: {', '.join(TABLES)}.")]
 Labels = Annotated[str | None, typer.Option(help="Of cifar10: those whose images are used, such as 0,1,8,9.")]
 Kinds = Annotated[str | None, typer.Option(help="Of random-networks: some of its kinds, such as image-mlp,curve.")]
+Content = Annotated[str | None, typer.Option(help="Of neural-art: a folder of photographs, or one.")]
+Style = Annotated[str | None, typer.Option(help="Of neural-art: a picture, or the name of one in the data folder.")]
+Size = Annotated[int | None, typer.Option(help="Of neural-art: pixels of a side.")]
+Split = Annotated[str | None, typer.Option(help="Of neural-art: photographs of train, validation, test or all.")]
 SecondDerivatives = Annotated[bool, typer.Option("--second-derivatives", help="Exact meta-gradients.")]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
 Scaling = Annotated[
@@ -113,6 +121,9 @@ def train(
     table: TableName = None,
     kinds: Kinds = None,
     labels: Labels = None,
+    content: Content = None,
+    style: Style = None,
+    size: Size = None,
     by_part: Annotated[
         bool, typer.Option("--by-part", help="A rule for each part of the task's problems, such as conv and fc.")
     ] = False,
@@ -159,6 +170,9 @@ def train(
         table=table,
         kinds=kinds,
         labels=labels,
+        content=content,
+        style=style,
+        size=size,
     )
     trained = experiments.first_rules(problems, kind=rule, by_part=by_part, init=first, seed=seed, **changed)
     trainer = MetaTrainer(
@@ -226,6 +240,10 @@ def evaluate_command(
     table: TableName = None,
     kinds: Kinds = None,
     labels: Labels = None,
+    content: Content = None,
+    style: Style = None,
+    size: Size = None,
+    split: Split = None,
     backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
 ) -> None:
     """Compare update rules with tuned optimizers on fresh problems of a task: a table, a figure, CSV and JSON.
@@ -245,6 +263,10 @@ def evaluate_command(
         table=table,
         kinds=kinds,
         labels=labels,
+        content=content,
+        style=style,
+        size=size,
+        split=split,
     )
     arguments: dict[str, Any] = {"steps": steps, "runs": runs, "seed": seed, "backend": backend}
     check(problems, optimizers, **arguments)
@@ -328,6 +350,9 @@ def tune(
     table: TableName = None,
     kinds: Kinds = None,
     labels: Labels = None,
+    content: Content = None,
+    style: Style = None,
+    size: Size = None,
 ) -> None:
     """Search the meta learning rate at random, by validation loss. Run it again to go on where it was stopped.
 
@@ -342,6 +367,9 @@ def tune(
         table=table,
         kinds=kinds,
         labels=labels,
+        content=content,
+        style=style,
+        size=size,
     )
     _check_folder(out)
 
@@ -421,6 +449,136 @@ def _replacement(entry: str) -> tuple[str, str]:
     if not separator:
         raise ValueError(f"rule: expected NAME=FILE, got {entry!r}")
     return name, path
+
+
+@app.command(name="stylize")
+def stylize_command(
+    content: Annotated[Path, typer.Argument(help="The photograph.")],
+    styles: Annotated[list[Path], typer.Argument(metavar="STYLE...", help="Pictures whose style it is to have.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write: .png, .jpg or .webp.")],
+    size: Annotated[int, typer.Option(help="Pixels of the longer side.")] = 256,
+    steps: Annotated[int, typer.Option(help="Optimization steps, at each size; of lbfgs evaluations.")] = 128,
+    optimizer: Annotated[
+        str | None, typer.Option(help="A shipped rule, a rule file, adam or lbfgs; lstm-neural-art if there is one.")
+    ] = None,
+    beside: Annotated[str | None, typer.Option(help="Another optimizer, whose picture is put beside.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of adam (0.2), or a factor on a rule's updates (1).")] = None,
+    content_weight: Annotated[float, typer.Option(help="Of likeness to the photograph.")] = Weights.content,
+    style_weight: Annotated[float, typer.Option(help="Of likeness to the style.")] = Weights.style,
+    smoothness: Annotated[float, typer.Option(help="Of total variation.")] = Weights.smoothness,
+    style_shares: Annotated[str | None, typer.Option(help="Weights of several styles, such as 2,1.")] = None,
+    content_layer: Annotated[str, typer.Option(help="Of the network; deeper ones leave more freedom.")] = (
+        Weights.content_layer
+    ),
+    style_layers: Annotated[str, typer.Option(help="Of the network; deeper ones see larger strokes.")] = ",".join(
+        Weights.style_layers
+    ),
+    network: Annotated[str, typer.Option(help=f"{' or '.join(NETWORKS)}, with torchvision's weights.")] = (
+        Weights.network
+    ),
+    start: Annotated[str, typer.Option(help="noise or content.")] = "noise",
+    keep_colours: Annotated[bool, typer.Option("--keep-colours", help="The photograph's; brightness is painted.")] = (
+        False
+    ),
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    levels: Annotated[int, typer.Option(help="Sizes from coarse to fine, each twice the one before.")] = 1,
+    save_every: Annotated[int, typer.Option(help="Keep the picture after so many steps, each time.")] = 0,
+    frames: Annotated[str, typer.Option(help="What is made of those: images, strip or gif.")] = "images",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Paint a photograph in the style of pictures. Ctrl-C leaves the best picture so far.
+
+    Example: fastl2l stylize photo.jpg painting.jpg -o out.png --size 256 --steps 128 --beside adam
+    """
+    layers = tuple(style_layers.split(","))
+    painting = Painting(
+        content,
+        styles,
+        out,
+        size=size,
+        steps=steps,
+        optimizer=optimizer or default_optimizer(),
+        beside=beside,
+        lr=lr,
+        weights=Weights(content_weight, style_weight, smoothness, content_layer, layers, network),
+        style_shares=() if style_shares is None else _numbers("style_shares", style_shares, float, "2,1"),
+        start=start,
+        keep_colours=keep_colours,
+        seed=seed,
+        levels=levels,
+        save_every=save_every,
+        frames=frames,
+        device=device,
+    )
+    painted = stylize(painting, before=_say)
+    for name, (loss, terms) in painted.losses.items():
+        shares = ", ".join(f"{word} {term:.3g}" for word, term in zip(TERMS, terms, strict=True))
+        done = f"stopped after step {painted.steps[name]}" if painted.interrupted else f"{painted.steps[name]} steps"
+        _say(f"{name}: {done}, loss {loss:.4g} ({shares})")
+    for file in painted.files:
+        _say(f"picture: {file}")
+
+
+@app.command(name="inspect")
+def inspect_command(
+    rule: Annotated[str, typer.Option(help="A rule file, a shipped rule, or NAME=FILE.")],
+    task: TaskName = "digits",
+    out: Annotated[Path, typer.Option(help="Folder for the figures and the numbers.")] = Path("runs/inspect"),
+    steps: Annotated[int, typer.Option(help="Optimization steps.")] = 100,
+    coordinates: Annotated[str | None, typer.Option(help="To be watched, such as 0,17; three at random.")] = None,
+    at: Annotated[str | None, typer.Option(help="Steps at which to ask for other gradients, such as 1,10,50.")] = None,
+    sgd_lr: Annotated[float | None, typer.Option(help="Of SGD; by default it is tuned.")] = None,
+    adam_lr: Annotated[float | None, typer.Option(help="Of Adam; by default it is tuned.")] = None,
+    seed: Seed = 1,
+    hidden: Hidden = None,
+    convolutions: Convolutions = None,
+    activation: Activation = None,
+    batch_size: BatchSize = None,
+    table: TableName = None,
+    kinds: Kinds = None,
+    labels: Labels = None,
+    content: Content = None,
+    style: Style = None,
+    size: Size = None,
+    split: Split = None,
+) -> None:
+    """Look inside a rule: what it proposes along its way, beside SGD and Adam on the same gradients.
+
+    Example: fastl2l inspect --rule lstm-mnist --task mnist --out runs/inside
+    """
+    name, inspected = _named_rule(rule)
+    problems = _task(
+        task,
+        hidden=hidden,
+        convolutions=convolutions,
+        activation=activation,
+        batch_size=batch_size,
+        table=table,
+        kinds=kinds,
+        labels=labels,
+        content=content,
+        style=style,
+        size=size,
+        split=split,
+    )
+    _check_folder(out)
+    given = {"sgd": sgd_lr, "adam": adam_lr}
+    with _alone(out):
+        seen = look(
+            inspected,
+            problems,
+            steps=steps,
+            coordinates=None if coordinates is None else _numbers("coordinates", coordinates, int, "0,17"),
+            at=None if at is None else _numbers("at", at, int, "1,10,50"),
+            rates={optimizer: lr for optimizer, lr in given.items() if lr is not None},
+            seed=seed,
+            progress=True,
+        )
+        written = [*seen.draw(out, title=f"{name} on {task}"), *seen.save(out)]
+    rates = seen.metadata["rates"]
+    _say(f"loss {seen.losses[0]:.4g} to {seen.losses[-1]:.4g}; sgd at {rates['sgd']:.3g}, adam at {rates['adam']:.3g}")
+    for file in written:
+        _say(f"written: {file}")
 
 
 @app.command(name="import")

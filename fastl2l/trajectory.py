@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.functional import update
-from fastl2l.ops.layout import new_state
+from fastl2l.ops.layout import TILE, new_state
 from fastl2l.rules import Rule, all_weights, rules_by_part
 from fastl2l.tasks.base import Problem, parts_of, value_and_grad
 
@@ -104,6 +104,7 @@ class Trajectory:
 
     Attributes:
         theta: [N], where the optimizee is.
+        rules: by part; the one rule of all of it is that of "".
         states: the rules' states, [tiles, rows, 16] each, in the order of `rule`.
         steps: steps done, counted from the problem's first.
         loss: 0-d Tensor, f(theta) of the minibatch of step ``steps``, the mean over the problem's functions.
@@ -137,6 +138,21 @@ class Trajectory:
         """The state of the only rule."""
         (state,) = self.states
         return state
+
+    @property
+    def gradient(self) -> Tensor:
+        """[N], that of f at theta, which the next step will see. Not to be written to."""
+        return self._gradient
+
+    def numels(self) -> list[int]:
+        """How many coordinates each rule steps, in the order of `rules`."""
+        return [track.part.stop - track.part.start for track in self._tracks]
+
+    def at(self, coordinate: int) -> tuple[Rule, Tensor]:
+        """The rule of a coordinate of theta, and a copy of its state [rows]."""
+        track = next(one for one in self._tracks if one.part.start <= coordinate < one.part.stop)
+        tile, lane = divmod(coordinate - track.part.start, TILE)
+        return track.rule, track.state[tile, :, lane].clone()
 
     def restart(self) -> None:
         """Start anew at the problem's theta_0, as it is now, in the same memory."""

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import CIFAR10_FILES, ISAS
+from PIL import Image
 
+from fastl2l.experiments import neural_art
 from fastl2l.ops import dispatch
-from fastl2l.tasks import datasets
+from fastl2l.tasks import datasets, vgg
 
 
 def supported_isas() -> list[str]:
@@ -70,3 +72,37 @@ def cifar10(tmp_path, monkeypatch):
         records = zip(labels[4 * i : 4 * i + 4], images[4 * i : 4 * i + 4], strict=True)
         (folder / name).write_bytes(b"".join(bytes([label]) + image.tobytes() for label, image in records))
     return folder, images, labels
+
+
+@pytest.fixture
+def tiny_vgg(monkeypatch):
+    """A network of VGG's form with 4 channels everywhere, in place of the real weights."""
+
+    def load(network, convolutions, dtype, device):
+        random, layers = torch.Generator().manual_seed(0), []
+        for number in range(convolutions):
+            pooled = number > 0 and vgg.block_of(number, network) > vgg.block_of(number - 1, network)
+            weight = torch.randn(4, 4 if number else 3, 3, 3, generator=random, dtype=torch.float64) / 4
+            bias = 0.1 * torch.randn(4, generator=random, dtype=torch.float64)
+            layers.append(vgg.Layer(pooled, weight.to(device, dtype), bias.to(device, dtype)))
+        return vgg.Features(layers, vgg.Normalization((0.5,) * 3, (0.25,) * 3))
+
+    monkeypatch.setattr(vgg, "load", load)
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """FASTL2L_DATA with 40 photographs in images/content, and three pictures of waves in images/style."""
+    monkeypatch.setenv("FASTL2L_DATA", str(tmp_path))
+    folder = tmp_path / "images"
+    (folder / "content").mkdir(parents=True)
+    (folder / "style").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(40):
+        coarse = Image.fromarray(random.integers(256, size=(5, 6, 3), dtype=np.uint8))
+        coarse.resize((48, 40), Image.Resampling.BICUBIC).save(folder / "content" / f"{number}.png")
+    x, y = np.meshgrid(np.arange(50.0), np.arange(40.0))
+    waves = np.stack([np.sin(x / 3 + np.sin(y / 5)), np.cos(y / 2), np.sin(x / 7)], 2)
+    for name in ("waves", neural_art.TRAINING_STYLE, neural_art.OTHER_STYLE):
+        Image.fromarray(((waves + 1) * 127).astype(np.uint8)).save(folder / "style" / f"{name}.png")
+    return folder

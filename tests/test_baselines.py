@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastl2l import baselines
-from fastl2l.baselines import NAG, SGD, Adadelta, Adagrad, Adam, Momentum, RMSprop, descend, tune
+from fastl2l.baselines import LBFGS, NAG, SGD, Adadelta, Adagrad, Adam, Momentum, RMSprop, descend, tune
 from fastl2l.files import write_record
 from fastl2l.tasks import Quadratic
 from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
@@ -264,6 +264,49 @@ def test_all_baselines_have_a_name():
     assert baselines.by_name("sgd", 0.5) == SGD(0.5)
     with pytest.raises(ValueError, match=r"name: expected one of sgd, rmsprop, nag, adam, .*, got 'lion'"):
         baselines.by_name("lion")
-    others = {"momentum": Momentum, "adagrad": Adagrad, "adadelta": Adadelta}
+    others = {"momentum": Momentum, "adagrad": Adagrad, "adadelta": Adadelta, "lbfgs": LBFGS}
     assert {"sgd": SGD, "rmsprop": RMSprop, "nag": NAG, "adam": Adam} | others == baselines.ALL
     assert baselines.DEFAULT == ("sgd", "rmsprop", "nag", "adam")
+    assert set(baselines.FIRST_ORDER) == baselines.ALL.keys() - {"lbfgs"}
+
+
+# L-BFGS
+
+
+class Counted(ParabolaProblem):
+    """Rosenbrock's function, with what it was asked."""
+
+    def __init__(self):
+        self.theta0, self.asked = torch.tensor([-1.2, 1.0], dtype=torch.float64), []
+
+    def loss(self, theta, step):
+        loss = 100 * (theta[1] - theta[0] ** 2) ** 2 + (1 - theta[0]) ** 2
+        self.asked.append((step, loss.item()))
+        return loss
+
+
+def test_lbfgs_is_counted_by_evaluations():
+    """Those of its line search included; a curve has the lowest loss so far."""
+    problem = Counted()
+    curve = descend(problem, LBFGS().build, 60)
+    assert [step for step, _ in problem.asked] == list(range(61))
+    asked = torch.tensor([loss for _, loss in problem.asked], dtype=torch.float64)
+    torch.testing.assert_close(curve, asked.cummin(0).values, rtol=0, atol=0)
+    assert (asked.diff() > 0).any()  # a trial of the line search that went too far
+    assert curve[-1] < 1e-3 * curve[0]
+
+
+def test_lbfgs_goes_on_to_the_last_evaluation_even_at_a_minimum():
+    assert descend(ParabolaProblem(1.0), LBFGS().build, 30).tolist()[-1] == 0
+    assert len(descend(ParabolaProblem(1.0), LBFGS().build, 30)) == 31
+
+
+def test_lbfgs_has_no_rate_to_tune():
+    assert LBFGS() == LBFGS(1.0) == baselines.by_name("lbfgs")
+
+
+def test_evaluations_of_others_are_steps():
+    """The same way as `descend` goes."""
+    seen = []
+    baselines.evaluations(ParabolaProblem(1.0), SGD(0.3).build, 5, lambda loss, theta: seen.append(loss.item()))
+    assert seen == descend(ParabolaProblem(1.0), SGD(0.3).build, 4).tolist()

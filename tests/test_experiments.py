@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fastl2l import MetaTrainer, baselines, cli, evaluate, experiments, files
 from fastl2l.evaluate import Curves
-from fastl2l.experiments import andrychowicz2016, experiment, losses, recipes
+from fastl2l.experiments import andrychowicz2016, experiment, losses, neural_art, recipes
 from fastl2l.experiments.experiment import Budget, Experiment, Panel, Study
 from fastl2l.meta import Epoch
 from fastl2l.tasks import Digits, Quadratic
@@ -277,7 +277,7 @@ def test_rules_that_are_not_there_are_named_before_anything_is_done(tmp_path, fo
 @pytest.mark.parametrize(
     "one", [one for one in experiments.ALL.values() if isinstance(one, Experiment)], ids=lambda one: one.name
 )
-def test_entries_are_whole(one, tmp_path, cifar10):
+def test_entries_are_whole(one, tmp_path, cifar10, pictures, tiny_vgg):
     for name in ("MNIST", "FashionMNIST"):  # whose files are alike
         (tmp_path / name).symlink_to(REAL_MNIST)
     names = [panel.name for panel in one.panels]
@@ -311,11 +311,54 @@ def test_names_are_checked():
         experiments.by_name("fig7")
 
 
+# Neural art
+
+
+@pytest.fixture
+def small_art(monkeypatch, pictures, tiny_vgg):
+    """Pictures of 16 x 16 and five steps; a stand-in for the rule."""
+    for name in ("_QUICK_STEPS", "_QUICK_TUNING"):
+        monkeypatch.setattr(neural_art, name, 5)
+    monkeypatch.setattr(neural_art, "TRAINED", neural_art.TRAINED._replace(size=16))
+    return {neural_art.RULE: random_rule("log_sign", seed=3)}
+
+
+def test_a_sheet_has_the_pictures_of_each_optimizer(small_art, tmp_path):
+    told = experiments.by_name("fig9").run(tmp_path, rules=small_art, quick=True, progress=False)
+    assert any("trained.png" in str(one) for one in told)
+    assert Image.open(tmp_path / "fig9-quick" / "trained.png").width == 5 * 16 + 4 * 2
+    table = (tmp_path / "fig9-quick" / "table.md").read_text()
+    assert [word.strip() for word in table.splitlines()[-3].split("|")[1:-1]] == ["photograph", "lstm", "adam", "lbfgs"]
+
+
+@pytest.mark.parametrize("name", ["fig10", "fig12"])
+def test_a_look_inside_the_rule_of_neural_art(small_art, tmp_path, name):
+    experiments.by_name(name).run(tmp_path, rules=small_art, quick=True, progress=False)
+    panels = 2 if name == "fig10" else 4
+    assert Image.open(tmp_path / f"{name}-quick" / "figure.png").width == panels * 920
+    assert (tmp_path / f"{name}-quick" / "updates.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["fig8", "fig9", "fig10", "fig13"])
+def test_neural_art_wants_its_rule(name, tmp_path, monkeypatch):
+    """Where it does not come with fastl2l."""
+    monkeypatch.setattr(experiment, "shipped", dict)
+    message = f"rule: expected lstm-neural-art.*, which {name} shows and which do not come"
+    with pytest.raises(ValueError, match=message):
+        experiments.by_name(name).run(tmp_path, rules={}, quick=True, progress=False)
+
+
 # Recipes
 
 
 SHIPPED = ["lstm-mnist", "lstm-quadratic", "rnnprop", "rnnprop-long"]
 ABLATIONS = ["rnnprop-tricks", "lstm-no-tricks", "rnnprop-no-convex-100"]
+
+
+def test_the_recipe_of_neural_art_is_the_papers(tmp_path, monkeypatch, pictures, tiny_vgg):
+    test_the_commands_of_a_recipe_do_what_the_recipe_does("lstm-neural-art", tmp_path, monkeypatch)
+    rule = recipes.fresh_rule("lstm", "neural-art")
+    assert (rule.text, rule.config.output_scale) == ("log_sign:10 lstm:20,20 linear", 1.0)
 
 
 @pytest.mark.parametrize("name", [*SHIPPED, *ABLATIONS])

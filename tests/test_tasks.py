@@ -852,12 +852,22 @@ def test_non_finite_losses_pass_through_evaluation():
 
 
 def test_by_name():
-    expected = ["quadratic", "mnist", "fashion-mnist", "digits", "cifar10", "sine", "table", "random-networks"]
+    expected = [
+        "quadratic",
+        "mnist",
+        "fashion-mnist",
+        "digits",
+        "cifar10",
+        "sine",
+        "table",
+        "random-networks",
+        "neural-art",
+    ]
     assert tasks.names() == expected
     assert tasks.by_name("quadratic", dim=3) == tasks.Quadratic(dim=3)
     assert tasks.by_name("digits", hidden=[8]) == tasks.Digits(hidden=(8,))
     assert tasks.by_name("table", table="iris") == tasks.Table("iris")
-    with pytest.raises(ValueError, match=r"name: expected one of quadratic, mnist, .*, random-networks, got 'cifar'"):
+    with pytest.raises(ValueError, match=r"name: expected one of quadratic, mnist, .*, neural-art, got 'cifar'"):
         tasks.by_name("cifar")
     with pytest.raises(ValueError, match=r"options of task 'quadratic': expected some of dim, batch.*, got 'hidden'"):
         tasks.by_name("quadratic", hidden=(3,))

@@ -1,6 +1,6 @@
 """Every figure and table of the papers, one declarative entry each, and the recipes of the rules that they show."""
 
-from fastl2l.experiments import andrychowicz2016, lv2017
+from fastl2l.experiments import andrychowicz2016, lv2017, neural_art
 from fastl2l.experiments.experiment import (
     Experiment,
     Reproducible,
@@ -14,7 +14,13 @@ from fastl2l.experiments.own_networks import OwnNetworks
 from fastl2l.experiments.recipes import RECIPES, first_rules, fresh_rule
 
 ALL: dict[str, Reproducible] = {
-    experiment.name: experiment for experiment in (*andrychowicz2016.EXPERIMENTS, *lv2017.EXPERIMENTS, OwnNetworks())
+    experiment.name: experiment
+    for experiment in (
+        *andrychowicz2016.EXPERIMENTS,
+        *neural_art.EXPERIMENTS,
+        *lv2017.EXPERIMENTS,
+        OwnNetworks(),
+    )
 }
 """By name."""
 

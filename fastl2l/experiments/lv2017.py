@@ -54,7 +54,7 @@ EXPERIMENTS = (
         "lv-mlp-100",
         "The base MLP, 100 steps",
         "RNNprop, which has no learning rate, ends below every tuned optimizer.",
-        [_short("sigmoid", BASE, tasks.MNIST, RULES, baselines=tuple(baselines.ALL))],
+        [_short("sigmoid", BASE, tasks.MNIST, RULES, baselines=baselines.FIRST_ORDER)],
         last_tenth=True,
     ),
     Experiment(
@@ -83,7 +83,7 @@ EXPERIMENTS = (
                 BASE,
                 tasks.MNIST,
                 RULES,
-                baselines=tuple(baselines.ALL),
+                baselines=baselines.FIRST_ORDER,
                 rates=RATES,
                 full=Budget(runs=20, tuning_runs=0),
                 quick=Budget(runs=2, tuning_runs=0, piece=1),

@@ -78,7 +78,7 @@ class MetaTrainer:
         batch: trajectories side by side, which share each kernel call and each step of Adam; divides `trajectories`.
             Worth it where problems are small: their evaluation and the kernels' calls cost little more than one's (see
             :func:`fastl2l.tasks.batch`).
-        validation_problems: problems that the rule is validated on.
+        validation_problems: problems that the rule is validated on, of `task.validation()`.
         validation_horizon: steps that it is validated for; by default the (longest) horizon.
         step_weights: weights of the losses in a window's objective: None for 1 everywhere, ``"last"``, or `unroll`
             numbers.
@@ -152,6 +152,7 @@ class MetaTrainer:
         self.second_derivatives, self.backend, self.capture = second_derivatives, backend, capture
         self.log_floor, self.second_minibatch, self.imitation = log_floor, second_minibatch, imitation
         self._check()
+        self._validation = task.validation()
         self.step_weights = _step_weights(step_weights, self.unroll)
         self._objective = Objective(self.step_weights, self.log_floor, self.second_minibatch)
         check_start(self._problems("validation", 0, 1))
@@ -415,7 +416,8 @@ class MetaTrainer:
 
     def _problems(self, purpose: str, first: int, count: int) -> Problem:
         seeds = [problem_seed(self.seed, purpose, index) for index in range(first, first + count)]
-        return side_by_side([self.task.sample(seed) for seed in seeds])
+        task = self._validation if purpose == "validation" else self.task
+        return side_by_side([task.sample(seed) for seed in seeds])
 
     def _copy_weights(self) -> dict[str, Tensor]:
         return {name: weight.detach().clone() for name, weight in named_weights(self._rules).items()}

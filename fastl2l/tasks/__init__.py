@@ -12,6 +12,7 @@ from fastl2l.tasks.classification import CIFAR10, MNIST, Digits, FashionMNIST
 from fastl2l.tasks.convex import WithConvex
 from fastl2l.tasks.custom import from_module
 from fastl2l.tasks.mixture import Mixture
+from fastl2l.tasks.neural_art import NeuralArt
 from fastl2l.tasks.parts import conv_and_fc
 from fastl2l.tasks.quadratic import Quadratic
 from fastl2l.tasks.random_networks import RandomNetworks
@@ -25,6 +26,7 @@ __all__ = [
     "Digits",
     "FashionMNIST",
     "Mixture",
+    "NeuralArt",
     "Problem",
     "PureProblem",
     "Quadratic",
@@ -43,7 +45,8 @@ __all__ = [
 ]
 
 _TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Quadratic, MNIST, FashionMNIST, Digits, CIFAR10, Sine, Table, RandomNetworks)
+    task.name: task
+    for task in (Quadratic, MNIST, FashionMNIST, Digits, CIFAR10, Sine, Table, RandomNetworks, NeuralArt)
 }
 
 

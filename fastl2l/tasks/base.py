@@ -128,6 +128,10 @@ class Task(ABC):
     def sample(self, seed: int) -> Problem:
         """The problem of this seed, always the same. Problems of different seeds are independent, however close."""
 
+    def validation(self) -> Task:
+        """The task whose problems validate what is trained on this one: itself, unless some data are kept for that."""
+        return self
+
     def spec(self) -> dict[str, Any]:
         """Complete description of the distribution, as JSON would hold it: cache key, and part of every result file.
 

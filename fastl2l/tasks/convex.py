@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,9 @@ class WithConvex(Task):
 
     def spec(self) -> dict[str, Any]:
         return {"name": "with-convex", "task": self.task.spec(), "dim": self.dim, "r": self.r}
+
+    def validation(self) -> Task:
+        return replace(self, task=self.task.validation())
 
     def sample(self, seed: int) -> Problem:
         problem = self.task.sample(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastl2l.tasks.base import Problem, Task, generator
@@ -51,6 +51,9 @@ class Mixture(Task):
 
     def spec(self) -> dict[str, Any]:
         return {"name": self.name, "tasks": [task.spec() for task in self.tasks], "weights": list(self.weights or ())}
+
+    def validation(self) -> Task:
+        return replace(self, tasks=tuple(task.validation() for task in self.tasks))
 
     def sample(self, seed: int) -> Problem:
         chosen = generator(seed, stream("mixture", self)).choice(len(self.tasks), p=self.weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,9 @@ class Scaled(Task):
 
     def spec(self) -> dict[str, Any]:
         return {"name": "scaled", "task": self.task.spec(), "r": self.r}
+
+    def validation(self) -> Task:
+        return replace(self, task=self.task.validation())
 
     def sample(self, seed: int) -> Problem:
         problem = self.task.sample(seed)
