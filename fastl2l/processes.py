@@ -152,6 +152,7 @@ def joined() -> Iterator[Processes]:
         raise ProcessError(f"the other processes were not there within {seconds:g} s: {error}") from error
     try:
         yield current()
+        dist.barrier()  # nobody leaves while another still listens
     finally:
         dist.destroy_process_group()
 
