@@ -100,7 +100,9 @@ def train(
     batch: Annotated[int, typer.Option(help="Trajectories side by side; divides the trajectories.")] = 1,
     pieces: Annotated[
         int | None,
-        typer.Option(help="Of a batch, dealt out to processes; by default 4, or the most that divides 4 and the batch."),
+        typer.Option(
+            help="Of a batch, dealt out to processes; by default 4, or the most that divides 4 and the batch."
+        ),
     ] = None,
     horizon: Annotated[
         str, typer.Option(help="Steps of a trajectory; 50,2000 for a number between these, drawn log-uniformly.")
@@ -379,7 +381,9 @@ def tune(
     for trial in found:
         rates.add_row(f"{trial.meta_lr:.3g}", f"{trial.validation_loss:.4g}")
     console.print(rates)
-    figure = current().first(lambda: plots.plot_search(found, out / "search.png", title=f"{task}, {epochs} epochs each"))
+    figure = current().first(
+        lambda: plots.plot_search(found, out / "search.png", title=f"{task}, {epochs} epochs each")
+    )
     _say(f"figure: {figure}\nthe best: --meta-lr {found[0].meta_lr:.3g}")
 
 

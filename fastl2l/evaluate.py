@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -254,12 +255,12 @@ def evaluate(
     metadata = describe(task, tuned, steps=steps, runs=runs, seed=seed, backend=backend)
     mine = processes.share(runs)
 
-    def losses_of(name: str) -> Tensor:
+    def losses_of(name: str, advance: Callable[[], None]) -> Tensor:
         about: dict[str, Any] = {"seed": seed, "backend": backend, "name": f"optimizers[{name!r}]"}
-        return follow(task, tuned[name], steps, mine, **about, advance=shown.advance)
+        return follow(task, tuned[name], steps, mine, **about, advance=advance)
 
     with Progress(f"evaluating on {task.name}", len(mine) * len(tuned), shown=progress and not processes.rank) as shown:
-        losses = {name: processes.rows(lambda name=name: losses_of(name)) for name in tuned}  # type: ignore[misc]
+        losses = {name: processes.rows(partial(losses_of, name, shown.advance)) for name in tuned}
     return Curves(losses, metadata)
 
 

@@ -239,7 +239,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         Raises:
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
             RuntimeError: a gradient is sparse or of another dtype than its parameter, a parameter is of a dtype, on a
-                device or sharded in a way that its rule cannot take, or has got data of another shape since the step before.
+                device or sharded in a way that its rule cannot take, or has got data of another shape since the step
+                before.
             torch.OutOfMemoryError: there is no memory for the states of parameters that are stepped for the first time.
                 Nothing has been changed in any of these cases.
         """
@@ -279,10 +280,12 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                     check_sharding(param, _name(group, number, index))
         if not sharded:
             return list(self._agreeing.values())
-        return groups_of((param for group in self.param_groups for param in group["params"]), list(self._agreeing.values()))
+        return groups_of(
+            (param for group in self.param_groups for param in group["params"]), list(self._agreeing.values())
+        )
 
     def _flags(self, batches: list[_Batch], groups: list[ProcessGroup]) -> list[Tensor] | list[None]:
-        """For each kernel call a flag: whether all gradients are finite, of all groups and processes if there are some."""
+        """For each kernel call a flag: whether all gradients are finite, of all groups if several, and processes."""
         if self.nonfinite == "propagate":
             return [None] * len(batches)
         flags = [torch.ones(1, dtype=torch.bool, device=batch.device) for batch in batches]

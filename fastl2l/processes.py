@@ -51,18 +51,19 @@ class Processes(NamedTuple):
         """
         if self.size == 1:
             return [work()]
-        value, error = None, None
+        value: Any = None
+        error: Exception | None = None
         try:
             value = work()
-        except Exception as raised:
-            error = raised
+        except Exception as caught:
+            error = caught
         outcomes = self._exchange((value, _sendable(error)), error)
         if error is not None:
             raise error
-        for rank, (_, raised) in enumerate(outcomes):
-            if raised is not None:
-                raise raised from ProcessError(f"raised in process {rank} of {self.size}")
-        return [value for value, _ in outcomes]
+        for rank, (_, theirs) in enumerate(outcomes):
+            if theirs is not None:
+                raise theirs from ProcessError(f"raised in process {rank} of {self.size}")
+        return [one for one, _ in outcomes]
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` gives in the first process, the only one that does it. Raises as `everyone` does."""

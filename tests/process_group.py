@@ -1,4 +1,4 @@
-"""What the processes of tests/test_processes.py do: python process_group.py NAME FOLDER, with RANK and WORLD_SIZE set."""
+"""What the processes of tests/test_processes.py do: python process_group.py NAME FOLDER, with RANK and so on set."""
 
 from __future__ import annotations
 

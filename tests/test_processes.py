@@ -58,7 +58,7 @@ def run(script: str, name: str, folder: Path, size: int, **more: str) -> list[di
 def test_work_is_dealt_out_in_order_and_whole():
     for size in range(1, 6):
         shares = [list(Processes(rank, size).share(12)) for rank in range(size)]
-        assert sum(shares, []) == list(range(12))
+        assert [number for share in shares for number in share] == list(range(12))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -139,7 +139,21 @@ def test_pieces_are_told_apart_by_checkpoints(tmp_path):
 # torchrun
 
 
-TRAIN = "train --task quadratic --batch 2 --trajectories 4 --horizon 20 --validation-problems 2 --hidden-size 4".split()
+TRAIN = [
+    "train",
+    "--task",
+    "quadratic",
+    "--batch",
+    "2",
+    "--trajectories",
+    "4",
+    "--horizon",
+    "20",
+    "--validation-problems",
+    "2",
+    "--hidden-size",
+    "4",
+]
 
 
 def weights(folder: Path):

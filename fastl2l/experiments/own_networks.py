@@ -107,7 +107,9 @@ def compare(rules: Mapping[str, Rule], efforts: Mapping[int, Effort], progress: 
     work = {steps: _work(effort, len(rules)) * max(1, steps // 100) for steps, effort in efforts.items()}
     chosen = [(name, steps) for name in PROBLEMS for steps, effort in efforts.items() if name in _problems(effort)]
     results = []
-    with Progress("own-networks", sum(work[steps] for _, steps in chosen), shown=progress and not current().rank) as shown:
+    with Progress(
+        "own-networks", sum(work[steps] for _, steps in chosen), shown=progress and not current().rank
+    ) as shown:
         best: dict[str, Baseline] = {}
         for name, steps in chosen:
             shown.note(f"{name}, {steps:,} steps")

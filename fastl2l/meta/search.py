@@ -140,7 +140,7 @@ def _study(storage: str, settings: dict[str, Any]) -> Any:
     optuna = _optuna()
     text = json.dumps(files.plain(settings), sort_keys=True)
     name = f"fastl2l-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
-    kept = storage
+    kept: Any = storage
     if "://" not in storage:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend

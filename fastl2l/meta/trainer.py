@@ -173,8 +173,9 @@ class MetaTrainer:
             check_start(self._problems("validation", 0, 1))
             Trajectory(self._problems("validation", 0, 1), rule, backend=backend)
             if capture:
-                capture_module.check(rule, self._problems("train", 0, self.batch), second_derivatives=second_derivatives)
-
+                capture_module.check(
+                    rule, self._problems("train", 0, self.batch), second_derivatives=second_derivatives
+                )
 
         self._processes.everyone(take)
         self.history: list[Epoch] = []
