@@ -57,7 +57,7 @@ class Processes(NamedTuple):
             value = work()
         except Exception as caught:
             error = caught
-        outcomes = self._exchange((value, _sendable(error)), error)
+        outcomes = [pickle.loads(sent) for sent in self._exchange(_packed(value, error), error)]
         if error is not None:
             raise error
         for rank, (_, theirs) in enumerate(outcomes):
@@ -99,7 +99,7 @@ class Processes(NamedTuple):
                         f"{_short(theirs)} in process {rank}"
                     )
 
-    def _exchange(self, mine: T, error: Exception | None) -> list[T]:
+    def _exchange(self, mine: bytes, error: Exception | None) -> list[bytes]:
         outcomes: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(outcomes, mine)
@@ -183,12 +183,16 @@ def _timeout() -> float:
     return seconds
 
 
-def _sendable(error: Exception | None) -> Exception | None:
+def _packed(value: Any, error: Exception | None) -> bytes:
+    """For others; what cannot be sent is an error in all of them, and not one that they would wait for."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # of arguments, or of a class, that are here alone
-        return ProcessError(f"{type(error).__name__}: {error}")
-    return error
+        packed = pickle.dumps((value, error))
+        if error is not None:
+            pickle.loads(packed)  # some exceptions can be packed and not unpacked
+    except Exception as failure:
+        reason = failure if error is None else error
+        return pickle.dumps((None, ProcessError(f"{type(reason).__name__}: {reason}")))
+    return packed
 
 
 def _short(value: object) -> str:

@@ -21,7 +21,7 @@ from fastl2l.rule_files import load_rule
 from fastl2l.sharded import mean_over
 
 HERE = Path(__file__).parent
-LONGEST = 100
+LONGEST = 300
 """Seconds until a test gives processes up: none of them may hang."""
 
 

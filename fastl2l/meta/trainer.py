@@ -192,7 +192,9 @@ class MetaTrainer:
         self._processes.check_same(lambda: self.settings() | {"weights": self._first})
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._take_up()
-        self._writer = None if tensorboard is None else self._processes.first(lambda: _summary_writer(tensorboard))
+        self._writer: Any = None
+        if tensorboard is not None:
+            self._processes.first(partial(self._open_writer, tensorboard))
 
     def _check(self) -> None:
         weights = all_weights(self._rules)
@@ -547,6 +549,9 @@ class MetaTrainer:
                 "or nothing"
             )
         return found or None
+
+    def _open_writer(self, folder: str | os.PathLike[str]) -> None:
+        self._writer = _summary_writer(folder)
 
     def _log(self, epoch: Epoch) -> None:
         if self._writer is None:
