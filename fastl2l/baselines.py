@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
+from fastl2l.processes import current
 from fastl2l.tasks.base import (
     Problem,
     Task,
@@ -299,22 +300,42 @@ def tune(
             report(lr, final)
         return start, final
 
-    path = cache_file("tuning", request, ".json")
-    answer = cached(path, lambda path: _read(path, request), search, write_record) if cache else search()
+    # In a process group the first process alone reads and writes, and its word is everybody's.
+    path, processes = cache_file("tuning", request, ".json"), current()
+
+    def read(path: Path) -> dict[str, Any]:
+        return processes.first(lambda: _read(path, request))
+
+    def write(path: Path, found: dict[str, Any]) -> object:
+        return processes.first(lambda: write_record(path, found))
+
+    answer = cached(path, read, search, write) if cache else search()
     lr: float = answer["lr"]
     return lr
 
 
 def _mean_losses(task: Task, baseline: Baseline, steps: int, runs: int, seed: int, last: int) -> tuple[float, float]:
     """Mean first and `last` losses over the tuning problems; (first, inf) as soon as one of them diverges."""
+    processes = current()
     total = torch.zeros(2, dtype=torch.float64, device="cpu")
-    for index in range(runs):
-        losses = descend(task.sample(problem_seed(seed, "tune", index)), baseline.build, steps)
-        total += torch.stack([losses[0], losses[-last:].mean()])
+    pairs = processes.rows(lambda: _ends(task, baseline, steps, processes.share(runs), seed, last))
+    for done, pair in enumerate(pairs, 1):
+        total += pair
         if total[1] == math.inf:
-            return total[0].item() / (index + 1), math.inf
+            return total[0].item() / done, math.inf
     start, final = (total / runs).tolist()
     return start, final
+
+
+def _ends(task: Task, baseline: Baseline, steps: int, numbers: range, seed: int, last: int) -> Tensor:
+    """First and mean of the `last` losses, float64 [problems, 2], up to the first of them that diverges."""
+    pairs = []
+    for number in numbers:
+        losses = descend(task.sample(problem_seed(seed, "tune", number)), baseline.build, steps)
+        pairs.append(torch.stack([losses[0], losses[-last:].mean()]))
+        if pairs[-1][1] == math.inf:
+            break
+    return torch.stack(pairs) if pairs else torch.empty(0, 2, dtype=torch.float64, device="cpu")
 
 
 def _search(try_rate: Callable[[float], tuple[float, float]]) -> dict[float, float]:

@@ -20,6 +20,7 @@ from fastl2l.build import locked
 from fastl2l.evaluate import Curves, check, comparisons, evaluate
 from fastl2l.inside import look
 from fastl2l.meta import Imitation, MetaTrainer, search_meta_lr
+from fastl2l.processes import current, joined
 from fastl2l.progress import plain_console
 from fastl2l.rules import RULES, Learned, LSTMRule, Rule
 from fastl2l.stylize import Painting, default_optimizer, stylize
@@ -105,6 +106,12 @@ def train(
     epochs: Annotated[int, typer.Option(help="Epochs in all; a run that is resumed must name the same.")] = 50,
     trajectories: Annotated[int, typer.Option(help="Trajectories an epoch.")] = 20,
     batch: Annotated[int, typer.Option(help="Trajectories side by side; divides the trajectories.")] = 1,
+    pieces: Annotated[
+        int | None,
+        typer.Option(
+            help="Of a batch, dealt out to processes; by default 4, or the most that divides 4 and the batch."
+        ),
+    ] = None,
     horizon: Annotated[
         str, typer.Option(help="Steps of a trajectory; 50,2000 for a number between these, drawn log-uniformly.")
     ] = "100",
@@ -184,6 +191,7 @@ def train(
         seed=seed,
         trajectories=trajectories,
         batch=batch,
+        pieces=pieces,
         validation_problems=validation_problems,
         validation_horizon=validation_horizon,
         step_weights=weights if weights in (None, "last") else _numbers("step_weights", str(weights), float, "0,1"),
@@ -214,8 +222,9 @@ def train(
             "keep": keep,
             "validation_loss": trainer.kept_loss,
         }
-        rule_files.save_rule(trained, out / "rule.safetensors", recipe=recipe_made)
-    plots.plot_history(history, out / "training.png", title=f"Meta-training on {task}")
+        write = current().first
+        write(lambda: rule_files.save_rule(trained, out / "rule.safetensors", recipe=recipe_made))
+    write(lambda: plots.plot_history(history, out / "training.png", title=f"Meta-training on {task}"))
     _say(f"validation loss {trainer.kept_loss:.4g} ({keep} epoch)")
     _say(f"rule:   {out / 'rule.safetensors'}\nfigure: {out / 'training.png'}")
 
@@ -273,9 +282,10 @@ def evaluate_command(
     _check_folder(out)
     with _alone(out):
         curves = evaluate(problems, optimizers, **arguments, progress=True)
-        curves.save(out)
-        files.write_text(out / "table.md", curves.markdown() + "\n")
-        figure = plots.plot_curves(curves, out / "curves.png")
+        write = current().first
+        write(lambda: curves.save(out))
+        write(lambda: files.write_text(out / "table.md", curves.markdown() + "\n"))
+        figure = write(lambda: plots.plot_curves(curves, out / "curves.png"))
     _print_curves(curves)
     _say(f"figure: {figure}\nnumbers: {out}")
 
@@ -320,11 +330,15 @@ def _check_folder(out: Path) -> None:
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """While no other command writes to the folder."""
-    with contextlib.ExitStack() as stack:
+
+    def lock() -> None:
         try:
             stack.enter_context(locked(out / ".lock", wait=False))
         except BlockingIOError as error:
             raise ValueError(f"out: {out} is another command's at this moment; wait, or name another folder") from error
+
+    with contextlib.ExitStack() as stack:
+        current().first(lock)
         yield
 
 
@@ -353,6 +367,9 @@ def tune(
     content: Content = None,
     style: Style = None,
     size: Size = None,
+    storage: Annotated[
+        str | None, typer.Option(help="For machines without a folder in common: a database's URL, or a journal file.")
+    ] = None,
 ) -> None:
     """Search the meta learning rate at random, by validation loss. Run it again to go on where it was stopped.
 
@@ -385,12 +402,16 @@ def tune(
             checkpoint=checkpoint,
         )
 
-    found = search_meta_lr(make_trainer, out, trials=trials, epochs=epochs, low=low, high=high, seed=seed)
+    found = search_meta_lr(
+        make_trainer, out, trials=trials, epochs=epochs, low=low, high=high, seed=seed, storage=storage
+    )
     rates = Table("meta learning rate", "validation loss", title=task)
     for trial in found:
         rates.add_row(f"{trial.meta_lr:.3g}", f"{trial.validation_loss:.4g}")
     console.print(rates)
-    figure = plots.plot_search(found, out / "search.png", title=f"{task}, {epochs} epochs each")
+    figure = current().first(
+        lambda: plots.plot_search(found, out / "search.png", title=f"{task}, {epochs} epochs each")
+    )
     _say(f"figure: {figure}\nthe best: --meta-lr {found[0].meta_lr:.3g}")
 
 
@@ -651,7 +672,9 @@ def main() -> None:
     """Entry point: errors that a user can mend are one line, without a traceback, and so are warnings."""
     warnings.showwarning = _show_warning
     try:
-        app()
+        with joined() as processes:
+            console.quiet = processes.rank > 0
+            app()
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, OverflowError) as error:
         _fail(error)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import io
 import math
 import os
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from fastl2l.baselines import Baseline, descend, tune
 from fastl2l.files import open_tensors, read_record, shown, write_record, write_tensors, write_text
 from fastl2l.optim import FusedLSTMOptimizer
+from fastl2l.processes import current, versions
 from fastl2l.progress import Progress
 from fastl2l.rules import Learned, Rule, rules_by_part
 from fastl2l.tasks.base import Task, check_start, fingerprint, integer, problem_seed
@@ -240,29 +240,27 @@ def evaluate(
         progress: show how far it is, with an estimate of the time left.
         backend: of FusedLSTMOptimizer, for update rules.
 
+    In a process group the runs are dealt out, and every process returns all of them: see docs/scale.md.
+
     Returns:
         The losses of every run at steps 0 .. steps. A run that diverges is inf from there on, and counts as such.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the task's first problem breaks the contract of Problem.
     """
-    check(task, optimizers, steps=steps, runs=runs, seed=seed, backend=backend)
+    processes = current()
+    processes.everyone(lambda: check(task, optimizers, steps=steps, runs=runs, seed=seed, backend=backend))
+    processes.check_same(lambda: describe(task, optimizers, steps=steps, runs=runs, seed=seed, backend=backend))
     tuned = _tuned(task, optimizers, steps, progress)
     metadata = describe(task, tuned, steps=steps, runs=runs, seed=seed, backend=backend)
-    with Progress(f"evaluating on {task.name}", runs * len(tuned), shown=progress) as shown:
-        losses = {
-            name: follow(
-                task,
-                optimizer,
-                steps,
-                range(runs),
-                seed=seed,
-                backend=backend,
-                advance=shown.advance,
-                name=f"optimizers[{name!r}]",
-            )
-            for name, optimizer in tuned.items()
-        }
+    mine = processes.share(runs)
+
+    def losses_of(name: str, advance: Callable[[], None]) -> Tensor:
+        about: dict[str, Any] = {"seed": seed, "backend": backend, "name": f"optimizers[{name!r}]"}
+        return follow(task, tuned[name], steps, mine, **about, advance=advance)
+
+    with Progress(f"evaluating on {task.name}", len(mine) * len(tuned), shown=progress and not processes.rank) as shown:
+        losses = {name: processes.rows(partial(losses_of, name, shown.advance)) for name in tuned}
     return Curves(losses, metadata)
 
 
@@ -301,7 +299,7 @@ def follow(
         problem = task.sample(problem_seed(seed, "test", number))
         losses.append(descend(problem, builder(name, optimizer, backend, parts=problem.parts), steps))
         advance()
-    return torch.stack(losses)
+    return torch.stack(losses) if losses else torch.empty(0, steps + 1, dtype=torch.float64)
 
 
 def describe(
@@ -379,7 +377,7 @@ def _tuned(task: Task, optimizers: Mapping[str, Any], steps: int, progress: bool
     """The optimizers, with their learning rates found for the baselines that leave theirs open."""
     left_open = [name for name, one in optimizers.items() if isinstance(one, Baseline) and one.lr == "tune"]
     found = dict(optimizers)
-    with Progress("tuning learning rates", len(left_open), shown=progress) as shown:
+    with Progress("tuning learning rates", len(left_open), shown=progress and not current().rank) as shown:
         for name in left_open:
 
             def report(lr: float, loss: float, name: str = name) -> None:
@@ -435,20 +433,6 @@ def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     if isinstance(optimizer, Rule):
         return {"kind": "learned", "rule": optimizer.config.describe(), "weights": fingerprint(*optimizer.weights())}
     return {"kind": "other"}
-
-
-def versions() -> dict[str, str]:
-    """Of what results depend on: fastl2l, torch, Python and the machine."""
-    try:
-        version = importlib.metadata.version("fastl2l")
-    except importlib.metadata.PackageNotFoundError:  # used from a checkout that was not installed
-        version = "unknown"
-    return {
-        "fastl2l": version,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
 
 
 # Statistics

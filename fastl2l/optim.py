@@ -14,11 +14,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import ProcessGroup
 
 from fastl2l.files import shown
 from fastl2l.ops.dispatch import Backend, select
-from fastl2l.optimizer_state import SHAPE, STATE, Together, check_saved, check_shape, has_data, select_rows
+from fastl2l.optimizer_state import (
+    SHAPE,
+    STATE,
+    WHOLE,
+    Together,
+    check_saved,
+    check_shape,
+    has_data,
+    local_entry,
+    select_rows,
+    whole_entry,
+)
 from fastl2l.rules import Rule, upgraded
+from fastl2l.sharded import agree, any_sharded, groups_of, local
+from fastl2l.sharded import check as check_sharding
 
 NONFINITE = ("raise", "skip", "propagate")
 GROUP_OPTIONS = ("rule", "lr", "weight_decay", "maximize")
@@ -31,7 +45,7 @@ class _Batch(NamedTuple):
     number: int  # of the group
     group: dict[str, Any]
     owners: list[Tensor]
-    params: list[Tensor]
+    params: list[Tensor]  # what this process has of them
     grads: list[Tensor]
     copies: list[tuple[Tensor, Tensor]]
 
@@ -42,7 +56,9 @@ class _Batch(NamedTuple):
         if any(grad is None for grad in grads):
             owners = [param for param, grad in zip(owners, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
-        return cls(number, group, owners, owners, grads, [])
+        if not any_sharded(owners):
+            return cls(number, group, owners, owners, grads, [])
+        return cls(number, group, owners, list(map(local, owners)), list(map(local, grads)), [])
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +72,7 @@ class _Batch(NamedTuple):
         Raises:
             RuntimeError: a parameter or a gradient is of a kind that it cannot.
         """
-        for param, grad in zip(self.owners, self.grads, strict=True):
+        for param, grad in zip(self.params, self.grads, strict=True):
             _check_parameter(param, self.device)
             _check_gradient(param, grad)
 
@@ -70,7 +86,7 @@ class _Batch(NamedTuple):
                     "expanded tensor"
                 )
         params = [param.contiguous() for param in self.params]
-        copies = [(param, work) for param, work in zip(self.owners, params, strict=True) if work is not param]
+        copies = [(param, work) for param, work in zip(self.params, params, strict=True) if work is not param]
         return self._replace(params=params, grads=[grad.contiguous() for grad in self.grads], copies=copies)
 
     def is_of(self, other: _Batch) -> bool:
@@ -84,6 +100,10 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     Every coordinate of every parameter has its own LSTM state (320 bytes in float32 for the papers' rule, 160 in
     bfloat16), zero at its first step. The update is ``lr`` times the rule's own, so ``lr=1`` is what the rule was
     meta-trained for.
+
+    DTensors (FSDP2, tensor parallelism) are stepped in place where they are, each process its own part, and nothing is
+    gathered; a gradient that is not finite in one process is one in all. ``state_dict`` has their states as DTensors
+    ``[*shape, rows]``, which torch.distributed.checkpoint loads onto any number of processes. See docs/scale.md.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A group may have its own ``rule``,
@@ -106,6 +126,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         state_dtype: what the states are stored in: None for their rule's dtype, or ``torch.bfloat16``, half as many
             bytes, for rules in float32. Everything is computed in the rule's dtype all the same; only the state is
             rounded, to 8 bits, after every step.
+        group: processes that step parts of one model without DTensors, as ZeroRedundancyOptimizer has them do:
+            gradients that are not finite are agreed on over it too. All of them call :meth:`step` together.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -130,6 +152,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         nonfinite: str = "raise",
         capturable: bool = False,
         state_dtype: torch.dtype | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite: expected one of {', '.join(NONFINITE)}, got {nonfinite!r}")
@@ -143,6 +166,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.capturable = capturable
         self.state_dtype = state_dtype
+        self._agreeing = {} if group is None else {"group": group}  # of an optimizer, torch.compile sees dictionaries
         self._together: dict[int, Together] = {}  # by the group's number
         # Cyclic schedulers want a momentum that they can turn, unless they are told not to.
         defaults = {"rule": rule, "lr": lr, "weight_decay": weight_decay, "maximize": maximize, "momentum": 0.0}
@@ -188,6 +212,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         places = {
             param: (group["params"], at) for group in self.param_groups for at, param in enumerate(group["params"])
         }
+        if any_sharded([old, new]):
+            raise ValueError("old, new: expected parameters that are whole in this process, got a DTensor")
         if old not in places:
             raise ValueError("old: expected a parameter of this optimizer, got another")
         if not isinstance(new, Tensor) or not new.is_leaf or (new is not old and new in places):
@@ -212,8 +238,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
-            RuntimeError: a gradient is sparse or of another dtype than its parameter, a parameter is of a dtype or on a
-                device that its rule cannot take, or has got data of another shape since the step before.
+            RuntimeError: a gradient is sparse or of another dtype than its parameter, a parameter is of a dtype, on a
+                device or sharded in a way that its rule cannot take, or has got data of another shape since the step
+                before.
             torch.OutOfMemoryError: there is no memory for the states of parameters that are stepped for the first time.
                 Nothing has been changed in any of these cases.
         """
@@ -221,13 +248,14 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        groups = self._groups()
         batches = [_Batch.of(number, group) for number, group in enumerate(self.param_groups)]
         batches = [batch for batch in batches if batch.params]
         # What is wrong with one group must be found before another is changed; and with one parameter, by the
         # reference, which takes them one by one.
         if len(batches) > 1 or any(self._backend(batch).name == "reference" for batch in batches):
             batches = [batch.checked() for batch in batches]
-        flags = self._flags(batches)
+        flags = self._flags(batches, groups)
         states = [self._states(batch) for batch in batches]  # and all memory must have been had
         for batch, (kept, new), finite in zip(batches, states, flags, strict=True):
             if not self._apply(batch, kept, new, finite):
@@ -242,17 +270,35 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         """Steps that ``nonfinite="skip"`` has left out. With ``capturable`` reading it waits for the device."""
         return int(self._skipped)
 
-    def _flags(self, batches: list[_Batch]) -> list[Tensor] | list[None]:
-        """For each kernel call a flag: whether all gradients are finite, of all groups if there are several."""
+    def _groups(self) -> list[ProcessGroup]:
+        """The groups of processes that have parts of the parameters, which are looked at first."""
+        sharded = False
+        for number, group in enumerate(self.param_groups):
+            if any_sharded(group["params"]):
+                sharded = True
+                for index, param in enumerate(group["params"]):
+                    check_sharding(param, _name(group, number, index))
+        if not sharded:
+            return list(self._agreeing.values())
+        return groups_of(
+            (param for group in self.param_groups for param in group["params"]), list(self._agreeing.values())
+        )
+
+    def _flags(self, batches: list[_Batch], groups: list[ProcessGroup]) -> list[Tensor] | list[None]:
+        """For each kernel call a flag: whether all gradients are finite, of all groups if several, and processes."""
         if self.nonfinite == "propagate":
             return [None] * len(batches)
         flags = [torch.ones(1, dtype=torch.bool, device=batch.device) for batch in batches]
-        if len(batches) <= 1:  # the kernel itself will look
+        if len(batches) <= 1 and not groups:  # the kernel itself will look
             return flags
-        together = flags[0]
+        together = flags[0] if flags else torch.ones(1, dtype=torch.bool, device=self._skipped.device)
         for batch, flag in zip(batches, flags, strict=True):
             self._backend(batch).find_nonfinite_(flag, batch.grads, batch.group["rule"].dtype == torch.float32)
             together &= flag.to(together.device)
+        if groups:
+            together = agree(together, groups)
+        if not batches and not self.capturable and not together:  # this process has no gradient, others have
+            self._refuse(batches)
         return [together.to(flag.device) for flag in flags]
 
     def _apply(
@@ -301,12 +347,12 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         """The parameters' states, and what is to be kept, when the step is done, of those whose first one it is."""
         if batch.owners[0].device != batch.device:  # the rule has been moved
             batch.check()
-        entries, shapes = self._entries(batch.owners), [param.shape for param in batch.owners]
+        entries, shapes = self._entries(batch.owners), [param.shape for param in batch.params]
         states: list[Any] = [entry.get(STATE) for entry in entries]
         together = self._together.get(batch.number)
         if together is not None and together.holds(states) and together.shapes == shapes:
             return together.states, {}
-        for param, entry in zip(batch.owners, entries, strict=True):
+        for param, entry in zip(batch.params, entries, strict=True):
             if STATE in entry:
                 check_shape(entry, param)
         missing = [param for param, state in zip(batch.owners, states, strict=True) if state is None]
@@ -318,7 +364,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 "state: expected every parameter to have been stepped before a CUDA graph is captured, got "
                 f"{len(missing)} without; the graph would set their state to zero at every replay"
             )
-        together = Together.of(batch.group["rule"], missing, self.state_dtype)
+        together = Together.of(batch.group["rule"], map(local, missing), self.state_dtype)
         self._together[batch.number] = together
         new = dict(zip(missing, together.entries(), strict=True))
         fresh = iter(together.states)
@@ -342,6 +388,10 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         grads = [(grad, batch.group["rule"].dtype) for batch in batches for grad in batch.grads]
         # As the rule sees them: float64 has larger numbers than float32.
         shapes = [list(grad.shape) for grad, dtype in grads if not grad.to(dtype).isfinite().all()]
+        if not shapes:
+            raise FloatingPointError(
+                "gradient: expected finite numbers, got NaN or infinity in another process; nothing was changed"
+            )
         raise FloatingPointError(
             f"gradient: expected finite numbers, got NaN or infinity in {len(shapes)} of {len(grads)} "
             f"parameters, the first of shape {shapes[0]}; nothing was changed"
@@ -356,6 +406,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._together = {}
+        self._agreeing = {}  # the processes are not those that there were
         for group in self.param_groups:  # those that were saved by an older version have not all of them
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -365,7 +416,10 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As for any torch optimizer; a group's rule is described (kind, configuration, fingerprint), not contained."""
-        with self.register_state_dict_post_hook(_describe_rules, prepend=True):
+        with (
+            self.register_state_dict_post_hook(_save_whole, prepend=True),
+            self.register_state_dict_post_hook(_describe_rules, prepend=True),
+        ):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -405,10 +459,14 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             same = _check_same_rule(index, saved_group.get("rule"), rule)
             _check_factors(saved_group.get("lr", 1.0), saved_group.get("weight_decay", 0.0))
             keys = zip(group["params"], saved_group["params"], strict=True)
-            found = {param: (key, entries[key]) for param, key in keys if _is_stepped(entries.get(key))}
+            found = {
+                param: (key, local_entry(key, entries[key], rule, param))
+                for param, key in keys
+                if _is_stepped(entries.get(key))
+            }
             for param, (key, entry) in found.items():
-                check_saved(key, entry, rule, param, self.state_dtype or rule.dtype)
-            together = Together.of(rule, found, self.state_dtype)
+                check_saved(key, entry, rule, local(param), self.state_dtype or rule.dtype)
+            together = Together.of(rule, map(local, found), self.state_dtype)
             for copy, (_, entry) in zip(together.states, found.values(), strict=True):
                 copy.copy_(entry[STATE].detach())
             loaded.append(_Loaded(rule, same, list(found), together))
@@ -527,15 +585,30 @@ def _describe_rules(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
         group["rule"] = group["rule"].describe()
 
 
+def _save_whole(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put states of whole parameters in the place of those of what is here of them."""
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        if any_sharded(group["params"]):
+            for param, key in zip(group["params"], saved_group["params"], strict=True):
+                if STATE in saved["state"].get(key, {}):
+                    saved["state"][key] = whole_entry(saved["state"][key], param)
+
+
+def _name(group: dict[str, Any], number: int, index: int) -> str:
+    """What a parameter is called in messages."""
+    names = group.get("param_names")
+    return f"parameter {names[index]}" if names else f"parameter {index} of group {number}"
+
+
 def _is_stepped(entry: Any) -> bool:
     """Whether a state is among what is kept of a parameter, or under another key."""
-    return isinstance(entry, dict) and STATE in entry
+    return isinstance(entry, dict) and (STATE in entry or WHOLE in entry)
 
 
 def _without_state(entry: Any) -> Any:
     if not _is_stepped(entry):
         return entry
-    return {name: value for name, value in entry.items() if name not in (STATE, SHAPE)}
+    return {name: value for name, value in entry.items() if name not in (STATE, WHOLE, SHAPE)}
 
 
 def _check_same_rule(index: int, saved: Any, rule: Rule) -> bool:

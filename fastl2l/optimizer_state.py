@@ -13,9 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastl2l.ops.layout import TILE, from_rows, new_state, state_shape, to_rows
 from fastl2l.rules import Rule
+from fastl2l.sharded import from_saved, is_sharded, local, to_saved
 
 STATE = "lstm_state"
 """The entry of ``optimizer.state[parameter]`` that holds the state."""
+WHOLE = "lstm_state_rows"
+"""In what is saved of a sharded parameter, its place: that of all coordinates, as a DTensor [*shape, rows]."""
 SHAPE = "shape"
 """The one that holds the shape, as sizes by number: of what is not a tensor, distributed checkpoints take numbers and
 dictionaries of them."""
@@ -79,6 +82,34 @@ def check_shape(entry: dict[str, Any], param: Tensor) -> None:
             f"state of a parameter of shape {list(param.shape)}: expected shape {list(shape)}, as when its state was "
             "made; replace_parameter keeps the state of those rows that stay"
         )
+
+
+def whole_entry(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """What is saved of a parameter that may be sharded."""
+    if not is_sharded(param):
+        return entry
+    rest = {name: value for name, value in entry.items() if name not in (STATE, SHAPE)}
+    sizes = {str(axis): size for axis, size in enumerate(param.shape)}
+    return {**rest, WHOLE: to_saved(entry[STATE], param), SHAPE: sizes}
+
+
+def local_entry(key: object, entry: dict[str, Any], rule: Rule, param: Tensor) -> dict[str, Any]:
+    """What is kept of a parameter here, of an entry that was saved of a sharded or of a whole one.
+
+    Raises:
+        ValueError: the saved state is of another shape, or sharded otherwise.
+    """
+    saved = entry.get(WHOLE)
+    if saved is None and is_sharded(param) and tuple(entry[STATE].shape) == state_shape(rule, param.numel()):
+        saved = to_rows(entry[STATE], param.numel()).unflatten(1, param.shape).movedim(0, -1).contiguous()
+    if saved is None:
+        return entry
+    try:
+        state = from_saved(saved, param, rule.config.state_rows)
+    except ValueError as error:
+        raise ValueError(f"state of parameter {key}: {error}") from error
+    rest = {name: value for name, value in entry.items() if name != WHOLE}
+    return {**rest, **new_entry(state, local(param).shape)}
 
 
 def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, dtype: torch.dtype) -> None:

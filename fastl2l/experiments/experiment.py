@@ -15,6 +15,7 @@ from fastl2l.baselines import Baseline
 from fastl2l.evaluate import Curves, comparisons, markdown, with_half_width
 from fastl2l.experiments import losses
 from fastl2l.experiments.recipes import RECIPES
+from fastl2l.processes import current
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule, shipped
 from fastl2l.rules import Learned
@@ -213,8 +214,8 @@ def reproduce(
     ]
     work = [(panel, panel.quick if quick else panel.full, _optimizers(panel, rules)) for panel in panels]
     pieces = sum(len(optimizers) * budget.runs // budget.piece for _, budget, optimizers in work)
-    results = {}
-    with Progress(experiment.name, pieces, shown=progress) as shown:
+    results, processes = {}, current()
+    with Progress(experiment.name, pieces, shown=progress and not processes.rank) as shown:
         for panel, budget, optimizers in work:
             steps = min(panel.steps, budget.steps or panel.steps)
             results[panel.name] = losses.curves(
@@ -229,10 +230,14 @@ def reproduce(
                 note=shown.note,
                 advance=shown.advance,
             )
-            results[panel.name].save(folder / panel.name)
+            processes.first(lambda panel=panel: results[panel.name].save(folder / panel.name))  # type: ignore[misc]
     note = f"quick: {'; '.join(dict.fromkeys(budget.describe(panel.steps) for panel, budget, _ in work))}" * quick
-    _draw(experiment, panels, results, folder / "figure.png", f"{experiment.title}\n{note}".strip())
-    files.write_text(folder / "table.md", _table(experiment, panels, results, note))
+
+    def write() -> None:
+        _draw(experiment, panels, results, folder / "figure.png", f"{experiment.title}\n{note}".strip())
+        files.write_text(folder / "table.md", _table(experiment, panels, results, note))
+
+    processes.first(write)
     return {panel.name: _told(panel, results[panel.name]) for panel in panels}
 
 

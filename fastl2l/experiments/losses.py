@@ -18,6 +18,7 @@ from fastl2l import baselines
 from fastl2l.baselines import Baseline
 from fastl2l.evaluate import Curves, describe, describe_optimizer, follow
 from fastl2l.files import FileError, cache_file, cached, open_tensors, parse_json, plain, shown, write_tensors
+from fastl2l.processes import current
 from fastl2l.rules import Learned
 from fastl2l.tasks import Task
 
@@ -56,7 +57,17 @@ def curves(
     for_steps = min(steps, tuning_steps or steps)
     for_last = max(1, last * for_steps // steps)
     tuned: dict[str, Any] = {}
-    losses = {}
+    losses, processes = {}, current()
+    processes.check_same(lambda: describe(task, optimizers, steps=steps, runs=runs, seed=seed, backend="auto"))
+
+    def mine(optimizer: Learned | Baseline, name: str) -> Tensor:
+        """Of the pieces that are this process's."""
+        parts = [torch.empty(0, steps + 1, dtype=torch.float64)]
+        for number in processes.share(runs // piece):
+            parts.append(_kept(task, optimizer, steps, range(number * piece, (number + 1) * piece), seed))
+            advance(f"{task.name}: {name}")
+        return torch.cat(parts)
+
     for name, optimizer in optimizers.items():
         if isinstance(optimizer, Baseline) and optimizer.lr == "tune":
 
@@ -66,11 +77,9 @@ def curves(
             lr = baselines.tune(task, optimizer, for_steps, runs=tuning_runs, last=for_last, report=report)
             optimizer = optimizer.with_lr(lr)
         tuned[name] = optimizer
-        parts = []
-        for first in range(0, runs, piece):
-            parts.append(_kept(task, optimizer, steps, range(first, first + piece), seed))
-            advance(f"{task.name}: {name}")
-        losses[name] = torch.cat(parts)
+        losses[name] = processes.rows(lambda optimizer=optimizer, name=name: mine(optimizer, name))  # type: ignore[misc]
+        for _ in range(runs // piece - len(processes.share(runs // piece))):
+            advance(f"{task.name}: {name}")  # those of others
     return Curves(losses, describe(task, tuned, steps=steps, runs=runs, seed=seed, backend="auto", last=last))
 
 

@@ -15,11 +15,12 @@ from rich.table import Table
 
 from fastl2l import baselines, plots
 from fastl2l.baselines import Baseline
-from fastl2l.evaluate import builder, describe_optimizer, json_number, markdown, versions
+from fastl2l.evaluate import builder, describe_optimizer, json_number, markdown
 from fastl2l.experiments.experiment import check_rules, folder_name
 from fastl2l.experiments.own_networks_losses import rate, tuned, whole_losses
 from fastl2l.experiments.own_networks_problems import PROBLEMS
 from fastl2l.files import write_record, write_text
+from fastl2l.processes import current, versions
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule, shipped
 from fastl2l.rules import Learned, Rule
@@ -106,7 +107,9 @@ def compare(rules: Mapping[str, Rule], efforts: Mapping[int, Effort], progress: 
     work = {steps: _work(effort, len(rules)) * max(1, steps // 100) for steps, effort in efforts.items()}
     chosen = [(name, steps) for name in PROBLEMS for steps, effort in efforts.items() if name in _problems(effort)]
     results = []
-    with Progress("own-networks", sum(work[steps] for _, steps in chosen), shown=progress) as shown:
+    with Progress(
+        "own-networks", sum(work[steps] for _, steps in chosen), shown=progress and not current().rank
+    ) as shown:
         best: dict[str, Baseline] = {}
         for name, steps in chosen:
             shown.note(f"{name}, {steps:,} steps")
@@ -210,13 +213,16 @@ class OwnNetworks:
             ratios = {name: result.ratio(name) for name in result.losses if name != "adam"}
             groups.setdefault(f"{result.steps:,} steps", {})[result.problem] = ratios
         title = self.title + ", a quick look" * quick
-        plots.plot_ratios(
-            groups, folder / "figure.png", title=title, xlabel="loss, ratio to tuned Adam's", learned=compared
-        )
         told = [self.claim, *(effort.describe(steps) for steps, effort in efforts.items())]
         summary = _summary(results, [DEFAULT, *compared])
-        write_text(folder / "table.md", _page(title, told, summary, results, times))
-        write_record(folder / "results.json", _record(results, times, compared))
+
+        def write() -> None:
+            xlabel = "loss, ratio to tuned Adam's"
+            plots.plot_ratios(groups, folder / "figure.png", title=title, xlabel=xlabel, learned=compared)
+            write_text(folder / "table.md", _page(title, told, summary, results, times))
+            write_record(folder / "results.json", _record(results, times, compared))
+
+        current().first(write)
         return [*told, *_sentences(summary, compared)]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastl2l.baselines import Baseline, give_gradient, leaves
 from fastl2l.evaluate import builder, describe_optimizer, json_number
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
+from fastl2l.processes import current
 from fastl2l.rules import Rule
 from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
 
@@ -36,7 +37,13 @@ def whole_losses(
     task: Task, optimizer: Rule | Baseline, steps: int, problems: Iterable[int], purpose: str = "test"
 ) -> list[float]:
     """Loss on all examples after `steps` steps on the problems of these numbers; inf where a run diverges."""
-    return [_kept(task, optimizer, steps, problem_seed(1, purpose, number)) for number in problems]
+    processes, numbers = current(), list(problems)
+
+    def mine() -> list[float]:
+        share = processes.share(len(numbers))
+        return [_kept(task, optimizer, steps, problem_seed(1, purpose, numbers[index])) for index in share]
+
+    return [loss for losses in processes.everyone(mine) for loss in losses]
 
 
 def _kept(task: Task, optimizer: Rule | Baseline, steps: int, seed: int) -> float:

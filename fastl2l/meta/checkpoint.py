@@ -25,7 +25,7 @@ _FIRST_LINE = re.compile(_MAGIC + rb"(?: ([0-9]{1,9}))?\n")
 """Version 1 had its number beside the settings; it is read on."""
 _BYTES_BESIDE_WEIGHTS = 2**26
 """What the settings and the history of a run may take."""
-BEFORE = {"batch": 1}
+BEFORE = {"batch": 1, "pieces": 1}
 """Settings that older files do not name, and what they were."""
 _UNKNOWN_BEFORE = ("backend",)
 """Those that older files do not name, and that may have been anything."""

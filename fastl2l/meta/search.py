@@ -2,13 +2,16 @@
 
 A search is its settings: optuna's sampler draws the same rates by number from the same seed, so that a search which is
 taken up again, or shared by several processes, tries the same ones. What a trial has found is in its checkpoint, and
-nothing else is kept: no study that a killed process could leave locked, cut or at odds with the checkpoints.
+in a study of optuna's if there is a storage: of finished trials alone, so that no killed process leaves one locked, cut
+or at odds with the checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import math
 import os
 import warnings
@@ -20,6 +23,7 @@ from fastl2l import files
 from fastl2l.build import locked
 from fastl2l.meta.checkpoint import difference
 from fastl2l.meta.trainer import MetaTrainer
+from fastl2l.processes import alone, current
 from fastl2l.progress import Progress
 from fastl2l.tasks.base import integer
 
@@ -44,12 +48,15 @@ def search_meta_lr(
     low: float = 1e-4,
     high: float = 1e-1,
     seed: int = 0,
+    storage: str | None = None,
     progress: bool = True,
 ) -> list[Trial]:
     """Train with random learning rates, log-uniform from `low` to `high`; the best validation loss comes first.
 
     Trial number n tries the same rate whatever has happened before. Processes that search in one folder at once share
-    the trials, and all of them return all.
+    the trials, and all of them return all. So do those of a process group of torch.distributed, each of which begins
+    with trials of its own; and, with a `storage`, machines that see no folder in common: what one has finished no other
+    begins.
 
     Args:
         make_trainer: a fresh trainer of this learning rate, which keeps its checkpoint in this file.
@@ -59,6 +66,8 @@ def search_meta_lr(
         epochs: of each.
         low, high: bounds of the learning rate.
         seed: of the rates.
+        storage: what keeps the finished trials for other machines, as optuna names it: the URL of a database, such as
+            ``"postgresql://host/name"``, or a file for optuna's journal, which may be on a network file system.
         progress: show how far it is.
 
     Raises:
@@ -75,13 +84,42 @@ def search_meta_lr(
         raise ValueError(f"high: expected a finite number, got {high}")
     rates = _rates(trials, low, high, seed)
     folder = Path(folder)
-    settings = make_trainer(rates[0], folder / "none.pt").settings()
-    _claim(folder, settings | {"meta_lr": [low, high], "epochs": epochs, "search_seed": seed})
+    processes = current()
+
+    def search() -> dict[int, Trial]:
+        with alone():  # each trial is one process's
+            settings = make_trainer(rates[0], folder / "none.pt").settings()
+            settings |= {"meta_lr": [low, high], "epochs": epochs, "search_seed": seed}
+            _claim(folder, settings)
+            study = None if storage is None else _study(storage, settings)
+            begin = processes.share(trials).start
+            order = [*range(begin, trials), *range(begin)]
+            return _search(make_trainer, folder, rates, order, epochs, study, progress and not processes.rank)
+
+    # All come back with all trials: what others have done they find in the folder or in the storage.
+    found = processes.everyone(search)[processes.rank]
+    return sorted(found.values(), key=lambda trial: trial.validation_loss)
+
+
+def _search(
+    make_trainer: Callable[[float, Path], MetaTrainer],
+    folder: Path,
+    rates: list[float],
+    order: list[int],
+    epochs: int,
+    study: Any,
+    progress: bool,
+) -> dict[int, Trial]:
+    """All trials by number; those that nobody else has done or is at are begun in this order."""
     found: dict[int, Trial] = {}
-    with Progress("searching the meta learning rate", trials, shown=progress) as shown:
+    with Progress("searching the meta learning rate", len(rates), shown=progress) as shown:
         # First those that nobody else is at; then the others, which are finished by now or left in the middle.
-        for wait, number in itertools.product((False, True), range(trials)):
+        for wait, number in itertools.product((False, True), order):
             if number in found:
+                continue
+            if (loss := _finished(study).get(number)) is not None:
+                found[number] = Trial(rates[number], loss)
+                shown.advance(f"{rates[number]:.3g}: {loss:.4g}")
                 continue
             with contextlib.ExitStack() as stack:
                 try:
@@ -92,8 +130,55 @@ def search_meta_lr(
                 trainer = make_trainer(rates[number], folder / f"trial-{number}.pt")
                 trainer.fit(epochs, progress=False)
                 found[number] = Trial(rates[number], trainer.best_loss)
+                _tell(study, number, found[number])
                 shown.advance(f"{rates[number]:.3g}: {trainer.best_loss:.4g}")
-    return sorted(found.values(), key=lambda trial: trial.validation_loss)
+    return dict(sorted(found.items()))
+
+
+def _study(storage: str, settings: dict[str, Any]) -> Any:
+    """The study of searches with these settings in a storage."""
+    optuna = _optuna()
+    text = json.dumps(files.plain(settings), sort_keys=True)
+    name = f"fastl2l-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+    kept: Any = storage
+    if "://" not in storage:
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
+        kept = JournalStorage(JournalFileBackend(storage))
+    try:
+        return optuna.create_study(storage=kept, study_name=name, load_if_exists=True)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever the database's driver raises
+        reason = str(error)[:200]
+        raise ValueError(f"storage: expected a database's URL or a journal file, got {storage!r}: {reason}") from error
+
+
+def _finished(study: Any) -> dict[int, float]:
+    """Validation losses by the numbers of the trials that are in the storage."""
+    if study is None:
+        return {}
+    about = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
+    return {one["number"]: float(one["validation_loss"]) for one in about if "validation_loss" in one}
+
+
+def _tell(study: Any, number: int, trial: Trial) -> None:
+    """Put a finished trial into the storage. A database may have no infinity: there it is a text beside."""
+    if study is None or number in _finished(study):
+        return
+    optuna, loss = _optuna(), trial.validation_loss
+    lr = {"meta_lr": trial.meta_lr}
+    study.add_trial(
+        optuna.trial.create_trial(
+            params=lr,
+            distributions={"meta_lr": optuna.distributions.FloatDistribution(trial.meta_lr, trial.meta_lr)},
+            user_attrs={"number": number, "validation_loss": repr(loss)},
+            value=loss if math.isfinite(loss) else None,
+            state=getattr(optuna.trial.TrialState, "COMPLETE" if math.isfinite(loss) else "FAIL"),
+        )
+    )
 
 
 def _rates(trials: int, low: float, high: float, seed: int) -> list[float]:

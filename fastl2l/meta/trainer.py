@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import itertools
 import math
 import os
 import sys
@@ -22,6 +23,7 @@ from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.meta.imitation import Imitation, TaughtTrajectory
 from fastl2l.meta.step import meta_step
 from fastl2l.ops.dispatch import select
+from fastl2l.processes import current
 from fastl2l.progress import Progress
 from fastl2l.rule_config import require_positive
 from fastl2l.rules import Learned, Rule, all_weights, named_weights, rules_by_part
@@ -65,6 +67,11 @@ class MetaTrainer:
     with the same number of threads for torch's own operations. With a `checkpoint` a run that was killed at any moment
     goes on from its last finished epoch and ends with the same bits as one that was not.
 
+    In a process group of torch.distributed, which every process of it makes the same trainer in, the pieces of a batch
+    and the validation problems are dealt out, and the results are the same bits whatever the number of processes. Each
+    process ends with the rule; the first one alone writes the checkpoint and the curves, and shows the progress. The
+    group's time-out is to be longer than a validation. See docs/scale.md.
+
     Args:
         rule: trained in place; or a dict of rules by the names of the problems' parts, which are trained together: one
             window, one step, one norm of all their gradients. Weights that do not require grad stay as they are.
@@ -78,6 +85,10 @@ class MetaTrainer:
         batch: trajectories side by side, which share each kernel call and each step of Adam; divides `trajectories`.
             Worth it where problems are small: their evaluation and the kernels' calls cost little more than one's (see
             :func:`fastl2l.tasks.batch`).
+        pieces: into how many a batch is cut, each of which is evaluated at once, in one process; divides `batch`, and
+            the number of processes divides it. By default 4, or the largest divisor of `batch` that 4 has; with
+            `capture` 1. The last bits depend on it, for they do on what is evaluated together, and on nothing else that
+            has to do with processes. Small problems are a little faster in 1 piece where there is one process.
         validation_problems: problems that the rule is validated on, of `task.validation()`.
         validation_horizon: steps that it is validated for; by default the (longest) horizon.
         step_weights: weights of the losses in a window's objective: None for 1 everywhere, ``"last"``, or `unroll`
@@ -124,6 +135,7 @@ class MetaTrainer:
         seed: int = 0,
         trajectories: int = 20,
         batch: int = 1,
+        pieces: int | None = None,
         validation_problems: int = 20,
         validation_horizon: int | None = None,
         step_weights: Sequence[float] | str | None = None,
@@ -139,27 +151,35 @@ class MetaTrainer:
         checkpoint: str | os.PathLike[str] | None = None,
         tensorboard: str | os.PathLike[str] | None = None,
     ) -> None:
-        # In one order, whatever the caller's: what is kept of the meta-optimizer goes by it.
-        self.rule, self._rules = rule, dict(sorted(rules_by_part(rule).items()))
-        self.task, self.seed = task, integer("seed", seed, least=0)
-        self.horizon, self.unroll = _horizon(horizon), integer("unroll", unroll)
-        self.trajectories, self.batch = integer("trajectories", trajectories), integer("batch", batch)
-        self.validation_problems = integer("validation_problems", validation_problems)
-        self.validation_horizon = self._horizons[1]
-        if validation_horizon is not None:
-            self.validation_horizon = integer("validation_horizon", validation_horizon)
-        self.meta_lr, self.clip_norm, self.schedule, self.keep = meta_lr, clip_norm, schedule, keep
-        self.second_derivatives, self.backend, self.capture = second_derivatives, backend, capture
-        self.log_floor, self.second_minibatch, self.imitation = log_floor, second_minibatch, imitation
-        self._check()
-        self._validation = task.validation()
-        self.step_weights = _step_weights(step_weights, self.unroll)
-        self._objective = Objective(self.step_weights, self.log_floor, self.second_minibatch)
-        check_start(self._problems("validation", 0, 1))
-        Trajectory(self._problems("validation", 0, 1), rule, backend=backend)
-        if capture:
-            capture_module.check(rule, self._problems("train", 0, self.batch), second_derivatives=second_derivatives)
+        self.rule = rule
+        self._processes = current()
 
+        def take() -> None:
+            # In one order, whatever the caller's: what is kept of the meta-optimizer goes by it.
+            self._rules = dict(sorted(rules_by_part(rule).items()))
+            self.task, self.seed = task, integer("seed", seed, least=0)
+            self.horizon, self.unroll = _horizon(horizon), integer("unroll", unroll)
+            self.trajectories, self.batch = integer("trajectories", trajectories), integer("batch", batch)
+            self.pieces = math.gcd(self.batch, 1 if capture else 4) if pieces is None else integer("pieces", pieces)
+            self.validation_problems = integer("validation_problems", validation_problems)
+            self.validation_horizon = self._horizons[1]
+            if validation_horizon is not None:
+                self.validation_horizon = integer("validation_horizon", validation_horizon)
+            self.meta_lr, self.clip_norm, self.schedule, self.keep = meta_lr, clip_norm, schedule, keep
+            self.second_derivatives, self.backend, self.capture = second_derivatives, backend, capture
+            self.log_floor, self.second_minibatch, self.imitation = log_floor, second_minibatch, imitation
+            self._check()
+            self._validation = task.validation()
+            self.step_weights = _step_weights(step_weights, self.unroll)
+            self._objective = Objective(self.step_weights, self.log_floor, self.second_minibatch)
+            check_start(self._problems("validation", 0, 1))
+            Trajectory(self._problems("validation", 0, 1), rule, backend=backend)
+            if capture:
+                capture_module.check(
+                    rule, self._problems("train", 0, self.batch), second_derivatives=second_derivatives
+                )
+
+        self._processes.everyone(take)
         self.history: list[Epoch] = []
         self.best_loss = math.inf
         device = next(iter(self._rules.values())).device
@@ -171,9 +191,12 @@ class MetaTrainer:
         self._current = self._best = self._copy_weights()
         self._adam_state = self._copy_adam()
         self._first, self._identity = _fingerprint(self._current), _identity(self._rules)
+        self._processes.check_same(lambda: self.settings() | {"weights": self._first})
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._take_up()
-        self._writer = None if tensorboard is None else _summary_writer(tensorboard)
+        self._writer: Any = None
+        if tensorboard is not None:
+            self._processes.first(partial(self._open_writer, tensorboard))
 
     def _check(self) -> None:
         weights = all_weights(self._rules)
@@ -188,10 +211,11 @@ class MetaTrainer:
                 raise ValueError(f"unroll: expected a divisor of the horizon {horizon}, got {self.unroll}")
         if self.trajectories % self.batch:
             raise ValueError(f"batch: expected a divisor of the trajectories {self.trajectories}, got {self.batch}")
-        if self.log_floor is not None and self.batch > 1:
+        self._check_pieces()
+        if self.log_floor is not None and self.batch > self.pieces:
             raise ValueError(
-                f"batch: expected 1 with log_floor, which lowers the log of each problem's loss, where of a batch the "
-                f"sum of the losses is known; got {self.batch}"
+                f"pieces: expected as many as the batch with log_floor, which lowers the log of each problem's loss, where "
+                f"of several at once the sum is known; got a batch of {self.batch} in {self.pieces}"
             )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
@@ -208,10 +232,23 @@ class MetaTrainer:
         if self.clip_norm is not None:
             self.clip_norm = require_positive("clip_norm", self.clip_norm)
 
+    def _check_pieces(self) -> None:
+        size = self._processes.size
+        if self.batch % self.pieces:
+            raise ValueError(f"pieces: expected a divisor of the batch {self.batch}, got {self.pieces}")
+        if self.pieces % size:
+            raise ValueError(
+                f"batch: expected pieces that {size} processes divide, got a batch of {self.batch} in {self.pieces}; "
+                f"take a multiple of {size} as the batch, and pieces={size} where that is not among 1, 2 and 4"
+            )
+        for name, number in (("pieces", self.pieces), ("processes", size)):
+            if self.capture and number > 1:
+                raise ValueError(f"{name}: expected 1 with captured windows, got {number}")
+
     def settings(self) -> dict[str, Any]:
         """All that decides what this run computes, as JSON would hold it: a checkpoint is good for these alone."""
         names = ["horizon", "unroll", "meta_lr", "seed", "trajectories", "batch", "validation_problems", "step_weights"]
-        names += ["second_derivatives", "clip_norm", "schedule"]
+        names += ["pieces", "second_derivatives", "clip_norm", "schedule"]
         settings = {
             "task": self.task.spec(),
             "rule": self._identity,
@@ -262,6 +299,7 @@ class MetaTrainer:
 
         Raises:
             RuntimeError: another run is at this checkpoint.
+            ProcessError: another process has ended, or said nothing for as long as the group's time-out is.
             CheckpointError: another run has been there, with other settings.
             ValueError: the finished epochs followed a schedule of another length, or weights were frozen or thawed.
         """
@@ -288,11 +326,16 @@ class MetaTrainer:
         if self._checkpoint is None:
             yield
             return
-        with contextlib.ExitStack() as stack:
+        checkpoint = self._checkpoint
+
+        def lock() -> None:
             try:
-                stack.enter_context(locked(Path(os.path.realpath(self._checkpoint) + ".lock"), wait=False))
+                stack.enter_context(locked(Path(os.path.realpath(checkpoint) + ".lock"), wait=False))
             except BlockingIOError as error:
-                raise RuntimeError(f"checkpoint: {self._checkpoint} is another run's at this moment") from error
+                raise RuntimeError(f"checkpoint: {checkpoint} is another run's at this moment") from error
+
+        with contextlib.ExitStack() as stack:
+            self._processes.first(lock)
             yield
 
     def _fit(self, epochs: int, patience: int | None, progress: bool) -> None:
@@ -302,7 +345,8 @@ class MetaTrainer:
         train = self._train
         if self.capture and len(self.history) < epochs:
             train = partial(self._train_captured, self._captured())
-        with Progress("meta-training", epochs, done=len(self.history), shown=progress) as shown:
+        shown_here = progress and not self._processes.rank
+        with Progress("meta-training", epochs, done=len(self.history), shown=shown_here) as shown:
             for number in range(len(self.history), epochs):
                 if patience is not None and self._epochs_since_best() >= patience:
                     break
@@ -330,6 +374,8 @@ class MetaTrainer:
         meta_lr = self._scheduled_lr(number, epochs)
         self._set_lr(meta_lr)
         losses, skipped = train(range(number * self.trajectories, (number + 1) * self.trajectories, self.batch))
+        # Machines of two kinds may differ in the last bits of a meta-step, and would be ever further apart.
+        self._processes.check_same(lambda: {"weights": _fingerprint(self._copy_weights())})
         train_loss = losses.mean().item() if len(losses) else math.nan
         epoch = Epoch(number + 1, train_loss, self.validate(), meta_lr, skipped)
         self._log(epoch)
@@ -360,18 +406,34 @@ class MetaTrainer:
 
     def _train_on(self, first: int, losses: list[Tensor]) -> bool:
         """Train along one trajectory; False if it was left because something was not finite."""
-        problem = self._problems("train", first, self.batch)
-        trajectory = self._imitated(problem, first) or Trajectory(problem, self._ordered, backend=self.backend)
+        size, mine = self.batch // self.pieces, self._processes.share(self.pieces)
+        trajectories: list[Trajectory] = []
+
+        def windows() -> Tensor:
+            """Of this process's pieces: the mean loss and the gradient, [pieces, 1 + weights]."""
+            if not trajectories:
+                trajectories.extend(self._trajectory(first, first + piece * size, size) for piece in mine)
+            return torch.stack([self._window(trajectory) for trajectory in trajectories])
+
         for _ in range(self._windows(first)):
-            window = trajectory.window(self._objective, second_derivatives=self.second_derivatives)
-            norm = torch.linalg.vector_norm(window.gradients)
-            mean = window.losses.mean()
+            rows = self._processes.rows(windows)
+            mean, gradients = _mean(rows).split([1, rows.shape[1] - 1])
+            norm = torch.linalg.vector_norm(gradients)
             if not (math.isfinite(norm) and math.isfinite(mean)):
                 return False
-            if not isinstance(trajectory, TaughtTrajectory):
-                losses.append(mean)
-            meta_step(self._rules, self._adam, window.gradients, norm, self.clip_norm)
+            if not isinstance(trajectories[0], TaughtTrajectory):
+                losses.append(mean[0])
+            meta_step(self._rules, self._adam, gradients, norm, self.clip_norm)
         return True
+
+    def _window(self, trajectory: Trajectory) -> Tensor:
+        window = trajectory.window(self._objective, second_derivatives=self.second_derivatives)
+        return torch.cat([window.losses.mean().reshape(1), window.gradients])
+
+    def _trajectory(self, batch: int, first: int, size: int) -> Trajectory:
+        """Of the problems from number `first` on, a piece of the batch whose first problem is number `batch`."""
+        problem = self._problems("train", first, size)
+        return self._imitated(problem, batch) or Trajectory(problem, self._ordered, backend=self.backend)
 
     def _imitated(self, problem: Problem, first: int) -> TaughtTrajectory | None:
         """The trajectory if it is a teacher's."""
@@ -399,20 +461,25 @@ class MetaTrainer:
         That is the mean final loss. With `log_floor` it is the geometric mean, over the problems and the last tenth of
         the steps, of the losses + `log_floor`.
         """
-        total, horizon = 0.0, self.validation_horizon
-        for first in range(0, self.validation_problems, self.batch):
-            count = min(self.batch, self.validation_problems - first)
-            trajectory = Trajectory(self._problems("validation", first, count), self._ordered, backend=self.backend)
-            losses = [trajectory.advance() for _ in range(horizon)]
-            if self.log_floor is None:
-                total += losses[-1].item() * count
-            else:
-                last = torch.stack(losses[-math.ceil(horizon / 10) :]).double()
-                total += (last.clamp(min=0) + self.log_floor).log().mean().item() * count
+        size = self.batch // self.pieces
+        starts = range(0, self.validation_problems, size)
+        mine = self._processes.share(len(starts))
+        sums = self._processes.everyone(lambda: [self._validate_on(starts[index], size) for index in mine])
+        total = sum(itertools.chain.from_iterable(sums), 0.0)
         mean = total / self.validation_problems
         if not math.isfinite(mean):
             return math.inf
         return mean if self.log_floor is None else math.exp(mean)
+
+    def _validate_on(self, first: int, size: int) -> float:
+        """The sum over at most `size` validation problems, from number `first` on."""
+        count = min(size, self.validation_problems - first)
+        trajectory = Trajectory(self._problems("validation", first, count), self._ordered, backend=self.backend)
+        losses = [trajectory.advance() for _ in range(self.validation_horizon)]
+        if self.log_floor is None:
+            return losses[-1].item() * count
+        last = torch.stack(losses[-math.ceil(self.validation_horizon / 10) :]).double()
+        return (last.clamp(min=0) + self.log_floor).log().mean().item() * count
 
     def _problems(self, purpose: str, first: int, count: int) -> Problem:
         seeds = [problem_seed(self.seed, purpose, index) for index in range(first, first + count)]
@@ -454,13 +521,14 @@ class MetaTrainer:
             "best": self._best,
             "adam": self._adam_state,
         }
-        checkpoint_module.save(self._checkpoint, self.settings(), state)
+        path = self._checkpoint
+        self._processes.first(lambda: checkpoint_module.save(path, self.settings(), state))
 
     def _take_up(self) -> None:
         """Go on from the checkpoint, if there is one and it is further than this run."""
-        if self._checkpoint is None or not self._checkpoint.exists():
+        state = self._saved()
+        if state is None:
             return
-        state = checkpoint_module.load(self._checkpoint, self.settings(), self._current, Epoch)
         first = state.get("first", self._first)  # older ones do not know
         if self._first not in (first, _fingerprint(state["current"]), _fingerprint(state["best"])):
             raise checkpoint_module.CheckpointError(
@@ -472,6 +540,30 @@ class MetaTrainer:
             self.history = [Epoch(*epoch) for epoch in state["history"]]
             self.best_loss, self._current, self._best = state["best_loss"], state["current"], state["best"]
             self._adam_state = state["adam"]
+
+    def _saved(self) -> dict[str, Any] | None:
+        """What the checkpoint holds, if it is there; the same in every process."""
+        path = self._checkpoint
+        if path is None:
+            return None
+        found: dict[str, Any] = {}
+
+        def read() -> str | None:
+            if path.exists():
+                found.update(checkpoint_module.load(path, self.settings(), self._current, Epoch))
+            return _fingerprint(found["current"]) if found else None
+
+        seen = self._processes.everyone(read)
+        if len(set(seen)) > 1:
+            raise checkpoint_module.CheckpointError(
+                f"{path}: expected a folder that all {len(seen)} processes see the same file in; of them processes "
+                f"{[rank for rank, one in enumerate(seen) if one == seen[0]]} find one thing there, and others another "
+                "or nothing"
+            )
+        return found or None
+
+    def _open_writer(self, folder: str | os.PathLike[str]) -> None:
+        self._writer = _summary_writer(folder)
 
     def _log(self, epoch: Epoch) -> None:
         if self._writer is None:
@@ -505,6 +597,14 @@ def _identity(rules: Mapping[str, Rule]) -> Any:
         return known | ({"frozen": frozen} if frozen else {})
 
     return of(rules[""]) if "" in rules else {part: of(rule) for part, rule in rules.items()}
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Over the rows, added in their order."""
+    total = rows[0]
+    for row in rows[1:]:
+        total = total + row
+    return total / len(rows)
 
 
 def _return_freed_memory() -> None:

@@ -1,0 +1,200 @@
+"""The processes of a run, which torchrun or srun has started: whose work is whose, and what they agree on.
+
+The engine is torch.distributed. Work is dealt out in a fixed order and what it gave comes back in the same order, so
+that results do not depend on how many processes there are. An error in one process is an error in all of them, and none
+waits for another longer than the group's time-out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import pickle
+import platform
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = 1800.0
+"""Seconds that processes which `joined` has put together wait for each other, unless FASTL2L_TIMEOUT says otherwise."""
+
+T = TypeVar("T")
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+class ProcessError(RuntimeError):
+    """Another process has ended or does not answer, or what it raised could not be sent."""
+
+
+class Processes(NamedTuple):
+    """Those that work on one thing, and which of them this is. Every method is to be called by all of them."""
+
+    rank: int = 0
+    size: int = 1
+
+    def share(self, pieces: int) -> range:
+        """Which of so many pieces of work are this process's: what comes first is the first process's."""
+        return range(pieces * self.rank // self.size, pieces * (self.rank + 1) // self.size)
+
+    def everyone(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives in each process, in their order.
+
+        Raises:
+            ProcessError: another process has ended, or has said nothing for as long as the group's time-out is.
+            Exception: what `work` has raised in any process, in all of them.
+        """
+        if self.size == 1:
+            return [work()]
+        value: Any = None
+        error: Exception | None = None
+        try:
+            value = work()
+        except Exception as caught:
+            error = caught
+        outcomes = [pickle.loads(sent) for sent in self._exchange(_packed(value, error), error)]
+        if error is not None:
+            raise error
+        for rank, (_, theirs) in enumerate(outcomes):
+            if theirs is not None:
+                raise theirs from ProcessError(f"raised in process {rank} of {self.size}")
+        return [one for one, _ in outcomes]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the first process, the only one that does it. Raises as `everyone` does."""
+        results: list[Any] = self.everyone(work if self.rank == 0 else lambda: None)
+        answer: T = results[0]
+        return answer
+
+    def rows(self, work: Callable[[], Tensor]) -> Tensor:
+        """The rows that `work` gives in each process, one after the other; where it gave them. Raises as `everyone`."""
+        if self.size == 1:
+            return work()
+        device = torch.device("cpu")
+
+        def sent() -> Tensor:
+            nonlocal device
+            rows = work()
+            device = rows.device
+            return rows.detach().cpu()
+
+        return torch.cat(self.everyone(sent)).to(device)
+
+    def check_same(self, of: Callable[[], dict[str, Any]]) -> None:
+        """That `of` gives the same in every process. Raises ValueError in all of them, which names what differs."""
+        if self.size == 1:
+            return
+        found = self.everyone(lambda: versions() | of())
+        for rank, other in enumerate(found[1:], 1):
+            for name in sorted(found[0].keys() | other.keys()):
+                mine, theirs = found[0].get(name), other.get(name)
+                if mine != theirs:
+                    raise ValueError(
+                        f"{name}: expected the same in every process, got {_short(mine)} in process 0 and "
+                        f"{_short(theirs)} in process {rank}"
+                    )
+
+    def _exchange(self, mine: bytes, error: Exception | None) -> list[bytes]:
+        outcomes: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(outcomes, mine)
+        except Exception as failure:
+            if error is not None:
+                raise error from None
+            raise ProcessError(
+                f"process {self.rank} of {self.size}: another process has ended, or said nothing until the time-out "
+                f"({type(failure).__name__}: {str(failure)[:200]})"
+            ) from failure
+        return outcomes
+
+
+def current() -> Processes:
+    """Those of the default process group, if torch.distributed has been initialized and this is not `alone`."""
+    if _alone.get() or not dist.is_available() or not dist.is_initialized():
+        return Processes()
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In here this process works by itself, whatever group it is in."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """In a group with those that torchrun, or whoever sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, has started.
+
+    Without these, or in a group already, nothing is done.
+
+    Raises:
+        ValueError: FASTL2L_TIMEOUT is no number of seconds > 0.
+        ProcessError: the others do not come within the time-out.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or not dist.is_available() or dist.is_initialized():
+        yield current()
+        return
+    seconds = _timeout()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(f"the other processes were not there within {seconds:g} s: {error}") from error
+    try:
+        yield current()
+        dist.barrier()  # nobody leaves while another still listens
+    finally:
+        dist.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on: fastl2l, torch, Python and the machine."""
+    try:
+        version = importlib.metadata.version("fastl2l")
+    except importlib.metadata.PackageNotFoundError:  # used from a checkout that was not installed
+        version = "unknown"
+    return {
+        "fastl2l": version,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _timeout() -> float:
+    text = os.environ.get("FASTL2L_TIMEOUT", str(TIMEOUT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 10**8:
+        raise ValueError(f"FASTL2L_TIMEOUT: expected a number of seconds > 0, got {text!r}")
+    return seconds
+
+
+def _packed(value: Any, error: Exception | None) -> bytes:
+    """For others; what cannot be sent is an error in all of them, and not one that they would wait for."""
+    try:
+        packed = pickle.dumps((value, error))
+        if error is not None:
+            pickle.loads(packed)  # some exceptions can be packed and not unpacked
+    except Exception as failure:
+        reason = failure if error is None else error
+        return pickle.dumps((None, ProcessError(f"{type(reason).__name__}: {reason}")))
+    return packed
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,137 @@
+"""Parameters that are in parts on several processes, as FSDP2 and tensor parallelism make them (DTensor).
+
+A rule goes coordinate by coordinate, so each process steps the coordinates that it has. Processes need to agree on two
+things alone: whether all gradients are finite, and means over coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastl2l.ops.layout import from_rows, to_rows
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor. Their module takes long to import, and there are none before it has been."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    return any(type(tensor) not in (Tensor, torch.nn.Parameter) and is_sharded(tensor) for tensor in tensors)
+
+
+def check(param: Any, name: str) -> None:
+    """That each process may step what it has of a parameter.
+
+    Raises:
+        RuntimeError: it is sharded otherwise than by rows, columns or whole copies.
+    """
+    if type(param).__name__ == "ShardedTensor":
+        raise RuntimeError(f"{name}: expected a tensor or a DTensor, got a ShardedTensor")
+    if not is_sharded(param):
+        return
+    _check_placements(param, name)
+    grad = param.grad
+    if grad is None:
+        return
+    same = is_sharded(grad) and grad.placements == param.placements and grad.device_mesh == param.device_mesh
+    if not same:
+        got = f"{list(grad.placements)} on {grad.device_mesh}" if is_sharded(grad) else "a tensor that is no DTensor"
+        raise RuntimeError(
+            f"gradient of {name}: expected it sharded as the parameter is, {list(param.placements)} on "
+            f"{param.device_mesh}, got {got}"
+        )
+
+
+def _check_placements(param: Any, name: str) -> None:
+    for placement in param.placements:
+        if not (placement.is_shard() or placement.is_replicate() or type(placement).__name__ == "_StridedShard"):
+            raise RuntimeError(f"{name}: expected parameters that are sharded (Shard) or replicated, got {placement}")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of it, in the same memory."""
+    if not is_sharded(tensor):
+        return tensor
+    found: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return found
+
+
+def groups_of(params: Iterable[Tensor], first: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
+    """`first`, and all groups of processes that have parts of these, in the same order everywhere."""
+    found = list(first)
+    for param in params:
+        if is_sharded(param):
+            found += param.device_mesh.get_all_groups()  # type: ignore[attr-defined]
+    return list(dict.fromkeys(found))
+
+
+def agree(finite: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """Whether it is true in all processes of all these groups. Each takes what was found in the ones before it."""
+    flag = finite.to(torch.int32)
+    for group in groups:
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+    return flag.to(torch.bool)
+
+
+def mean_over(values: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """The mean of `values` [..., n] over their last dimension and over the processes of `groups`, [...].
+
+    Sums and counts are reduced, so that processes may have different numbers of coordinates, and some none.
+    """
+    total = torch.cat([values.double().sum(-1).reshape(-1), values.new_full((1,), values.shape[-1]).double()])
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    return (total[:-1] / total[-1]).reshape(values.shape[:-1]).to(values.dtype)
+
+
+# States, as they are saved
+
+
+def to_saved(state: Tensor, param: Any) -> Tensor:
+    """A state of the coordinates that are here, as one of the whole parameter: a DTensor [*shape, rows]."""
+    from torch.distributed.tensor import DTensor
+
+    shape = tuple(local(param).shape)
+    rows = to_rows(state, math.prod(shape)).reshape(state.shape[1], *shape).movedim(0, -1).contiguous()
+    whole = torch.Size((*param.shape, rows.shape[-1]))
+    stride = torch.empty(whole, device="meta").stride()
+    saved: Tensor = DTensor.from_local(
+        rows, param.device_mesh, param.placements, run_check=False, shape=whole, stride=stride
+    )
+    return saved
+
+
+def from_saved(saved: Tensor, param: Any, rows: int) -> Tensor:
+    """The state of the coordinates of `param` that are here, from one of the whole parameter.
+
+    Raises:
+        ValueError: it is not [*shape, rows], or is sharded otherwise than the parameter.
+    """
+    if tuple(saved.shape) != (*param.shape, rows):
+        raise ValueError(f"expected shape {[*param.shape, rows]}, got {list(saved.shape)}")
+    if is_sharded(saved):
+        same = (
+            is_sharded(param)
+            and saved.placements == param.placements  # type: ignore[attr-defined]
+            and saved.device_mesh == param.device_mesh  # type: ignore[attr-defined]
+        )
+        if not same:
+            raise ValueError(f"expected it sharded as the parameter is, got {list(saved.placements)}")  # type: ignore[attr-defined]
+        here = local(saved)
+    elif is_sharded(param):
+        from torch.distributed.tensor import DTensor
+
+        # Every process has all of it: it takes its own part, without asking the others.
+        whole = DTensor.from_local(saved, param.device_mesh, run_check=False)
+        here = local(whole.redistribute(param.device_mesh, param.placements))
+    else:
+        here = saved
+    flat: Tensor = from_rows(here.detach().movedim(-1, 0).reshape(rows, -1).contiguous())
+    return flat

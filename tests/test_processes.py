@@ -1,0 +1,210 @@
+"""Nothing depends on how many processes there are; whatever is wrong is an error in all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import process_group
+import pytest
+import torch
+
+from fastl2l import MetaTrainer, processes
+from fastl2l.processes import Processes
+from fastl2l.rule_files import load_rule
+from fastl2l.sharded import mean_over
+
+HERE = Path(__file__).parent
+LONGEST = 300
+"""Seconds until a test gives processes up: none of them may hang."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **more}
+
+
+def free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def run(script: str, name: str, folder: Path, size: int, **more: str) -> list[dict]:
+    """What the processes of a group answer, in their order; None from those that ended otherwise."""
+    group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **more}
+    started = [
+        subprocess.Popen([sys.executable, HERE / script, name, folder], env=environment(RANK=str(rank), **group))
+        for rank in range(size)
+    ]
+    try:
+        for one in started:
+            one.wait(LONGEST)
+    finally:
+        for one in started:
+            one.kill()
+    paths = [folder / f"{name}-{size}-{rank}.json" for rank in range(size)]
+    return [json.loads(path.read_text()) if path.exists() else None for path in paths]
+
+
+# The same numbers
+
+
+def test_work_is_dealt_out_in_order_and_whole():
+    for size in range(1, 6):
+        shares = [list(Processes(rank, size).share(12)) for rank in range(size)]
+        assert [number for share in shares for number in share] == list(range(12))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTL2L_CACHE", str(folder / "cache"))
+        return json.loads(json.dumps(process_group.numbers(folder))), folder
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_training_evaluation_and_tuning_give_the_same_bits_in_any_number_of_processes(size, in_one_process, tmp_path):
+    expected, folder = in_one_process
+    assert expected["skipped"][-1] == 1  # the window of one process's problem is skipped by all
+    for found in run("process_group.py", "numbers", tmp_path, size):
+        assert found == expected
+    for path in folder.glob("*.pt"):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+# Bad input
+
+
+def test_bad_input_is_an_error_in_every_process(tmp_path):
+    first, second = run("process_group.py", "errors", tmp_path, 2)
+    parts = {
+        "undivided": ("ValueError: batch: expected pieces that 2 processes divide, got a batch of 1 in 1",) * 2,
+        "pieces": ("ValueError: pieces: expected a divisor of the batch 4, got 3",) * 2,
+        "one argument": ("ValueError: unroll: expected a divisor of the horizon 8, got 3",) * 2,
+        "rules": ("ValueError: weights: expected the same in every process",) * 2,
+        "kinds": ("ValueError: rule: expected the same in every process",) * 2,
+        "tasks": ("ValueError: task: expected the same in every process",) * 2,
+        "evaluate": ("ValueError: task: expected the same in every process",) * 2,
+        "versions": ("ValueError: torch: expected the same in every process, got '0.0' in process 0 and '0.1'",) * 2,
+        "one problem": ("ValueError: there is no such problem",) * 2,
+        "checkpoint": ("of-0/checkpoint.pt: expected a folder that all", "of-1/checkpoint.pt: expected a folder that"),
+        "partial": ("RuntimeError: parameter scale.weight: expected parameters that are sharded",) * 2,
+        "gradient": ("RuntimeError: gradient of parameter scale.weight: expected it sharded as the parameter is",) * 2,
+    }
+    assert first.keys() == parts.keys()
+    for name, (mine, theirs) in parts.items():
+        assert mine in first[name], name
+        assert theirs in second[name], name
+    assert not (tmp_path / "of-1").exists()  # the first process alone writes
+
+
+def test_a_process_that_dies_is_an_error_in_the_others_and_leaves_the_checkpoint_whole(tmp_path):
+    survivor, dead = run("process_group.py", "lost", tmp_path, 2)
+    assert dead is None
+    assert "process 0 of 2: another process has ended" in survivor["error"]
+    assert survivor["epochs"] == 1
+    after = process_group.trainer(**process_group.BATCH, checkpoint=tmp_path / "checkpoint.pt")
+    assert len(after.history) == 1
+
+
+def test_a_process_that_says_nothing_is_an_error_after_the_time_out(tmp_path):
+    waiting, _ = run("process_group.py", "silent", tmp_path, 2, FASTL2L_TIMEOUT="2")
+    assert "said nothing until the time-out" in waiting["error"]
+    assert 1 < waiting["seconds"] < 7
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
+def test_time_outs_that_are_none_are_refused(text, monkeypatch):
+    monkeypatch.setenv("FASTL2L_TIMEOUT", text)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="FASTL2L_TIMEOUT: expected a number of seconds"), processes.joined():
+        pass
+
+
+def test_pieces_are_told_apart_by_checkpoints(tmp_path):
+    process_group.trainer(**process_group.BATCH, checkpoint=tmp_path / "a.pt").fit(1, progress=False)
+    with pytest.raises(ValueError, match="pieces: expected 2, got 4"):
+        process_group.trainer(**process_group.BATCH, pieces=2, checkpoint=tmp_path / "a.pt")
+
+
+# torchrun
+
+
+TRAIN = [
+    "train",
+    "--task",
+    "quadratic",
+    "--batch",
+    "2",
+    "--trajectories",
+    "4",
+    "--horizon",
+    "20",
+    "--validation-problems",
+    "2",
+    "--hidden-size",
+    "4",
+]
+
+
+def weights(folder: Path):
+    return [weight.tolist() for weight in load_rule(folder / "rule.safetensors").weights()]
+
+
+def test_torchrun_goes_on_after_a_kill_to_the_same_bits(tmp_path):
+    command = [*TRAIN, "--epochs", "12"]
+    subprocess.run(
+        [sys.executable, "-m", "fastl2l", *command, "--out", tmp_path / "one"],
+        env=environment(), check=True, timeout=LONGEST, capture_output=True,
+    )  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--monitor-interval", "0.1"]
+    running = subprocess.Popen(
+        [*torchrun, "-m", "fastl2l", *command, "--out", tmp_path / "two"],
+        env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + LONGEST
+        while not (tmp_path / "two" / "checkpoint.pt").exists():
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        out, err = running.communicate(timeout=LONGEST)
+    finally:
+        running.kill()
+    assert running.returncode == 0, err
+    assert "going on after epoch" in out
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+# Sharded parameters
+
+
+def test_means_over_one_process_are_means():
+    values = torch.arange(12.0).reshape(3, 4)
+    assert torch.equal(mean_over(values, []), values.mean(1))
+
+
+def test_sharded_parameters_are_stepped_as_whole_ones_and_saved_for_any_number_of_processes(tmp_path):
+    for name, size in (("save", 2), ("load", 1), ("load", 4)):
+        for answer in run("sharded_parameters.py", name, tmp_path, size):
+            assert answer is not None
+            assert answer == dict.fromkeys(answer, True)
+
+
+def test_a_trainer_outside_of_a_group_is_the_only_one():
+    assert processes.current() == Processes(0, 1)
+    made = process_group.trainer(**process_group.BATCH)
+    assert isinstance(made, MetaTrainer)
+    assert made.pieces == 4
