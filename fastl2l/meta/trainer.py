@@ -214,8 +214,8 @@ class MetaTrainer:
         self._check_pieces()
         if self.log_floor is not None and self.batch > self.pieces:
             raise ValueError(
-                f"pieces: expected as many as the batch with log_floor, which lowers the log of each problem's loss, where "
-                f"of several at once the sum is known; got a batch of {self.batch} in {self.pieces}"
+                f"pieces: expected as many as the batch with log_floor, which lowers the log of each problem's loss, "
+                f"where of several at once the sum is known; got a batch of {self.batch} in {self.pieces}"
             )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
