@@ -169,6 +169,7 @@ def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimi
         give_gradient(parts, gradient)
         losses.append(loss / problem.functions)
         optimizer.step()
+    check_in_place(parts, theta)
     losses.append(evaluate_loss(problem, theta, steps) / problem.functions)
     curve = torch.stack(losses).cpu().double()  # in one go: to look at a loss every step would make a GPU wait
     return curve.masked_fill(curve.isfinite().logical_not().cumsum(0) > 0, math.inf)
@@ -217,6 +218,15 @@ class _Spent(Exception):
 def leaves(problem: Problem, theta: Tensor) -> list[Tensor]:
     """The problem's parts as parameters for a torch optimizer, in their order: they share memory with theta [N]."""
     return [part.requires_grad_() for part in theta.detach().split(list(parts_of(problem).values()))]
+
+
+def check_in_place(parts: Sequence[Tensor], theta: Tensor) -> None:
+    """Raise a TypeError unless `leaves` are in theta's memory still; where they were replaced, theta has not moved."""
+    if parts[0].data_ptr() != theta.data_ptr():
+        raise TypeError(
+            "optimizer: expected one that changes parameters in place (param.add_(...)), got one that gives them other "
+            "data (param.data = ...)"
+        )
 
 
 def give_gradient(parts: Sequence[Tensor], gradient: Tensor) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -46,17 +48,20 @@ def _say(text: str | Text) -> None:
 
 
 TaskName = Annotated[str, typer.Option("--task", help=f"One of {', '.join(tasks.names())}.")]
-Hidden = Annotated[str | None, typer.Option(help="Hidden units of the network, by layer: 20 or 40,40; '' for none.")]
-Convolutions = Annotated[str | None, typer.Option(help="3 x 3 convolutions of the network, by stage: 2 or 2,2.")]
-Activation = Annotated[str | None, typer.Option(help=f"Of the network: {', '.join(ACTIVATIONS)}.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images, rows or sequences in a minibatch.")]
-TableName = Annotated[str | None, typer.Option("--table", help=f"For the task table: {', '.join(TABLES)}.")]
-Labels = Annotated[str | None, typer.Option(help="Of cifar10: those whose images are used, such as 0,1,8,9.")]
-Kinds = Annotated[str | None, typer.Option(help="Of random-networks: some of its kinds, such as image-mlp,curve.")]
-Content = Annotated[str | None, typer.Option(help="Of neural-art: a folder of photographs, or one.")]
-Style = Annotated[str | None, typer.Option(help="Of neural-art: a picture, or the name of one in the data folder.")]
-Size = Annotated[int | None, typer.Option(help="Of neural-art: pixels of a side.")]
-Split = Annotated[str | None, typer.Option(help="Of neural-art: photographs of train, validation, test or all.")]
+TASK_OPTIONS = {
+    "hidden": Annotated[str | None, typer.Option(help="Hidden units, by layer: 20 or 40,40; '' for none.")],
+    "convolutions": Annotated[str | None, typer.Option(help="3 x 3 convolutions of the network, by stage: 2 or 2,2.")],
+    "activation": Annotated[str | None, typer.Option(help=f"Of the network: {', '.join(ACTIVATIONS)}.")],
+    "batch_size": Annotated[int | None, typer.Option(help="Images, rows or sequences in a minibatch.")],
+    "table": Annotated[str | None, typer.Option(help=f"For the task table: {', '.join(TABLES)}.")],
+    "kinds": Annotated[str | None, typer.Option(help="Of random-networks: some, such as image-mlp,curve.")],
+    "labels": Annotated[str | None, typer.Option(help="Of cifar10: those whose images are used, such as 0,1,8,9.")],
+    "content": Annotated[str | None, typer.Option(help="Of neural-art: a folder of photographs, or one.")],
+    "style": Annotated[str | None, typer.Option(help="Of neural-art: a picture, or one in the data folder.")],
+    "size": Annotated[int | None, typer.Option(help="Of neural-art: pixels of a side.")],
+    "split": Annotated[str | None, typer.Option(help="Of the data: train, test; of photographs also validation, all.")],
+}
+"""Of every command that takes a task; None is what the task has by default."""
 SecondDerivatives = Annotated[bool, typer.Option("--second-derivatives", help="Exact meta-gradients.")]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
 Scaling = Annotated[
@@ -73,6 +78,24 @@ def _task(name: str, **options: str | int | None) -> tasks.Task:
     if "kinds" in given:
         given["kinds"] = tuple(given["kinds"].split(","))
     return tasks.by_name(name, **given)
+
+
+def _on_task(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that has `TASK_OPTIONS` beside its own, and gets `problems`: the task that they and --task describe."""
+
+    @functools.wraps(command)
+    def with_options(task: str, **given: Any) -> None:
+        command(task=task, problems=_task(task, **{name: given.pop(name) for name in TASK_OPTIONS}), **given)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in TASK_OPTIONS.items()
+    ]
+    parameters = [*(parameter for parameter in own if parameter.name != "problems"), *options]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
 
 
 def _numbers(name: str, text: str, kind: type[int] | type[float], example: str) -> tuple[Any, ...]:
@@ -100,7 +123,9 @@ def _imitation(teachers: str | None, share: float) -> Imitation | None:
 
 
 @app.command()
+@_on_task
 def train(
+    problems: tasks.Task,
     task: TaskName = "digits",
     out: Annotated[Path, typer.Option(help="Folder for the rule, the checkpoint and the figure.")] = Path("runs/train"),
     epochs: Annotated[int, typer.Option(help="Epochs in all; a run that is resumed must name the same.")] = 50,
@@ -121,16 +146,6 @@ def train(
     meta_lr: Annotated[float, typer.Option(help="Learning rate of Adam on the rule.")] = 3e-3,
     schedule: Annotated[str, typer.Option(help="Of the meta learning rate: constant or cosine.")] = "cosine",
     seed: Seed = 0,
-    hidden: Hidden = None,
-    convolutions: Convolutions = None,
-    activation: Activation = None,
-    batch_size: BatchSize = None,
-    table: TableName = None,
-    kinds: Kinds = None,
-    labels: Labels = None,
-    content: Content = None,
-    style: Style = None,
-    size: Size = None,
     by_part: Annotated[
         bool, typer.Option("--by-part", help="A rule for each part of the task's problems, such as conv and fc.")
     ] = False,
@@ -168,19 +183,6 @@ def train(
     first = None if init is None else rule_files.load_rule(init)
     _check_folder(out)
     steps, weights = _numbers("horizon", horizon, int, "100 or 50,2000"), step_weights
-    problems = _task(
-        task,
-        hidden=hidden,
-        convolutions=convolutions,
-        activation=activation,
-        batch_size=batch_size,
-        table=table,
-        kinds=kinds,
-        labels=labels,
-        content=content,
-        style=style,
-        size=size,
-    )
     trained = experiments.first_rules(problems, kind=rule, by_part=by_part, init=first, seed=seed, **changed)
     trainer = MetaTrainer(
         trained,
@@ -230,7 +232,9 @@ def train(
 
 
 @app.command(name="evaluate")
+@_on_task
 def evaluate_command(
+    problems: tasks.Task,
     rule: Annotated[
         list[str], typer.Option(help="A rule file, a shipped rule, or NAME=FILE; may be given several times.")
     ],
@@ -242,17 +246,6 @@ def evaluate_command(
     steps: Annotated[int, typer.Option(help="Optimization steps.")] = 100,
     runs: Annotated[int, typer.Option(help="Fresh problems; every optimizer sees the same.")] = 100,
     seed: Seed = 1,
-    hidden: Hidden = None,
-    convolutions: Convolutions = None,
-    activation: Activation = None,
-    batch_size: BatchSize = None,
-    table: TableName = None,
-    kinds: Kinds = None,
-    labels: Labels = None,
-    content: Content = None,
-    style: Style = None,
-    size: Size = None,
-    split: Split = None,
     backend: Annotated[str, typer.Option(help="auto, native, triton or reference.")] = "auto",
 ) -> None:
     """Compare update rules with tuned optimizers on fresh problems of a task: a table, a figure, CSV and JSON.
@@ -263,20 +256,6 @@ def evaluate_command(
     if baseline != "none":
         tuned = [(name, baselines.by_name(name)) for name in baseline.split(",")]
         optimizers = _by_name("rule and baseline", [*optimizers.items(), *tuned])
-    problems = _task(
-        task,
-        hidden=hidden,
-        convolutions=convolutions,
-        activation=activation,
-        batch_size=batch_size,
-        table=table,
-        kinds=kinds,
-        labels=labels,
-        content=content,
-        style=style,
-        size=size,
-        split=split,
-    )
     arguments: dict[str, Any] = {"steps": steps, "runs": runs, "seed": seed, "backend": backend}
     check(problems, optimizers, **arguments)
     _check_folder(out)
@@ -343,7 +322,9 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 @app.command()
+@_on_task
 def tune(
+    problems: tasks.Task,
     task: TaskName = "digits",
     out: Annotated[Path, typer.Option(help="Folder for the study, the checkpoints and the figure.")] = Path(
         "runs/tune"
@@ -357,16 +338,6 @@ def tune(
     rule: Kind = LSTMRule.kind,
     second_derivatives: SecondDerivatives = False,
     seed: Seed = 0,
-    hidden: Hidden = None,
-    convolutions: Convolutions = None,
-    activation: Activation = None,
-    batch_size: BatchSize = None,
-    table: TableName = None,
-    kinds: Kinds = None,
-    labels: Labels = None,
-    content: Content = None,
-    style: Style = None,
-    size: Size = None,
     storage: Annotated[
         str | None, typer.Option(help="For machines without a folder in common: a database's URL, or a journal file.")
     ] = None,
@@ -375,19 +346,6 @@ def tune(
 
     Example: fastl2l tune --task quadratic --trials 10 --epochs 20
     """
-    problems = _task(
-        task,
-        hidden=hidden,
-        convolutions=convolutions,
-        activation=activation,
-        batch_size=batch_size,
-        table=table,
-        kinds=kinds,
-        labels=labels,
-        content=content,
-        style=style,
-        size=size,
-    )
     _check_folder(out)
 
     def make_trainer(meta_lr: float, checkpoint: Path) -> MetaTrainer:
@@ -541,7 +499,9 @@ def stylize_command(
 
 
 @app.command(name="inspect")
+@_on_task
 def inspect_command(
+    problems: tasks.Task,
     rule: Annotated[str, typer.Option(help="A rule file, a shipped rule, or NAME=FILE.")],
     task: TaskName = "digits",
     out: Annotated[Path, typer.Option(help="Folder for the figures and the numbers.")] = Path("runs/inspect"),
@@ -551,37 +511,12 @@ def inspect_command(
     sgd_lr: Annotated[float | None, typer.Option(help="Of SGD; by default it is tuned.")] = None,
     adam_lr: Annotated[float | None, typer.Option(help="Of Adam; by default it is tuned.")] = None,
     seed: Seed = 1,
-    hidden: Hidden = None,
-    convolutions: Convolutions = None,
-    activation: Activation = None,
-    batch_size: BatchSize = None,
-    table: TableName = None,
-    kinds: Kinds = None,
-    labels: Labels = None,
-    content: Content = None,
-    style: Style = None,
-    size: Size = None,
-    split: Split = None,
 ) -> None:
     """Look inside a rule: what it proposes along its way, beside SGD and Adam on the same gradients.
 
     Example: fastl2l inspect --rule lstm-mnist --task mnist --out runs/inside
     """
     name, inspected = _named_rule(rule)
-    problems = _task(
-        task,
-        hidden=hidden,
-        convolutions=convolutions,
-        activation=activation,
-        batch_size=batch_size,
-        table=table,
-        kinds=kinds,
-        labels=labels,
-        content=content,
-        style=style,
-        size=size,
-        split=split,
-    )
     _check_folder(out)
     given = {"sgd": sgd_lr, "adam": adam_lr}
     with _alone(out):

@@ -11,6 +11,7 @@ import torch
 from fastl2l import baselines
 from fastl2l.baselines import LBFGS, NAG, SGD, Adadelta, Adagrad, Adam, Momentum, RMSprop, descend, tune
 from fastl2l.files import write_record
+from fastl2l.meta import Imitation
 from fastl2l.tasks import Quadratic
 from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
 
@@ -310,3 +311,19 @@ def test_evaluations_of_others_are_steps():
     seen = []
     baselines.evaluations(ParabolaProblem(1.0), SGD(0.3).build, 5, lambda loss, theta: seen.append(loss.item()))
     assert seen == descend(ParabolaProblem(1.0), SGD(0.3).build, 4).tolist()
+
+
+class Replacing(torch.optim.SGD):
+    """Gives parameters other data."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data = param.data - 0.01 * param.grad
+
+
+def test_optimizers_that_replace_data_are_refused():
+    with pytest.raises(TypeError, match=r"optimizer: expected one that changes parameters in place"):
+        descend(ParabolaProblem(1.0), lambda params: Replacing(params, lr=0.1), 3)
+    with pytest.raises(TypeError, match=r"teachers\[0\]: expected an optimizer that changes parameters in place"):
+        Imitation([lambda params: Replacing(params, lr=0.1)])

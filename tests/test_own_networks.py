@@ -256,3 +256,14 @@ def test_the_command_takes_rules_of_any_name(tmp_path):
 
 def test_rules_that_are_shipped_are_compared():
     assert "lstm-mnist" in experiments.by_name("own-networks").rules <= set(own_networks.RULES)
+
+
+def test_losses_of_0_and_runs_that_diverged_have_a_ratio():
+    def result(adam, mine):
+        return own_networks.Result("a", 1, 3, {"adam": [adam], "mine": [mine]}, {}, {"adam": 0.1})
+
+    pairs = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (math.inf, 1.0), (1.0, math.inf), (math.inf, math.inf)]
+    assert [result(*pair).ratio("mine") for pair in pairs] == [1, math.inf, 0, 0, math.inf, 1]
+    told = own_networks._summary([result(1.0, 0.0), result(1.0, 4.0)], [])
+    assert told[1][:6] == ["mine", "3", "2", "0", "4", "1"]
+    assert own_networks._summary([result(math.inf, math.inf)], [])[1][-1] == "1"

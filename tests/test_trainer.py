@@ -395,6 +395,9 @@ def test_the_version_is_looked_at_before_anything_else(saved):
         lambda one: one | {"state": one["state"] | {"adam": {}}},
         lambda one: one | {"state": one["state"] | {"adam": {"state": {0: {}}, "param_groups": [{}]}}},
         lambda one: one | {"state": one["state"] | {"adam": {"state": {0: 1}, "param_groups": [{}]}}},
+        lambda one: with_adam(one, lambda entries: {0: entries[1], 1: entries[0]}),
+        lambda one: with_adam(one, lambda entries: dict.fromkeys(entries, entries[0])),
+        lambda one: with_adam(one, lambda entries: entries | {len(entries): entries[0]}),
         lambda one: one | {"state": "x" * 10**6},
         lambda one: one | {"settings": one["settings"] | {"seed": "x" * 10**6}},
         lambda one: one | {"settings": one["settings"] | {"seed": torch.zeros(3)}},
@@ -407,6 +410,25 @@ def test_the_version_is_looked_at_before_anything_else(saved):
 def test_sealed_checkpoints_of_other_content_are_refused(saved, change):
     sealed(saved, change(content(saved)))
     refused(saved, "checkpoint: ")
+
+
+def with_adam(one, change):
+    """Adam's two means of other weights than theirs, or of some alone: it writes to as many numbers as a weight has."""
+    state = one["state"]
+    entries = state["adam"]["state"]
+    return one | {"state": state | {"adam": state["adam"] | {"state": entries | change(entries)}}}
+
+
+def test_how_adam_is_run_is_not_a_checkpoint_s_word(saved):
+    one = content(saved)
+    one["state"]["adam"]["param_groups"][0] |= {
+        "maximize": True,
+        "weight_decay": 0.5,
+        "betas": (0.1, 0.2),
+        "amsgrad": True,
+    }
+    sealed(saved, one)
+    assert finished(trainer(checkpoint=saved), 4) == finished(trainer(), 4)
 
 
 def deflated(one):

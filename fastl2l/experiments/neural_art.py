@@ -28,6 +28,7 @@ from fastl2l.experiments.experiment import (
     check_rules,
     folder_name,
 )
+from fastl2l.processes import current
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule
 from fastl2l.rules import Learned
@@ -98,8 +99,23 @@ FIG8 = Experiment(
 )
 
 
+class _OfRule:
+    """What experiments that show the one rule have in common; see `Reproducible`."""
+
+    more_rules: ClassVar[bool] = False
+    reserved: ClassVar[Sequence[str]] = ()
+
+    @property
+    def rules(self) -> set[str]:
+        return {RULE}
+
+    def _rule(self, given: Mapping[str, Learned]) -> Learned:
+        check_rules(self, given)  # type: ignore[arg-type]
+        return given[RULE] if RULE in given else load_rule(RULE)
+
+
 @dataclass(frozen=True)
-class Sheet:
+class Sheet(_OfRule):
     """Figure 9: pictures that the rule painted, beside those of Adam and L-BFGS at the same cost.
 
     Args:
@@ -109,26 +125,17 @@ class Sheet:
     photographs: int = 4
     name: ClassVar[str] = "fig9"
     title: ClassVar[str] = "Figure 9: pictures painted in 128 steps"
-    more_rules: ClassVar[bool] = False
-    reserved: ClassVar[Sequence[str]] = ()
-
-    @property
-    def rules(self) -> set[str]:
-        """See `Reproducible`."""
-        return {RULE}
 
     def run(
         self, out: str | os.PathLike[str], *, rules: Mapping[str, Learned], quick: bool, progress: bool = True
     ) -> list[str | Table]:
         """See `Reproducible`."""
-        check_rules(self, rules)
-        rule = rules[RULE] if RULE in rules else load_rule(RULE)
-        folder = Path(out) / folder_name(self, quick)
+        rule, folder, processes = self._rule(rules), Path(out) / folder_name(self, quick), current()
         settings, count = ((TRAINED,), 1) if quick else ((TRAINED, NEW), self.photographs)
         steps = _QUICK_STEPS if quick else STEPS
         told: list[str | Table] = ["The paper: examples of styled pictures, of the training style and of a new one."]
         text = [f"# {self.title}", f"{steps} steps, or evaluations of L-BFGS; f a pixel of the picture shown."]
-        with Progress(self.name, 3 * count * len(settings), shown=progress) as shown:
+        with Progress(self.name, 3 * count * len(settings), shown=progress and not processes.rank) as shown:
             for setting in settings:
                 optimizers = {
                     "lstm": builder("lstm", rule),
@@ -146,10 +153,11 @@ class Sheet:
                     pictures.append(row)
                     rows.append([str(number), *losses])
                 captions = ["content", "style", *optimizers]
-                file = images.write(folder / f"{setting.name}.png", images.sheet(pictures, captions))
+                sheet, place = images.sheet(pictures, captions), folder / f"{setting.name}.png"
+                file = processes.first(partial(images.write, place, sheet))
                 text += [f"## {setting.title}", f"![{setting.title}]({file.name})", markdown(rows)]
                 told.append(f"{setting.title}: {file}")
-        files.write_text(folder / "table.md", "\n\n".join(text) + "\n")
+        processes.first(lambda: files.write_text(folder / "table.md", "\n\n".join(text) + "\n"))
         return told
 
 
@@ -172,7 +180,7 @@ def _painted(problem: ArtProblem, build: Build, steps: int) -> tuple[Image.Image
 
 
 @dataclass(frozen=True)
-class InsideFigure:
+class InsideFigure(_OfRule):
     """Figures 10 to 13: what the rule proposes to single coordinates, beside SGD and Adam on the same iterates.
 
     Args:
@@ -188,21 +196,13 @@ class InsideFigure:
     claim: str
     watched: tuple[int, ...]
     responses: bool
-    more_rules: ClassVar[bool] = False
-    reserved: ClassVar[Sequence[str]] = ()
-
-    @property
-    def rules(self) -> set[str]:
-        """See `Reproducible`."""
-        return {RULE}
 
     def run(
         self, out: str | os.PathLike[str], *, rules: Mapping[str, Learned], quick: bool, progress: bool = True
     ) -> list[str | Table]:
         """See `Reproducible`."""
-        check_rules(self, rules)
-        rule = rules[RULE] if RULE in rules else load_rule(RULE)
-        folder, task = Path(out) / folder_name(self, quick), TRAINED.task()
+        rule, task, processes = self._rule(rules), TRAINED.task(), current()
+        folder, progress = Path(out) / folder_name(self, quick), progress and not processes.rank
         steps = _QUICK_STEPS if quick else STEPS
         with Progress("tuning", len(inside.OTHERS), shown=progress) as shown:
             rates = {}
@@ -213,12 +213,15 @@ class InsideFigure:
         drawn = torch.randperm(3 * task.size**2, generator=random)[: max(self.watched) + 1].tolist()
         chosen = [drawn[number] for number in self.watched]
         seen = inside.look(rule, task, steps=steps, coordinates=chosen, rates=rates, seed=_SEED, progress=progress)
-        seen.save(folder)
         title = f"{self.title}\nneural art, {TRAINED.title}"
-        if self.responses:
-            file = seen.plot_responses(chosen[0], folder / "figure.png", title=title)
-        else:
-            file = seen.plot_updates(folder / "figure.png", title=title)
+
+        def write() -> Path:
+            seen.save(folder)
+            if self.responses:
+                return seen.plot_responses(chosen[0], folder / "figure.png", title=title)
+            return seen.plot_updates(folder / "figure.png", title=title)
+
+        file = processes.first(write)
         return [f"The paper: {self.claim}", f"figure: {file}"]
 
 

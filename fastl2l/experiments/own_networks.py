@@ -98,8 +98,11 @@ class Result:
         return sum(self.losses[name]) / len(self.losses[name])
 
     def ratio(self, name: str) -> float:
-        """To the mean loss of tuned Adam."""
-        return self.mean(name) / self.mean("adam")
+        """To the mean loss of tuned Adam; 1 where both are 0, or both diverged."""
+        mine, adam = self.mean(name), self.mean("adam")
+        if mine == adam:
+            return 1.0
+        return mine / adam if adam else math.inf
 
 
 def compare(rules: Mapping[str, Rule], efforts: Mapping[int, Effort], progress: bool) -> list[Result]:
@@ -258,11 +261,11 @@ def _summary(results: Sequence[Result], rivals: Sequence[str]) -> Rows:
         for steps in dict.fromkeys(result.steps for result in results):
             here = [result for result in results if result.steps == steps]
             ratios = [result.ratio(name) for result in here]
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            mean = math.exp(sum(math.log(ratio) if ratio else -math.inf for ratio in ratios) / len(ratios))
             counts = [
                 sum(ratio <= LEVEL for ratio in ratios),
                 sum(ratio <= 1 for ratio in ratios),
-                sum(ratio == math.inf for ratio in ratios),
+                sum(result.mean(name) == math.inf for result in here),
                 *(sum(result.mean(name) < result.mean(rival) for result in here) for rival in rivals),
             ]
             rows.append([name, f"{steps:,}", str(len(here)), f"{mean:.3g}", f"{max(ratios):.3g}", *map(str, counts)])

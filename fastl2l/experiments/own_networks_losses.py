@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastl2l.baselines import Baseline, give_gradient, leaves
+from fastl2l.baselines import Baseline, check_in_place, give_gradient, leaves
 from fastl2l.evaluate import builder, describe_optimizer, json_number
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.processes import current
@@ -91,6 +91,7 @@ def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimi
         give_gradient(parts, gradient)
         optimizer.step()
         if step + 1 == at[len(found)]:
+            check_in_place(parts, theta)
             found.append(problem.whole_loss(theta).item() / problem.functions)
             if not math.isfinite(found[-1]):
                 found.pop()

@@ -94,7 +94,6 @@ class Recipe:
         options: of the task.
         seed: of the first weights and of all problems.
         init: how the rule is trained that this one starts from; fresh weights by default.
-        by_part: whether each part of the task's problems has a rule of its own, as in `first_rules`.
     """
 
     name: str
@@ -107,7 +106,6 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     init: Recipe | None = None
-    by_part: bool = False
 
     @property
     def commands(self) -> list[str]:
@@ -124,8 +122,6 @@ class Recipe:
             options["init"] = f"runs/{self.init.name}/rule.safetensors"
         elif self.kind != LSTMRule.kind:
             options["rule"] = self.kind
-        if self.by_part:
-            options["by_part"] = True
         options["out"] = f"runs/{self.name}"
         words = [_option(name, value) for name, value in options.items()]
         return [*(self.init.commands if self.init is not None else []), " ".join(["fastl2l train", *words])]
@@ -143,7 +139,7 @@ class Recipe:
         before = None if self.init is None else self.init.train(folder, quick=quick, progress=progress)
         checkpoint = Path(folder) / f"{self.name}{'-quick' * quick}.pt"
         task = tasks.by_name(self.task, **self.options)
-        rule = first_rules(task, kind=self.kind, by_part=self.by_part, init=before, seed=self.seed)
+        rule = first_rules(task, kind=self.kind, init=before, seed=self.seed)
         task = tasks.augmented(task, **self.augmentation)
         trainer = MetaTrainer(rule, task, seed=self.seed, checkpoint=checkpoint, **self.training)
         trainer.fit(max(1, self.epochs // 10) if quick else self.epochs, progress=progress)

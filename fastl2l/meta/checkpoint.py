@@ -51,7 +51,7 @@ def load(
     Args:
         path: the file.
         settings: of this run.
-        weights: its rule's, or others like them.
+        weights: its rule's, by name in the order that Adam has them in.
         epoch: what takes an entry of its history.
 
     Raises:
@@ -118,14 +118,18 @@ def _unpack(version: int, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 def _is_state(state: dict[str, Any], weights: Mapping[str, Tensor], epoch: Callable[..., object]) -> bool:
     """Whether a run whose rule has such weights could have saved `state`; may raise anything where not."""
     kinds = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
+    trained = [(weight.shape, weight.dtype) for weight in weights.values() if weight.requires_grad]
     found = [{name: (one.shape, one.dtype) for name, one in state[key].items()} for key in ("current", "best")]
-    moments = [entry[key] for entry in state["adam"]["state"].values() for key in ("exp_avg", "exp_avg_sq")]
+    entries = state["adam"]["state"]
+    means = {number: (entry["exp_avg"], entry["exp_avg_sq"]) for number, entry in entries.items()}
     numbers = [state["best_loss"], *(number for entry in state["history"] for number in entry)]
     return (
         found == [kinds, kinds]
         and len(state["adam"]["param_groups"]) == 1
-        and all((moment.shape, moment.dtype) in kinds.values() for moment in moments)
-        and all(entry["step"].numel() == 1 for entry in state["adam"]["state"].values())
+        # Each weight's own: Adam writes to as many numbers as the weight has, wherever they are.
+        and all((mean.shape, mean.dtype) == trained[number] for number, pair in means.items() for mean in pair)
+        and sorted(means) in ([], list(range(len(trained))))
+        and all(entry["step"].numel() == 1 for entry in entries.values())
         and all(isinstance(number, (int, float)) for number in numbers)
         and all(epoch(*entry) for entry in state["history"])
     )

@@ -128,8 +128,12 @@ def _check_teacher(name: str, teacher: object) -> None:
     built = teacher([parameter])
     if not isinstance(built, torch.optim.Optimizer):
         raise TypeError(f"{name}: expected {expected}, got a function that returns {built!r}")
-    parameter.grad = torch.ones(3)
+    parameter.grad, place = torch.ones(3), parameter.data_ptr()
     try:
         built.step()
     except Exception as error:
         raise TypeError(f"{name}: expected an optimizer that steps without a closure, got {error}") from error
+    if parameter.data_ptr() != place:
+        raise TypeError(
+            f"{name}: expected an optimizer that changes parameters in place, got one that gives them others"
+        )

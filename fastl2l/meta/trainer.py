@@ -501,7 +501,9 @@ class MetaTrainer:
         return state
 
     def _load_adam(self, state: dict[str, Any]) -> None:
-        self._adam.load_state_dict(copy.deepcopy(state))
+        # How it is run is this run's word, not a file's.
+        groups = self._adam.state_dict()["param_groups"]
+        self._adam.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": groups})
         self._adam.param_groups[0] |= {"lr": self._lr, "capturable": self.capture}
 
     def _set_lr(self, meta_lr: float) -> None:
@@ -550,7 +552,7 @@ class MetaTrainer:
 
         def read() -> str | None:
             if path.exists():
-                found.update(checkpoint_module.load(path, self.settings(), self._current, Epoch))
+                found.update(checkpoint_module.load(path, self.settings(), named_weights(self._rules), Epoch))
             return _fingerprint(found["current"]) if found else None
 
         seen = self._processes.everyone(read)
