@@ -165,6 +165,9 @@ def train(
     output_scale: Annotated[float | None, typer.Option(help="Factor on updates; by default the task's.")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="LSTM units a layer; 20 by default.")] = None,
     layers: Annotated[int | None, typer.Option(help="LSTM layers; 2 by default.")] = None,
+    relative: Annotated[
+        bool, typer.Option("--relative", help="Updates in units of the size that each parameter has at first.")
+    ] = False,
     keep: Annotated[str, typer.Option(help="Which epoch's weights: best, by validation, or last.")] = "best",
     second_derivatives: SecondDerivatives = False,
     init: Annotated[str | None, typer.Option(help="A rule to start from, in place of fresh weights.")] = None,
@@ -183,7 +186,8 @@ def train(
     first = None if init is None else rule_files.load_rule(init)
     _check_folder(out)
     steps, weights = _numbers("horizon", horizon, int, "100 or 50,2000"), step_weights
-    trained = experiments.first_rules(problems, kind=rule, by_part=by_part, init=first, seed=seed, **changed)
+    start: dict[str, Any] = {"kind": rule, "by_part": by_part, "init": first, "relative": relative, "seed": seed}
+    trained = experiments.first_rules(problems, **start | changed)
     trainer = MetaTrainer(
         trained,
         _augmented(problems, scaling, convex),

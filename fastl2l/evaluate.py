@@ -23,8 +23,9 @@ from fastl2l.files import open_tensors, read_record, shown, write_record, write_
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.processes import current, versions
 from fastl2l.progress import Progress
+from fastl2l.relative import in_units
 from fastl2l.rules import Learned, Rule, rules_by_part
-from fastl2l.tasks.base import Task, check_start, fingerprint, integer, problem_seed
+from fastl2l.tasks.base import Problem, Task, check_start, fingerprint, integer, problem_seed
 
 FORMAT = 1
 """Of the saved files."""
@@ -276,7 +277,8 @@ def check(task: Task, optimizers: Mapping[str, Optimizer], *, steps: int, runs: 
     check_start(first)
     for name, optimizer in optimizers.items():
         if not (isinstance(optimizer, Baseline) and optimizer.lr == "tune"):
-            descend(first, builder(f"optimizers[{name!r}]", optimizer, backend, parts=first.parts), 1)
+            build = builder(f"optimizers[{name!r}]", optimizer, backend, parts=first.parts)
+            descend(as_seen_by(optimizer, first), build, 1)
 
 
 def follow(
@@ -297,7 +299,8 @@ def follow(
     losses = []
     for number in numbers:
         problem = task.sample(problem_seed(seed, "test", number))
-        losses.append(descend(problem, builder(name, optimizer, backend, parts=problem.parts), steps))
+        build = builder(name, optimizer, backend, parts=problem.parts)
+        losses.append(descend(as_seen_by(optimizer, problem), build, steps))
         advance()
     return torch.stack(losses) if losses else torch.empty(0, steps + 1, dtype=torch.float64)
 
@@ -421,6 +424,11 @@ def builder(name: str, optimizer: Optimizer, backend: str = "auto", *, parts: Ma
         return built
 
     return build
+
+
+def as_seen_by(optimizer: Optimizer, problem: Problem) -> Problem:
+    """`problem` in the units in which `optimizer` takes its steps: `builder` gives it theta without any shape."""
+    return in_units(problem, optimizer) if isinstance(optimizer, Rule | Mapping) else problem
 
 
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from fastl2l.ops.dispatch import Backend, select
 from fastl2l.optimizer_state import (
     SHAPE,
     STATE,
+    UNIT,
     WHOLE,
     Together,
     check_saved,
     check_shape,
+    first_units,
     has_data,
     local_entry,
     select_rows,
@@ -99,7 +101,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
     Every coordinate of every parameter has its own LSTM state (320 bytes in float32 for the papers' rule, 160 in
     bfloat16), zero at its first step. The update is ``lr`` times the rule's own, so ``lr=1`` is what the rule was
-    meta-trained for.
+    meta-trained for. A relative rule, such as rnnprop-long, has for each parameter of two or more dimensions a unit
+    besides: the size of its numbers at its first step (``fastl2l.units``), which is kept with its state.
 
     DTensors (FSDP2, tensor parallelism) are stepped in place where they are, each process its own part, and nothing is
     gathered; a gradient that is not finite in one process is one in all. ``state_dict`` has their states as DTensors
@@ -305,17 +308,18 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]], finite: Tensor | None
     ) -> bool:
         """One kernel call; False if it has changed nothing, because a gradient is not finite."""
+        units = self._units(batch, states, new)
         # The kernel checks what it is given before it changes anything, and far faster than a loop over hundreds of
         # parameters here would: only when it fails are they looked at one by one. It has refused what is not
         # contiguous; where all was, it has failed otherwise, maybe in the middle.
         try:
-            self._call(batch, states, finite)
+            self._call(batch, states, units, finite)
         except RuntimeError:
             contiguous = batch.checked()
             if contiguous.is_of(batch):
                 raise
             batch = contiguous
-            self._call(batch, states, finite)
+            self._call(batch, states, units, finite)
         if finite is not None and not self.capturable and has_data(finite) and not finite:
             return False
         for param, entry in new.items():
@@ -325,7 +329,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             param.copy_(work)
         return True
 
-    def _call(self, batch: _Batch, states: list[Tensor], finite: Tensor | None) -> None:
+    def _call(self, batch: _Batch, states: list[Tensor], units: Tensor | None, finite: Tensor | None) -> None:
         rule: Rule = batch.group["rule"]
         together = self._together.get(batch.number)
         scale, decay, rate = _factors(batch.group, rule)
@@ -341,6 +345,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             None,
             decay,
             rate,
+            units,
         )
 
     def _states(self, batch: _Batch) -> tuple[list[Tensor], dict[Tensor, dict[str, Any]]]:
@@ -364,11 +369,22 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 "state: expected every parameter to have been stepped before a CUDA graph is captured, got "
                 f"{len(missing)} without; the graph would set their state to zero at every replay"
             )
-        together = Together.of(batch.group["rule"], map(local, missing), self.state_dtype)
+        rule = batch.group["rule"]
+        together = Together.of(rule, map(local, missing), self.state_dtype, first_units(rule, missing))
         self._together[batch.number] = together
         new = dict(zip(missing, together.entries(), strict=True))
         fresh = iter(together.states)
         return [next(fresh) if state is None else state for state in states], new
+
+    def _units(self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]]) -> Tensor | None:
+        """What the parameters' updates are multiplied by, if the rule is relative."""
+        if not batch.group["rule"].config.relative:
+            return None
+        together = self._together.get(batch.number)
+        if together is not None and together.holds(states):
+            return together.units
+        entries = [new.get(param) or self.state[param] for param in batch.owners]
+        return torch.stack([entry[UNIT] for entry in entries])
 
     def _entries(self, params: list[Tensor]) -> Sequence[dict[str, Any]]:
         """What is kept of parameters. Looking does not make entries."""
@@ -466,7 +482,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             }
             for param, (key, entry) in found.items():
                 check_saved(key, entry, rule, local(param), self.state_dtype or rule.dtype)
-            together = Together.of(rule, map(local, found), self.state_dtype)
+            units = [entry[UNIT] for _, entry in found.values()] if rule.config.relative else None
+            together = Together.of(rule, map(local, found), self.state_dtype, units)
             for copy, (_, entry) in zip(together.states, found.values(), strict=True):
                 copy.copy_(entry[STATE].detach())
             loaded.append(_Loaded(rule, same, list(found), together))
@@ -608,7 +625,7 @@ def _is_stepped(entry: Any) -> bool:
 def _without_state(entry: Any) -> Any:
     if not _is_stepped(entry):
         return entry
-    return {name: value for name, value in entry.items() if name not in (STATE, WHOLE, SHAPE)}
+    return {name: value for name, value in entry.items() if name not in (STATE, WHOLE, SHAPE, UNIT)}
 
 
 def _check_same_rule(index: int, saved: Any, rule: Rule) -> bool:

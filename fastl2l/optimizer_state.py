@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastl2l.files import shown
 from fastl2l.ops.layout import TILE, from_rows, new_state, state_shape, to_rows
 from fastl2l.rules import Rule
 from fastl2l.sharded import from_saved, is_sharded, local, to_saved
+from fastl2l.units import unit_of
 
 STATE = "lstm_state"
 """The entry of ``optimizer.state[parameter]`` that holds the state."""
 WHOLE = "lstm_state_rows"
 """In what is saved of a sharded parameter, its place: that of all coordinates, as a DTensor [*shape, rows]."""
+UNIT = "unit"
+"""The one that holds what updates of a relative rule are multiplied by, 0-d: see units.py."""
 SHAPE = "shape"
 """The one that holds the shape, as sizes by number: of what is not a tensor, distributed checkpoints take numbers and
 dictionaries of them."""
@@ -31,14 +35,20 @@ class Together(NamedTuple):
     shapes: list[torch.Size]  # of the parameters
     state: Tensor
     places: list[int]  # in memory, of the state and of its parts
+    units: Tensor | None  # [params], of a relative rule
 
     @classmethod
-    def of(cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None) -> Together:
+    def of(
+        cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None, units: Sequence[Tensor] | None
+    ) -> Together:
         """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory."""
         shapes = [param.shape for param in params]
         tiles = [state_shape(rule, shape.numel())[0] for shape in shapes]
         state = _allocate(rule, sum(tiles) * TILE, dtype)
-        together = cls(list(state.split(tiles)), shapes, state, [])
+        stacked = None
+        if units is not None:
+            stacked = torch.stack([unit.to(rule.device, rule.dtype) for unit in units]) if units else state.new_empty(0)
+        together = cls(list(state.split(tiles)), shapes, state, [], stacked)
         if not torch.compiler.is_compiling() and has_data(state):
             together.places.extend(together._places())
         return together
@@ -54,7 +64,16 @@ class Together(NamedTuple):
 
     def entries(self) -> list[dict[str, Any]]:
         """What is kept of each parameter."""
-        return [new_entry(state, shape) for state, shape in zip(self.states, self.shapes, strict=True)]
+        units = [None] * len(self.states) if self.units is None else self.units.unbind()
+        return [
+            new_entry(state, shape) | ({} if unit is None else {UNIT: unit})
+            for state, shape, unit in zip(self.states, self.shapes, units, strict=True)
+        ]
+
+
+def first_units(rule: Rule, params: Sequence[Tensor]) -> list[Tensor] | None:
+    """What the updates of a relative rule are multiplied by, of whole parameters that begin now."""
+    return [unit_of(param) for param in params] if rule.config.relative else None
 
 
 def has_data(tensor: Tensor) -> bool:
@@ -122,6 +141,11 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
     if not isinstance(found, Tensor) or found.layout != torch.strided or not isinstance(sizes, dict):
         got = f"{type(found).__name__} and {type(sizes).__name__}"
         raise ValueError(f"state of parameter {key}: expected a dense tensor and a dictionary of sizes, got {got}")
+    if rule.config.relative and not _is_unit(unit := entry.get(UNIT)):
+        raise ValueError(
+            f"state of parameter {key}: expected the unit of its updates, a finite number > 0 as a 0-d tensor, got "
+            f"{shown(unit)}"
+        )
     if (shape := kept_shape(entry, param)) != tuple(param.shape):
         raise ValueError(
             f"state of parameter {key}: expected one of a parameter of shape {list(param.shape)}, got {list(shape)}"
@@ -131,6 +155,12 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
         raise ValueError(
             f"state of parameter {key}: expected {list(expected)} of {dtype}, got {list(found.shape)} of {found.dtype}"
         )
+
+
+def _is_unit(found: object) -> bool:
+    if not isinstance(found, Tensor) or found.shape != () or not found.is_floating_point():
+        return False
+    return 0 < float(found) < math.inf
 
 
 def select_rows(entry: dict[str, Any], old: Tensor, new: Tensor, rows: Any) -> dict[str, Any]:

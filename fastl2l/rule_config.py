@@ -176,6 +176,7 @@ class RuleConfig:
         output: "linear", "tanh" or "none".
         given: rows of input that come from outside of the rule.
         output_scale: factor on the update.
+        relative: whether updates are in units of the size that each parameter had at first (units.py).
 
     Raises:
         ValueError: the parts do not go together or a number is out of range; the message names it.
@@ -187,6 +188,7 @@ class RuleConfig:
     output: str = "linear"
     given: int = 0
     output_scale: float = 1.0
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.features, (*FEATURES.values(), type(None))):
@@ -202,10 +204,12 @@ class RuleConfig:
         if self.features is None and self.given == 0:
             raise ValueError("features: expected features of the gradient, given rows or both, got neither")
         object.__setattr__(self, "output_scale", require_positive("output_scale", self.output_scale))
+        if not isinstance(self.relative, bool):
+            raise ValueError(f"relative: expected True or False, got {shown(self.relative)}")
 
     @property
     def text(self) -> str:
-        """The rule's text, in its one canonical form; the output scale is not in it."""
+        """The rule's text, in its one canonical form; output scale and units are not in it."""
         parts = [str(part) for part in (self.features,) if part is not None]
         parts += [f"given:{self.given}"] if self.given else []
         parts += [str(self.projection)] if self.projection is not None else []
@@ -282,7 +286,8 @@ class RuleConfig:
 
     def describe(self) -> dict[str, Any]:
         """As JSON holds it: for files, from which `from_description` reads it."""
-        return {"text": self.text, "output_scale": self.output_scale}
+        relative = {"relative": True} if self.relative else {}
+        return {"text": self.text, "output_scale": self.output_scale, **relative}
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> RuleConfig:
@@ -294,9 +299,9 @@ class RuleConfig:
         description = dict(description)
         if description.keys() == {"preprocess", "p", "scale", "output_scale", "hidden_size", "num_layers"}:
             return lstm_config(**description)
-        if description.keys() != {"text", "output_scale"}:
+        if description.keys() - {"relative"} != {"text", "output_scale"}:
             raise ValueError(f"expected text and output_scale, got {shown(sorted(map(str, description)))}")
-        return dataclasses.replace(cls.parse(description["text"]), output_scale=description["output_scale"])
+        return dataclasses.replace(cls.parse(description.pop("text")), **description)
 
 
 def lstm_config(

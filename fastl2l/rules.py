@@ -6,6 +6,7 @@ A rule holds no optimizer state and does no stepping; it is a plain ``nn.Module`
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -142,7 +143,7 @@ class Rule(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"{self.text!r}, output_scale={self.config.output_scale:g}"
+        return f"{self.text!r}, output_scale={self.config.output_scale:g}" + ", relative" * self.config.relative
 
 
 class LSTMRule(Rule):
@@ -159,6 +160,7 @@ class LSTMRule(Rule):
         p: constant of log_sign; 10 in the paper, at most 87.
         scale: constant of raw.
         output_scale: factor on the update; 0.1 for MNIST and 1 for quadratics and neural art in the paper.
+        relative: whether updates are in units of the size that each parameter had at first; see `fastl2l.units`.
         hidden_size: LSTM units a layer.
         num_layers: LSTM layers.
         seed, dtype: as for :class:`Rule`.
@@ -176,13 +178,14 @@ class LSTMRule(Rule):
         p: float = 10.0,
         scale: float = 1.0,
         output_scale: float = 0.1,
+        relative: bool = False,
         hidden_size: int = 20,
         num_layers: int = 2,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         config = lstm_config(preprocess, p, scale, output_scale, hidden_size, num_layers)
-        super().__init__(config, seed=seed, dtype=dtype)
+        super().__init__(dataclasses.replace(config, relative=relative), seed=seed, dtype=dtype)
 
     @classmethod
     def from_lstm(
@@ -225,12 +228,14 @@ class RNNpropRule(Rule):
         h, c      = LSTM(elu(weight_in . features + bias_in), h, c)
         parameter = parameter + output_scale * tanh(weight_out . h + bias_out)
 
-    An update is at most `output_scale`, and does not depend on the scale of the loss.
+    An update is at most `output_scale`, and does not depend on the scale of the loss. Of a relative rule, both are
+    in each parameter's unit.
 
     Args:
         beta1, beta2: of the means of the gradient and of its square.
         epsilon: as above.
         output_scale: factor on the update.
+        relative: as for :class:`LSTMRule`.
         projection_size: units of the layer before the LSTM.
         hidden_size, num_layers: of the LSTM.
         seed, dtype: as for :class:`Rule`.
@@ -248,6 +253,7 @@ class RNNpropRule(Rule):
         beta2: float = 0.95,
         epsilon: float = 1e-8,
         output_scale: float = 0.1,
+        relative: bool = False,
         projection_size: int = 20,
         hidden_size: int = 20,
         num_layers: int = 2,
@@ -255,7 +261,7 @@ class RNNpropRule(Rule):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         config = rnnprop_config(beta1, beta2, epsilon, output_scale, projection_size, hidden_size, num_layers)
-        super().__init__(config, seed=seed, dtype=dtype)
+        super().__init__(dataclasses.replace(config, relative=relative), seed=seed, dtype=dtype)
 
 
 RULES: dict[str, type[Rule]] = {kind.kind: kind for kind in (LSTMRule, RNNpropRule)}
@@ -275,6 +281,13 @@ def make_rule(
     rule = Rule.__new__(RULES.get(kind, Rule))
     Rule.__init__(rule, config, seed=seed, dtype=dtype)
     return rule
+
+
+def relative(rule: Rule) -> Rule:
+    """A copy of `rule`, weights and all, whose updates are in units of the size that each parameter had at first."""
+    copy = make_rule(rule.kind, dataclasses.replace(rule.config, relative=True), dtype=rule.dtype)
+    copy.load_weights(dict(rule.named_parameters()))
+    return copy.to(rule.device)
 
 
 def rules_by_part(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.functional import update
 from fastl2l.ops.layout import TILE, new_state
+from fastl2l.relative import in_units
 from fastl2l.rules import Rule, all_weights, rules_by_part
 from fastl2l.tasks.base import Problem, parts_of, value_and_grad
 
@@ -97,7 +98,8 @@ class Trajectory:
     """One problem being optimized by one rule, or by one for each of its parts.
 
     Args:
-        problem: the optimizee; its theta_0 is in the rule's dtype and on its device.
+        problem: the optimizee; its theta_0 is in the rule's dtype and on its device. Of a relative rule, theta and
+            gradients here are in the units of the problem's parameters (`fastl2l.relative`).
         rule: the rule, or a dict of rules by the names of the problem's parts. Their weights are read at every step, so
             they may change between windows.
         backend: see :class:`fastl2l.FusedLSTMOptimizer`.
@@ -114,7 +116,8 @@ class Trajectory:
     """
 
     def __init__(self, problem: Problem, rule: Rule | Mapping[str, Rule], *, backend: str = "auto") -> None:
-        self.problem, self.rules = problem, rules_by_part(rule)
+        self.rules = rules_by_part(rule)
+        self.problem = problem = in_units(problem, rule)
         theta0, first = problem.theta0, next(iter(self.rules.values()))
         if theta0.dtype != first.dtype or theta0.device != first.device:
             raise ValueError(

@@ -195,16 +195,17 @@ def step_(
     given: Sequence[Tensor | None],
     decay: float,
     rate: Tensor | None,
+    units: Tensor | None,
 ) -> None:
     """One launch a parameter; a table of all their addresses would have to be copied to the GPU at every step."""
     packed = pack(rule, weights)
     block, warps = rule.blocking()
     constants = rule.cell(_capability(packed)) | {"num_warps": warps} | OPTIONS
-    for param, grad, state, rows in zip(params, grads, states, given, strict=True):
+    for number, (param, grad, state, rows) in enumerate(zip(params, grads, states, given, strict=True)):
         if param.numel():
             step_kernel[(triton.cdiv(param.numel(), block),)](
-                param, grad, state, rows, packed, finite, rate, param.numel(), update_scale=rule.update_scale,
-                grad_scale=grad_scale, decay=decay, **constants,
+                param, grad, state, rows, packed, finite, rate, units, number, param.numel(),
+                update_scale=rule.update_scale, grad_scale=grad_scale, decay=decay, **constants,
             )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def moved(old, update, decay, rate):
     return new.to(old.dtype)
 
 
-@triton.jit(do_not_specialize=("numel",))
+@triton.jit(do_not_specialize=("number", "numel"))
 def step_kernel(
     param,
     grad,
@@ -32,6 +32,8 @@ def step_kernel(
     weights,  # packed; see pack.py
     finite,  # a bool: nothing is changed unless it is True; or None
     rate,  # a number that multiplies update_scale and decay, or None
+    parameter_units,  # of each parameter a number that multiplies its update, or None
+    number,  # the parameter's
     numel: tl.int64,
     update_scale: tl.float64,
     grad_scale: tl.float64,
@@ -84,5 +86,8 @@ def step_kernel(
         scale = tl.full([], update_scale, T)
         if rate is not None:
             scale *= tl.load(rate)
+        update *= scale
+        if parameter_units is not None:
+            update *= tl.load(parameter_units + number)
         old = tl.load(param + start + lanes, mask=exists)
-        tl.store(param + start + lanes, moved(old, update * scale, decay, rate), mask=exists)
+        tl.store(param + start + lanes, moved(old, update, decay, rate), mask=exists)

@@ -26,7 +26,7 @@ from fastl2l.rule_config import RuleConfig
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HOPPER = (9, 0)
-INTEGERS = {"numel": "i64", "first_block": "i64", "steps": "i32", "layer": "i32", "programs": "i32"}
+INTEGERS = {"number": "i32", "numel": "i64", "first_block": "i64", "steps": "i32", "layer": "i32", "programs": "i32"}
 NUMBERS = {"update_scale", "grad_scale", "decay", *(f"constant{i}" for i in range(launch.CONSTANTS))}
 
 

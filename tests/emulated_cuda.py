@@ -46,13 +46,14 @@ def backend(library: Path) -> dispatch.Backend:
     kernels = ctypes.CDLL(str(library))
 
     def step_(
-        params, grads, states, weights, rule, update_scale, grad_scale, finite=None, given=None, decay=0.0, rate=None
-    ):
+        params, grads, states, weights, rule, update_scale, grad_scale, finite=None, given=None, decay=0.0, rate=None,
+        units=None,
+    ):  # fmt: skip
         error = kernels.emulated_step(
             *_rule(rule, update_scale), ctypes.c_double(grad_scale), ctypes.c_double(decay), _address(rate),
             int(weights[0].dtype == torch.float64), int(states[0].dtype == torch.bfloat16), _pointers(weights),
             len(params), _pointers(params), _pointers(grads), _pointers(states), *_sizes(params),
-            _address(finite), _address(given),
+            _address(finite), _address(given), _address(units),
         )  # fmt: skip
         assert error == 0
 

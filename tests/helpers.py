@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastl2l import LSTMRule, Rule, reference
 from fastl2l.ops import dispatch
-from fastl2l.ops.layout import TILE, from_rows, to_rows
+from fastl2l.ops.layout import TILE, from_rows, new_state, to_rows
 from fastl2l.rule_config import Adam, RuleConfig
 
 ISAS = ("avx512", "avx2", "generic")
@@ -349,6 +349,33 @@ def assert_one_state_does_for_all(backend: dispatch.Backend, device: torch.devic
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     assert not torch.equal(results[1][1], together)
+
+
+def assert_units_multiply_updates_alone(
+    backend: dispatch.Backend, text: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """A step of parameters with a unit each: none and 1 are the same to the bit, states and decay do not see them."""
+    rule, sizes = rule_of(text), (3, 0, 20, 16, 33)
+    grads = [random_gradients(size, seed=size).to(dtype) for size in sizes]
+    arguments, found = (detached(rule), *constants(rule), 1.0, None, None), {}
+    units = torch.tensor([2.0, 5.0, 0.25, 0.0, 1.0])
+    for name, decay, given in (
+        ("none", 0.0, None),
+        ("ones", 0.0, torch.ones(5)),
+        ("units", 0.0, units),
+        ("decayed", 0.25, units),
+    ):
+        params = [torch.full((size,), 2.0 if decay else 0.0, dtype=dtype) for size in sizes]
+        states = [new_state(rule, size) for size in sizes]
+        backend.step_(params, grads, states, *arguments, decay, None, given)
+        found[name] = params, states
+    updates, states = found["none"]
+    assert all(map(torch.equal, updates + states, found["ones"][0] + found["ones"][1]))
+    for name in ("units", "decayed"):
+        assert all(map(torch.equal, states, found[name][1]))
+    for update, unit, of_unit, decayed in zip(updates, units, found["units"][0], found["decayed"][0], strict=True):
+        torch.testing.assert_close(of_unit, (update.double() * unit).to(dtype))
+        torch.testing.assert_close(decayed, (update.double() * unit + 1.5).to(dtype))
 
 
 def errors(found: Tensor, truth: Tensor) -> dict[str, float]:

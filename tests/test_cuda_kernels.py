@@ -20,6 +20,7 @@ from helpers import (
     assert_bfloat16_is_float32_rounded,
     assert_bfloat16_steps_are_accurate,
     assert_halves_are_rounded_to_even,
+    assert_units_multiply_updates_alone,
     backward_by,
     constants,
     detached,
@@ -283,6 +284,12 @@ def test_given_rows_are_those_of_all_parameters_one_after_the_other(emulated):
     for param, grad, rows in zip(alone, grads, given, strict=True):
         emulated.step_([param], [grad], [new_state(rule, param.numel())], *rest, rows)
     assert bits(*together) == bits(*alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ONE_OF_EACH)
+def test_units_multiply_the_updates_of_their_parameters(emulated, text, dtype):
+    assert_units_multiply_updates_alone(emulated, text, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -23,6 +23,7 @@ from helpers import (
     assert_bfloat16_steps_are_accurate,
     assert_halves_are_rounded_to_even,
     assert_one_state_does_for_all,
+    assert_units_multiply_updates_alone,
     backward_by,
     by_reference,
     constants,
@@ -267,6 +268,12 @@ def test_many_parameters_of_all_dtypes_are_the_same_as_one_by_one(backend, store
 
 def test_one_state_does_for_all_parameters(backend):
     assert_one_state_does_for_all(backend, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", KINDS)
+def test_units_multiply_the_updates_of_their_parameters(backend, text, dtype):
+    assert_units_multiply_updates_alone(on_gpu(backend), text, dtype)
 
 
 @pytest.mark.parametrize("value", [1.0, math.nan, -math.inf])

@@ -24,6 +24,7 @@ from helpers import (
     assert_bfloat16_steps_are_accurate,
     assert_halves_are_rounded_to_even,
     assert_one_state_does_for_all,
+    assert_units_multiply_updates_alone,
     backward_by,
     by_reference,
     constants,
@@ -341,6 +342,23 @@ def test_parameters_of_any_dtype_take_the_rule_s_update_rounded_once(native, dty
         expected = (expected.to(wide) + change.to(wide).view(17, 59)).to(dtype)
         assert bits_equal(param, expected)
         assert bits_equal(to_rows(state, n), to_rows(its_state, n))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", [lstm(), RNNPROP])
+def test_units_multiply_the_updates_of_their_parameters(text, dtype, backend):
+    assert_units_multiply_updates_alone(dispatch.select(backend, "cpu"), text, dtype)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("units", [torch.ones(2), torch.ones(1, dtype=torch.float64), torch.ones(())], ids=str)
+def test_units_are_one_a_parameter_in_the_rule_s_dtype(units, backend):
+    rule, param, grad = random_rule(), torch.zeros(5), torch.ones(5)
+    rest = [new_state(rule, 5)], detached(rule), *constants(rule), 1.0, None, None, 0.0, None
+    with pytest.raises(RuntimeError, match="units: expected "):
+        dispatch.select(backend, "cpu").step_([param], [grad], *rest, units)
+    assert not param.any()
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

@@ -28,6 +28,7 @@ from helpers import (
     assert_bfloat16_steps_are_accurate,
     assert_halves_are_rounded_to_even,
     assert_one_state_does_for_all,
+    assert_units_multiply_updates_alone,
     backward_by,
     constants,
     detached,
@@ -401,6 +402,12 @@ def test_a_step_that_is_asked_to_changes_nothing_unless_all_gradients_are_finite
 
 def test_one_state_does_for_all_parameters():
     assert_one_state_does_for_all(dispatch._of_operators("triton", torch.ops.fastl2l_triton), DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", [lstm(), RNNPROP])
+def test_units_multiply_the_updates_of_their_parameters(text, dtype):
+    assert_units_multiply_updates_alone(TRITON, text, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -31,6 +31,7 @@ struct Segment {
   const char* grad;
   void* state;  // of T, or bfloat16
   int64_t numel;
+  T unit;  // what updates are multiplied by
   int element_size;
   void (*read)(const void* source, T* target, int n);
   void (*add)(void* param, double kept, const T* update, int n);

@@ -104,7 +104,7 @@ void set_dtype(Segment<T>& segment, ScalarType dtype) {
 
 template <typename T>
 void step_all(const std::vector<Parameter>& parameters, const std::vector<Tensor>& weights, const Rule& rule,
-              double grad_scale, double decay, const T* given, bool state_is_bfloat16) {
+              double grad_scale, double decay, const T* given, const T* units, bool state_is_bfloat16) {
   const Kernels<T>& kernel = kernels<T>();
   std::vector<Segment<T>> segments(parameters.size());
   std::vector<int64_t> first_tile{0};
@@ -114,6 +114,7 @@ void step_all(const std::vector<Parameter>& parameters, const std::vector<Tensor
     segments[i].grad = static_cast<const char*>(parameter.grad);
     segments[i].state = parameter.state;
     segments[i].numel = parameter.numel;
+    segments[i].unit = units ? units[i] : 1;
     set_dtype(segments[i], parameter.dtype);
     first_tile.push_back(first_tile.back() + tiles_of(parameter.numel));
   }
@@ -191,7 +192,8 @@ double number_in(const Tensor& tensor) {
 
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
            std::vector<Tensor> weights, std::string text, double update_scale, double grad_scale,
-           std::optional<Tensor> finite, std::optional<Tensor> given, double decay, std::optional<Tensor> rate) {
+           std::optional<Tensor> finite, std::optional<Tensor> given, double decay, std::optional<Tensor> rate,
+           std::optional<Tensor> units) {
   Rule rule = check_rule(weights, text, update_scale);
   const ScalarType dtype = weights[0].scalar_type(), stored = check_state_dtype(rule, states, dtype);
   const std::vector<Parameter> parameters = check_parameters(params, grads, states, stored, rule.state_rows());
@@ -203,13 +205,16 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     rule.update_scale *= number_in(*rate);
     decay *= number_in(*rate);
   }
+  if (units) check_tensor({"units"}, *units, dtype, {(int64_t)params.size()});
   if (finite && !find_nonfinite(*finite, parameters, dtype == ScalarType::Float)) return;
   if (parameters.empty()) return;
   if (dtype == ScalarType::Float) {
     const bool is_bfloat16 = stored == ScalarType::BFloat16;
-    step_all<float>(parameters, weights, rule, grad_scale, decay, data_or_null<float>(given), is_bfloat16);
+    step_all<float>(parameters, weights, rule, grad_scale, decay, data_or_null<float>(given),
+                    data_or_null<float>(units), is_bfloat16);
   } else {
-    step_all<double>(parameters, weights, rule, grad_scale, decay, data_or_null<double>(given), false);
+    step_all<double>(parameters, weights, rule, grad_scale, decay, data_or_null<double>(given),
+                     data_or_null<double>(units), false);
   }
 }
 

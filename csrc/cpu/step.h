@@ -94,6 +94,7 @@ INLINE void step_tiles(const StepArgs<typename P::T>& args, const TileOf<P>* til
   for (int t = 0; t < NT; ++t) {
     const auto& tile = tiles[t];
     if (args.rule.output != Output::kNone) {
+      for (int i = 0; i < kTile; ++i) update[t * kTile + i] *= tile.segment->unit;  // 1 changes no bit
       tile.segment->add(tile.segment->param + tile.offset * tile.segment->element_size, args.kept, update + t * kTile,
                         tile.count);
     }

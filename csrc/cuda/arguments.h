@@ -16,6 +16,7 @@ struct Segment {
   int64_t numel;
   int64_t first_tile;  // running number over all segments
   Dtype dtype;         // of param and grad
+  int number;          // among all parameters
 };
 
 // As many segments as one launch takes: the arguments of a kernel have to fit into 4 KB.
@@ -46,11 +47,13 @@ struct Segments {
 template <typename T>
 struct Factors {
   double update_scale, decay;
-  const T* rate;  // multiplies both, or null: it is read by the device, so that the host need not wait for it
+  const T* rate;   // multiplies both, or null: it is read by the device, so that the host need not wait for it
+  const T* units;  // of each parameter a number that multiplies its update, or null
 
   DEVICE double rate_now() const { return rate ? (double)*rate : 1.0; }
   DEVICE T of_update() const { return (T)(update_scale * rate_now()); }
   DEVICE double of_parameter() const { return 1 - decay * rate_now(); }
+  DEVICE T unit_of(const Segment& segment) const { return units ? units[segment.number] : (T)1; }
 };
 
 // The weights of a rule of few layers, where they lie in torch's memory.

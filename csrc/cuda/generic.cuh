@@ -161,7 +161,7 @@ generic_step_kernel(KERNEL_ARGUMENT GenericStepArguments<T> arguments) {
       input = h_new;
     }
     if (rule.output == Output::kNone) continue;
-    const T update = generic_output(rule, input) * arguments.factors.of_update();
+    const T update = generic_output(rule, input) * arguments.factors.of_update() * arguments.factors.unit_of(segment);
     add_to_element(segment.param, segment.dtype, coordinate, arguments.factors.of_parameter(), update);
   }
 }

@@ -74,8 +74,8 @@ std::vector<Segment> segments_of(const std::vector<Parameter>& parameters) {
   };
   std::vector<Segment> segments;
   for (const Parameter& parameter : parameters) {
-    segments.push_back(
-        {parameter.data, parameter.grad, parameter.state, parameter.numel, 0, dtype_of(parameter.dtype)});
+    segments.push_back({parameter.data, parameter.grad, parameter.state, parameter.numel, 0, dtype_of(parameter.dtype),
+                        (int)segments.size()});
   }
   return segments;
 }
@@ -109,7 +109,8 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
 
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
            std::vector<Tensor> weights, std::string text, double update_scale, double grad_scale,
-           std::optional<Tensor> finite, std::optional<Tensor> given, double decay, std::optional<Tensor> rate) {
+           std::optional<Tensor> finite, std::optional<Tensor> given, double decay, std::optional<Tensor> rate,
+           std::optional<Tensor> units) {
   const Rule rule = check_rule(weights, text, update_scale);
   const ScalarType dtype = weights[0].scalar_type(), stored = check_state_dtype(rule, states, dtype);
   const std::vector<Parameter> parameters = check_parameters(params, grads, states, stored, rule.state_rows());
@@ -117,6 +118,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   check_number("update_scale", update_scale, dtype);
   check_number("decay", decay, dtype);
   if (rate) check_tensor({"rate"}, *rate, dtype, {});
+  if (units) check_tensor({"units"}, *units, dtype, {(int64_t)params.size()});
   if (params.empty()) return;
   const int device = params[0].get_device();
   check_devices("params", params, device);
@@ -126,13 +128,14 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   if (finite) check_flag(*finite, device);
   if (given) check_device({"given"}, *given, device);
   if (rate) check_device({"rate"}, *rate, device);
+  if (units) check_device({"units"}, *units, device);
   bool* flag = finite ? static_cast<bool*>(finite->data_ptr()) : nullptr;
   const std::vector<Segment> segments = segments_of(parameters);
   const Work work(params[0]);
   const auto run = [&](auto zero, auto stored_zero) {
     using T = decltype(zero);
     using Stored = decltype(stored_zero);
-    const Factors<T> factors{update_scale, decay, data_or_null<T>(rate)};
+    const Factors<T> factors{update_scale, decay, data_or_null<T>(rate), data_or_null<T>(units)};
     check_cuda(step<T, Stored>(rule, weight_pointers<T>(weights), segments, factors, grad_scale, data_or_null<T>(given),
                                flag, work.queue()),
                "step_");

@@ -45,10 +45,11 @@ DEVICE void step_tile(const StepArguments<S>& arguments, const StepShared<S>& sh
   if (has_row) store_unit(part, S::kRows, mine);
   sync_warp();  // products on tensor cores are the whole warp's, and the last tile's lanes may have parted
   const Pair<float> out = lstm_step<S>(shared.weights, features, lane, part, part);
+  const float unit = arguments.factors.unit_of(segment);
   Pair<float> update;
   UNROLL for (int i = 0; i < 2; ++i) {
     const float sum = sum_over_units(out[i]) + shared.weights.out_bias;
-    update[i] = (branches.tanh ? fast_tanh(sum) : sum) * shared.of_update;
+    update[i] = (branches.tanh ? fast_tanh(sum) : sum) * shared.of_update * unit;
   }
   // All 4 lanes of a coordinate have its update: two of them write one each.
   if (lane.q < 2 && first + lane.q < segment.numel) {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastl2l.baselines import Baseline, check_in_place, give_gradient, leaves
-from fastl2l.evaluate import builder, describe_optimizer, json_number
+from fastl2l.evaluate import as_seen_by, builder, describe_optimizer, json_number
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.processes import current
 from fastl2l.rules import Rule
@@ -67,7 +67,8 @@ def _kept(task: Task, optimizer: Rule | Baseline, steps: int, seed: int) -> floa
 
     def run() -> float:
         passed = [horizon for horizon in HORIZONS if horizon < steps]
-        *losses, last = descend(task.sample(seed), builder("optimizer", optimizer), [*passed, steps])
+        problem = as_seen_by(optimizer, task.sample(seed))
+        *losses, last = descend(problem, builder("optimizer", optimizer), [*passed, steps])
         for at, loss in zip(passed, losses, strict=True):
             with contextlib.suppress(OSError):
                 write_record(path(at), request(at) | {"loss": json_number(loss)})

@@ -39,7 +39,14 @@ def check_rule(weights: Sequence[Tensor], rule: str) -> RuleConfig:
     return config
 
 
-def check_numbers(like: Tensor, update_scale: float, decay: float = 0.0, rate: Tensor | None = None) -> None:
+def check_numbers(
+    like: Tensor,
+    update_scale: float,
+    decay: float = 0.0,
+    rate: Tensor | None = None,
+    units: Tensor | None = None,
+    params: int = 0,
+) -> None:
     """Numbers of a step: finite in the dtype of `like`, one of the rule's weights."""
     for name, number in (("update_scale", update_scale), ("decay", decay)):
         _require(
@@ -47,6 +54,8 @@ def check_numbers(like: Tensor, update_scale: float, decay: float = 0.0, rate: T
         )
     if rate is not None:
         check_tensor("rate", rate, like, ())
+    if units is not None:
+        check_tensor("units", units, like, (params,))
 
 
 def check_tensor(

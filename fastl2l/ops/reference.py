@@ -25,11 +25,12 @@ def step_(
     given: Tensor | None = None,
     decay: float = 0.0,
     rate: Tensor | None = None,
+    units: Tensor | None = None,
 ) -> None:
     """See schema.py. The update is that of the new h as it is before it is rounded to the state's dtype."""
     config = check_rule(weights, rule)
     check_parameters(config, params, grads, states, given, weights[0], contiguous=False)
-    check_numbers(weights[0], update_scale, decay, rate)
+    check_numbers(weights[0], update_scale, decay, rate, units, len(params))
     if finite is not None:
         find_nonfinite_(finite, grads, weights[0].dtype == torch.float32)
     dtype, sizes = weights[0].dtype, [param.numel() for param in params]
@@ -37,7 +38,8 @@ def step_(
     tiles = [tiles_of(size) for size in sizes]
     all_given = [None] * len(params) if given is None else given.split(tiles)
     found = []  # all of it first: what fails on the way has changed nothing
-    for param, grad, state, rows in zip(params, grads, states, all_given, strict=True):
+    all_units = [None] * len(params) if units is None else units.unbind()
+    for param, grad, state, rows, unit in zip(params, grads, states, all_given, all_units, strict=True):
         size = param.numel()
         update, new_rows = reference.step(
             grad.reshape(-1).to(dtype) * grad_scale,
@@ -47,6 +49,7 @@ def step_(
             update_scale if rate is None else update_scale * rate,
             None if rows is None else to_rows(rows, size),
         )
+        update = update if unit is None else update * unit
         wide = torch.promote_types(param.dtype, dtype)
         kept = param.to(wide)
         if decay:

@@ -16,8 +16,9 @@ step_
     before the call or since, nothing else is changed. ``given``: [tiles, rows, 16] in the weights' dtype, as if all
     parameters were one, for a rule that has given rows. ``decay``: parameters are multiplied by ``1 - decay`` before
     they are updated. ``rate``: None, or a scalar in the weights' dtype on their device, which multiplies both
-    update_scale and decay. A rule whose output is none changes states alone; its params only say how many coordinates
-    there are.
+    update_scale and decay. ``units``: None, or [params] in the weights' dtype on their device: what each parameter's
+    update is multiplied by besides. A rule whose output is none changes states alone; its params only say how many
+    coordinates there are.
 
 window_backward
     Gradients of ``sum(adjoints * updates)`` over a window of T steps, by recomputation from its first state.
@@ -67,6 +68,7 @@ def _step(
     given: Tensor | None = None,
     decay: float = 0.0,
     rate: Tensor | None = None,
+    units: Tensor | None = None,
 ) -> None:
     return None
 
@@ -100,7 +102,8 @@ def _define(namespace: str) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
     library.define(
         f"step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, {_RULE}, float grad_scale, "
-        "Tensor(c!)? finite=None, Tensor? given=None, float decay=0.0, Tensor? rate=None) -> ()"
+        "Tensor(c!)? finite=None, Tensor? given=None, float decay=0.0, Tensor? rate=None, "
+        "Tensor? units=None) -> ()"
     )
     library.define(
         f"window_backward(Tensor state, Tensor grads, Tensor adjoints, {_RULE}, Tensor? dstate, bool need_dstate, "

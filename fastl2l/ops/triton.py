@@ -34,11 +34,12 @@ def step_(
     given: Tensor | None = None,
     decay: float = 0.0,
     rate: Tensor | None = None,
+    units: Tensor | None = None,
 ) -> None:
     """See schema.py."""
     its_rule, like = _rule(weights, rule, update_scale), weights[0]
     check_parameters(its_rule.config, params, grads, states, given, like)
-    check_numbers(like, update_scale, decay, rate)
+    check_numbers(like, update_scale, decay, rate, units, len(params))
     if finite is not None:
         check_tensor("finite", finite, like, (1,), torch.bool)
         find_nonfinite_(finite, grads, weights[0].dtype == torch.float32)
@@ -47,8 +48,9 @@ def step_(
     if params:
         with _on(like.device):
             launch.step_(
-                its_rule, params, grads, split_state(states, sizes), weights, grad_scale, finite, rows, decay, rate
-            )
+                its_rule, params, grads, split_state(states, sizes), weights, grad_scale, finite, rows, decay, rate,
+                units,
+            )  # fmt: skip
 
 
 @torch.no_grad()

@@ -36,12 +36,15 @@ class Problem(ABC):
         parts: how many coordinates of theta belong to each part, by name and in their order, where parts are to have
             update rules of their own. Together they are all of theta, and functions lie side by side in each of them.
             None or empty: all is one part.
+        units: [N], the units of the parameters that theta is made of, in which relative rules take their steps
+            (`fastl2l.units`). None: all are 1.
     """
 
     task: str
     theta0: Tensor
     functions: int = 1
     parts: Mapping[str, int] | None = None
+    units: Tensor | None = None
 
     @abstractmethod
     def loss(self, theta: Tensor, step: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,9 +71,13 @@ class _AtOnce(PureProblem):
     def __init__(self, problems: list[PureProblem]) -> None:
         self._problems = problems
         self.task, self.functions = problems[0].task, sum(problem.functions for problem in problems)
-        self.theta0, self.parts = _theta0(problems), _parts(problems)
+        self.theta0, self.parts = _side_by_side(problems, [problem.theta0 for problem in problems]), _parts(problems)
         self.function = _Sum(problems[0].function, len(problems), tuple(parts_of(problems[0]).values()))
         self.constants = _stack([problem.constants for problem in problems])
+
+    @cached_property
+    def units(self) -> Tensor | None:  # type: ignore[override]
+        return _units(self._problems)
 
     def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
         return _stack([problem.inputs(step, device) for problem in self._problems])
@@ -82,8 +87,12 @@ class _OneByOne(Problem):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self._problems = problems
         self.task, self.functions = problems[0].task, sum(problem.functions for problem in problems)
-        self.theta0, self.parts = _theta0(problems), _parts(problems)
+        self.theta0, self.parts = _side_by_side(problems, [problem.theta0 for problem in problems]), _parts(problems)
         self._sizes = _sizes(problems)
+
+    @cached_property
+    def units(self) -> Tensor | None:  # type: ignore[override]
+        return _units(self._problems)
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
         parts = theta.split([sum(sizes) for sizes in self._sizes])
@@ -103,9 +112,19 @@ def _parts(problems: Sequence[Problem]) -> dict[str, int] | None:
     return dict(zip(problems[0].parts, map(sum, _sizes(problems)), strict=True)) if problems[0].parts else None
 
 
-def _theta0(problems: Sequence[Problem]) -> Tensor:
-    pieces = [problem.theta0.split(list(parts_of(problem).values())) for problem in problems]
+def _side_by_side(problems: Sequence[Problem], numbers: Sequence[Tensor]) -> Tensor:
+    """Numbers of the coordinates of each, such as theta_0, in the batch's order."""
+    pairs = zip(problems, numbers, strict=True)
+    pieces = [own.split(list(parts_of(problem).values())) for problem, own in pairs]
     return torch.cat([piece for of_part in zip(*pieces, strict=True) for piece in of_part])
+
+
+def _units(problems: Sequence[Problem]) -> Tensor | None:
+    """Of the batch, if a problem has some."""
+    if all(problem.units is None for problem in problems):
+        return None
+    found = [torch.ones_like(problem.theta0) if problem.units is None else problem.units for problem in problems]
+    return _side_by_side(problems, found)
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:

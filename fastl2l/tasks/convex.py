@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class WithConvex(Task):
         change = _AddConvex(tuple(parts.values()), problem.functions, self.dim)
         own = tuple(drawn.to(problem.theta0.device, problem.theta0.dtype) for drawn in (targets, scales))
         longer = {name: size + problem.functions * self.dim for name, size in parts.items()}
-        return wrap(problem, change, change.start(problem.theta0), own, longer if problem.parts else None)
+        units = partial(change.longer, value=1.0)
+        return wrap(problem, change, change.longer(problem.theta0), own, longer if problem.parts else None, units)
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class _AddConvex:
     functions: int
     dim: int
 
-    def start(self, theta0: Tensor) -> Tensor:
-        """theta_0 with the new coordinates, which are 0."""
-        pieces = (piece.view(self.functions, -1) for piece in theta0.split(self.sizes))
-        zeros = theta0.new_zeros(self.functions, self.dim)
-        return torch.cat([torch.cat([piece, zeros], 1).flatten() for piece in pieces])
+    def longer(self, numbers: Tensor, value: float = 0.0) -> Tensor:
+        """Numbers of coordinates [N], such as theta_0, with this value for the new ones."""
+        pieces = (piece.view(self.functions, -1) for piece in numbers.split(self.sizes))
+        new = numbers.new_full((self.functions, self.dim), value)
+        return torch.cat([torch.cat([piece, new], 1).flatten() for piece in pieces])
 
     def __call__(self, loss: Callable[[Tensor], Tensor], theta: Tensor, *own: Tensor) -> Tensor:
         targets, scales = own

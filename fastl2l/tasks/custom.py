@@ -31,6 +31,7 @@ from fastl2l.tasks.batch import batch
 from fastl2l.tasks.identity import identity
 from fastl2l.tasks.parts import Parts, names_by_part
 from fastl2l.tasks.parts import check as check_parts
+from fastl2l.units import units
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -155,7 +156,11 @@ class ModuleTask(Task):
 
 
 class ModuleFunction:
-    """From theta, what else a network holds and the rows of a minibatch to the loss."""
+    """From theta, what else a network holds and the rows of a minibatch to the loss.
+
+    Attributes:
+        shapes: of the parameters that theta is made of, in their order.
+    """
 
     def __init__(
         self,
@@ -170,8 +175,8 @@ class ModuleFunction:
         self._loss, self._data, self._defaults = loss, data, (data[0].device, default_dtype)
         self.names_by_part = None if parts is None else names_by_part(module, list(trainable), parts)
         self._names = list(chain(*self.names_by_part.values())) if self.names_by_part else list(trainable)
-        self._shapes = [trainable[name].shape for name in self._names]
-        self._sizes = [shape.numel() for shape in self._shapes]
+        self.shapes = [trainable[name].shape for name in self._names]
+        self._sizes = [shape.numel() for shape in self.shapes]
         self._has_tied = len(list(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters()))
         self._frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         self._buffers = [name for name, _ in module.named_buffers()]
@@ -205,7 +210,7 @@ class ModuleFunction:
 
     def __call__(self, theta: Tensor, *constants_and_rows: Tensor) -> Tensor:
         *constants, rows = constants_and_rows
-        parts = (part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True))
+        parts = (part.view(shape) for part, shape in zip(theta.split(self._sizes), self.shapes, strict=True))
         tensors = dict(zip([*self._names, *self._frozen, *self._buffers], [*parts, *constants], strict=True))
         tensors |= {name: tensors[name].clone() for name in self._buffers}  # which the network may write to
         *inputs, targets = (take(column, rows) for column in self._data)
@@ -223,6 +228,10 @@ class ModuleProblem(DataProblem):
         super().__init__(minibatches)
         self.task, self.module, self.function = task, network.module, network
         self.theta0, self.constants, self.parts = network.theta0(), network.constants(), network.parts()
+
+    @cached_property
+    def units(self) -> Tensor:  # type: ignore[override]
+        return units(self.theta0, self.function.shapes)
 
 
 class LoneModuleProblem(ModuleProblem):

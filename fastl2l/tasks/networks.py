@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastl2l.tasks.base import DataProblem, Minibatches, floating, generator, integer, normal, take
+from fastl2l.units import units
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -138,16 +139,16 @@ class Network:
         return [_Layer(weight, self.batch_norm and place > 0) for place, weight in enumerate(weights[::-1])][::-1]
 
     @cached_property
-    def _shapes(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> list[tuple[int, ...]]:
         """Of each parameter."""
         return [shape for layer in self._layers for shape in layer.shapes]
 
     @cached_property
     def _sizes(self) -> list[int]:
-        return [math.prod(shape) for shape in self._shapes]
+        return [math.prod(shape) for shape in self.shapes]
 
     def _parameters(self, theta: Tensor) -> Iterator[Tensor]:
-        return (part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes, strict=True))
+        return (part.view(shape) for part, shape in zip(theta.split(self._sizes), self.shapes, strict=True))
 
     def __call__(self, theta: Tensor, inputs: Tensor) -> Tensor:
         """Outputs [batch, outputs] for parameters theta [N] and inputs [batch, ...]."""
@@ -261,3 +262,7 @@ class NetworkProblem(DataProblem):
         self.task, self.function = task.name, function
         self.theta0 = function.network.settle(initial(task, seed, function.network.parameters))
         self.parts = function.network.parts
+
+    @cached_property
+    def units(self) -> Tensor:  # type: ignore[override]
+        return units(self.theta0, self.function.network.shapes)

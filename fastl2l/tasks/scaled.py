@@ -20,7 +20,7 @@ class Scaled(Task):
     """The problems of `task` in other units: f(c * theta) from theta_0 / c, one c = exp(u), u ~ U[-r, r] a coordinate.
 
     c is drawn once a problem. A rule that is trained so meets gradients and distances of very different sizes, and
-    learns to do without their absolute scale.
+    learns to do without their absolute scale. The units of relative rules stay what they are without it.
 
     Raises:
         TypeError, ValueError: `task` is no task, or not one of floating coordinates; r is not a number from 0
@@ -51,7 +51,7 @@ class Scaled(Task):
         start = theta0 / scales
         if not (start.isfinite().all() and scales.isfinite().all()):
             raise ValueError(f"r: expected scales that {theta0.dtype} can hold, got {self.r:g}")
-        return wrap(problem, _scaled, start, (scales,), problem.parts)
+        return wrap(problem, scaled, start, (scales,), problem.parts)
 
 
 def factors(random: np.random.Generator, shape: tuple[int, ...], r: float) -> Tensor:
@@ -68,6 +68,7 @@ def log_range(name: str, r: object) -> float:
     return float(r)
 
 
-def _scaled(loss: Callable[[Tensor], Tensor], theta: Tensor, *own: Tensor) -> Tensor:
+def scaled(loss: Callable[[Tensor], Tensor], theta: Tensor, *own: Tensor) -> Tensor:
+    """The loss at theta in other units, those of `own`."""
     (scales,) = own
     return loss(theta * scales)

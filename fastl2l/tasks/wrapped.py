@@ -22,11 +22,19 @@ class Change(Protocol):
 
 
 def wrap(
-    problem: Problem, change: Change, theta0: Tensor, own: tuple[Tensor, ...], parts: Mapping[str, int] | None
+    problem: Problem,
+    change: Change,
+    theta0: Tensor,
+    own: tuple[Tensor, ...],
+    parts: Mapping[str, int] | None,
+    units: Callable[[Tensor], Tensor | None] = lambda units: units,
 ) -> Problem:
-    """`problem` under `change`, with a new start and new parts; it is pure where `problem` is."""
+    """`problem` under `change`, with a new start and new parts; it is pure where `problem` is.
+
+    `units` makes those of the new coordinates from those of the old.
+    """
     kind = _WrappedPure if isinstance(problem, PureProblem) and is_pure(problem) else _Wrapped
-    return kind(problem, change, theta0, own, parts)
+    return kind(problem, change, theta0, own, parts, units)
 
 
 class _Wrapped(Problem):
@@ -37,9 +45,14 @@ class _Wrapped(Problem):
         theta0: Tensor,
         own: tuple[Tensor, ...],
         parts: Mapping[str, int] | None,
+        units: Callable[[Tensor], Tensor | None],
     ) -> None:
         self.task, self.functions, self.theta0, self.parts = problem.task, problem.functions, theta0, parts
-        self._problem, self._change, self._own = problem, change, own
+        self._problem, self._change, self._own, self._units = problem, change, own, units
+
+    @cached_property
+    def units(self) -> Tensor | None:  # type: ignore[override]
+        return None if self._problem.units is None else self._units(self._problem.units)
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
         return self._change(lambda inner: self._problem.loss(inner, step), theta, *self._own)

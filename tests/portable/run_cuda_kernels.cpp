@@ -43,15 +43,17 @@ extern "C" {
 
 int emulated_step(const char* text, double update_scale, double grad_scale, double decay, const void* rate,
                   int is_double, int is_bfloat16, void** weights, int count, void** params, void** grads, void** states,
-                  const int64_t* numels, const int* dtypes, bool* finite, const void* given) {
+                  const int64_t* numels, const int* dtypes, bool* finite, const void* given, const void* units) {
   const Rule rule = make_rule(text, update_scale);
   std::vector<Segment> segments;
-  for (int i = 0; i < count; ++i) segments.push_back({params[i], grads[i], states[i], numels[i], 0, (Dtype)dtypes[i]});
+  for (int i = 0; i < count; ++i) {
+    segments.push_back({params[i], grads[i], states[i], numels[i], 0, (Dtype)dtypes[i], i});
+  }
   Workspaces workspaces;
   const auto run = [&](auto zero, auto stored_zero) {
     using T = decltype(zero);
     using Stored = decltype(stored_zero);
-    const Factors<T> factors{update_scale, decay, (const T*)rate};
+    const Factors<T> factors{update_scale, decay, (const T*)rate, (const T*)units};
     return step<T, Stored>(rule, weights_of<T>(rule, weights), segments, factors, grad_scale, (const T*)given, finite,
                            workspaces.queue());
   };
@@ -62,7 +64,9 @@ int emulated_step(const char* text, double update_scale, double grad_scale, doub
 int emulated_find_nonfinite(int count, void** tensors, const int64_t* numels, const int* dtypes, int in_float32,
                             bool* finite) {
   std::vector<Segment> segments;
-  for (int i = 0; i < count; ++i) segments.push_back({nullptr, tensors[i], nullptr, numels[i], 0, (Dtype)dtypes[i]});
+  for (int i = 0; i < count; ++i) {
+    segments.push_back({nullptr, tensors[i], nullptr, numels[i], 0, (Dtype)dtypes[i], i});
+  }
   Workspaces workspaces;
   return find_nonfinite(segments, finite, in_float32, workspaces.queue());
 }

@@ -1,0 +1,60 @@
+"""What the updates of a relative rule are measured in: the size that each parameter had at first.
+
+A rule goes coordinate by coordinate and sees gradients whose scale says nothing, so it cannot know that a step of 0.05
+is small for an embedding of numbers around 1 and large for one of 784 weights of a sum. The size of the numbers that a
+network starts from can: whoever chose them made them small where many are added up.
+
+A tensor of at least two dimensions has as its unit the root mean square of its numbers, but at least 1 / (4 sqrt(fan
+in)), where torch's own initialisation of linear layers has 1 / sqrt(3 fan in): a tensor may well start from zero. It is
+counted in tenths, the output scale of RNNprop, so that nothing changes for networks whose weights start around 0.1, and
+is at most 3: embeddings, which start around 1, are not to be moved by as much. Vectors (biases, gains of norms, single
+coordinates) have the unit 1.
+
+See docs/own-networks.md for what it is worth. As in LARS (You et al. 2017) and Adafactor (Shazeer and Stern 2018), but
+taken once: a unit that goes along with a growing tensor makes it grow ever faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastl2l.sharded import whole
+
+SIZE = 0.1
+"""Of a tensor whose unit is 1."""
+LEAST = 0.25
+"""Of a tensor's size times the root of its fan in."""
+MOST = 3.0
+"""Of a unit."""
+
+
+def unit(shape: Sequence[int], size: Tensor) -> Tensor:
+    """The unit of a parameter of this shape, a 0-d Tensor like `size`, the root mean square of its numbers at first."""
+    if not has_unit(shape):
+        return torch.ones_like(size)
+    return (size.clamp(min=LEAST / math.sqrt(math.prod(shape[1:]))) / SIZE).clamp(max=MOST)
+
+
+def has_unit(shape: Sequence[int]) -> bool:
+    """Whether a parameter of this shape has a unit of its own."""
+    return len(shape) > 1 and math.prod(shape) > 0
+
+
+def unit_of(param: Tensor) -> Tensor:
+    """The unit of a parameter as it is now, 0-d. Of a DTensor all processes that have parts of it work together."""
+    if not has_unit(param.shape):
+        return torch.ones((), device=param.device)
+    # In float64, so that the last bit does not depend on how a parameter is dealt out to processes.
+    size = whole(torch.linalg.vector_norm(param.detach(), dtype=torch.float64)) / math.sqrt(param.numel())
+    return unit(param.shape, size)
+
+
+def units(theta: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
+    """The unit of every coordinate [N] of tensors of these shapes, which lie one after the other in theta [N]."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = zip(theta.split(sizes), shapes, sizes, strict=True)
+    return torch.cat([unit_of(part.view(tuple(shape))).to(theta.dtype).expand(size) for part, shape, size in parts])

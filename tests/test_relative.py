@@ -1,0 +1,370 @@
+"""Relative rules: updates in units of the size that each parameter had at first."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import RNNPROP, lstm, rule_of
+from torch import nn
+
+from fastl2l import FusedLSTMOptimizer, LSTMRule, MetaTrainer, RNNpropRule, Rule, evaluate, load_rule, save_rule, tasks
+from fastl2l.experiments import first_rules
+from fastl2l.relative import in_units
+from fastl2l.rule_config import RuleConfig
+from fastl2l.rules import relative
+from fastl2l.tasks.base import problem_seed
+from fastl2l.tasks.batch import batch
+from fastl2l.trajectory import Trajectory
+from fastl2l.units import unit_of, units
+
+RULE = relative(rule_of(RNNPROP, output_scale=0.1))
+PLAIN = rule_of(RNNPROP, output_scale=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("param", "expected"),
+    [
+        (torch.full((3, 4), 0.2), 2.0),  # its root mean square in tenths
+        (torch.full((3, 4), -0.2), 2.0),
+        (torch.tensor([[0.2, -0.4], [0.4, 0.0]]), 3.0),
+        (torch.tensor([[0.2, -0.2], [0.4, 0.2]]), 10 * math.sqrt(0.07)),
+        (torch.zeros(5, 25), 0.5),  # at least 1 / (4 sqrt(fan in))
+        (torch.zeros(2, 4, 5, 5), 0.25),  # of a convolution
+        (torch.full((7, 3), 1.0), 3.0),  # at most
+        (torch.full((7,), 0.2), 1.0),  # vectors
+        (torch.tensor(0.2), 1.0),
+        (torch.zeros(0, 5), 1.0),
+        (torch.zeros(5, 0), 1.0),
+    ],
+    ids=lambda value: str(list(value.shape)) if isinstance(value, torch.Tensor) else "",
+)
+def test_a_unit_is_the_size_of_a_tensor_at_first(param, expected, dtype):
+    found = unit_of(param.to(dtype))
+    assert found.shape == ()
+    assert found.item() == pytest.approx(expected, rel=1e-6 if dtype.itemsize > 2 else 0.01)
+
+
+def test_a_unit_has_no_bounds_of_its_numbers_dtype():
+    large, small = torch.full((100, 1000), 300.0, dtype=torch.float16), torch.full((3, 3), 1e-30)
+    assert unit_of(large).item() == 3.0  # whose square is no float16
+    assert unit_of(small).item() == pytest.approx(10 / 4 / math.sqrt(3))
+
+
+def test_units_of_coordinates_are_those_of_their_tensors():
+    theta, shapes = torch.tensor([0.2] * 6 + [0.5] * 3 + [0.05] * 2), [(2, 3), (3,), (2, 1)]
+    torch.testing.assert_close(units(theta, shapes), torch.tensor([2.0] * 6 + [1.0] * 3 + [2.5] * 2))
+
+
+# Rules
+
+
+@pytest.mark.parametrize("kind", [LSTMRule, RNNpropRule])
+def test_rules_are_relative_if_asked_to_be_and_keep_it_in_files(kind, tmp_path):
+    rule = kind(relative=True, output_scale=0.2)
+    assert rule.config.relative
+    assert not kind().config.relative
+    loaded = load_rule(save_rule(rule, tmp_path / "rule.safetensors"))
+    assert loaded.describe() == rule.describe()
+    assert "relative" in repr(rule)
+    assert "relative" not in repr(kind())
+    again = relative(kind(seed=3))
+    assert type(again) is kind
+    assert again.config.relative
+    assert again.fingerprint() == kind(seed=3).fingerprint()
+
+
+def test_descriptions_without_a_word_of_units_are_of_plain_rules():
+    config = RULE.config
+    assert RuleConfig.from_description(config.describe()) == config
+    assert RuleConfig.from_description({"text": RNNPROP, "output_scale": 0.1}) == PLAIN.config
+    assert "relative" not in PLAIN.config.describe()
+    with pytest.raises(ValueError, match="relative: expected True or False, got 1"):
+        RuleConfig.from_description({"text": RNNPROP, "output_scale": 0.1, "relative": 1})
+    with pytest.raises(ValueError, match="expected text and output_scale"):
+        RuleConfig.from_description({"text": RNNPROP, "output_scale": 0.1, "relatives": True})
+
+
+def test_first_rules_are_relative_if_asked_to_be():
+    assert first_rules(tasks.Quadratic(), kind="rnnprop", relative=True).config.relative
+    before = RNNpropRule(seed=5)
+    after = first_rules(tasks.Quadratic(), init=before, relative=True)
+    assert after.config.relative
+    assert after.fingerprint() == before.fingerprint()
+    assert first_rules(tasks.Quadratic(), init=after).config.relative
+    pair = first_rules(tasks.Quadratic(), init={"conv": before, "fc": RNNpropRule()}, relative=True)
+    assert all(rule.config.relative for rule in pair.values())
+
+
+# The optimizer
+
+
+def parameters(dtype=torch.float32):
+    made = torch.full((3, 4), 0.2), torch.zeros(5, 25), torch.full((7,), 0.2), torch.full((20, 2), 1.0)
+    return [param.to(dtype).requires_grad_() for param in made]
+
+
+UNITS = [2.0, 0.5, 1.0, 3.0]
+
+
+def step(optimizer, params, number):
+    random = torch.Generator().manual_seed(number)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=random).to(param.dtype)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_updates_are_those_of_the_plain_rule_in_units(dtype, backend):
+    found, expected = ([param.detach().requires_grad_() for param in parameters(dtype)] for _ in range(2))
+    starts = [param.detach().clone() for param in found]
+    optimizers = [
+        FusedLSTMOptimizer(params, rule, backend=backend, lr=0.5) for params, rule in ((found, RULE), (expected, PLAIN))
+    ]
+    for number in range(3):
+        step(optimizers[0], found, number)
+        step(optimizers[1], expected, number)
+        for mine, plain, start, unit in zip(found, expected, starts, UNITS, strict=True):
+            want = start.double() + unit * (plain.double() - start.double())
+            torch.testing.assert_close(mine.double(), want, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
+    assert [optimizers[0].state[param]["unit"].item() for param in found] == pytest.approx(UNITS, rel=2e-3)
+
+
+def test_units_are_those_of_the_first_step_whatever_becomes_of_the_parameters():
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, RULE)
+    step(optimizer, params, 0)
+    for param in params:
+        param.data.mul_(100)
+    step(optimizer, params, 1)
+    assert [optimizer.state[param]["unit"].item() for param in params] == pytest.approx(UNITS)
+
+
+def test_weight_decay_is_not_in_units():
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, RULE, weight_decay=0.1)
+    others = parameters()
+    step(optimizer, params, 0)
+    step(FusedLSTMOptimizer(others, RULE), others, 0)
+    for mine, other, start in zip(params, others, parameters(), strict=True):
+        torch.testing.assert_close(mine, other - 0.1 * start)
+
+
+def test_parameters_that_come_later_have_the_units_of_then():
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, RULE)
+    for param in params[:2]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    params[3].data.fill_(0.2)
+    alone = [params[3].detach().clone().requires_grad_()]
+    step(optimizer, params, 1)
+    assert optimizer.state[params[3]]["unit"].item() == pytest.approx(2.0)
+    alone[0].grad = params[3].grad
+    FusedLSTMOptimizer(alone, RULE).step()
+    assert torch.equal(alone[0], params[3])
+
+
+def test_a_loaded_state_goes_on_to_the_bit_with_the_units_that_it_had():
+    params, twins = parameters(), parameters()
+    optimizer = FusedLSTMOptimizer(params, RULE)
+    step(optimizer, params, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for param, twin in zip(params, twins, strict=True):
+        twin.data.copy_(param)
+        twin.data.mul_(1)
+    resumed = FusedLSTMOptimizer(twins, RULE)
+    resumed.load_state_dict(saved)
+    copied = copy.deepcopy(optimizer)
+    for number in (1, 2):
+        step(optimizer, params, number)
+        step(resumed, twins, number)
+        step(copied, copied.param_groups[0]["params"], number)
+    assert all(map(torch.equal, params, twins))
+    assert all(map(torch.equal, params, copied.param_groups[0]["params"]))
+
+
+@pytest.mark.parametrize(
+    "unit", [None, 2.0, torch.ones(2), torch.tensor(1), torch.tensor(math.nan), torch.tensor(-1.0)], ids=str
+)
+def test_states_without_units_are_refused_by_relative_rules(unit):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, RULE)
+    step(optimizer, params, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1]["unit"] = unit
+    if unit is None:
+        del saved["state"][1]["unit"]
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match="state of parameter 1: expected the unit of its updates, a finite number"):
+        optimizer.load_state_dict(saved)
+    step(optimizer, params, 1)
+    assert not torch.equal(params[1], before[1])
+
+
+def test_states_of_plain_rules_are_refused_by_relative_ones_and_the_other_way_round():
+    for made, loaded in ((RULE, PLAIN), (PLAIN, RULE)):
+        params = parameters()
+        optimizer = FusedLSTMOptimizer(params, made)
+        step(optimizer, params, 0)
+        with pytest.raises(ValueError, match="rule of group 0: expected config"):
+            FusedLSTMOptimizer(parameters(), loaded).load_state_dict(optimizer.state_dict())
+
+
+def test_rows_that_are_pruned_and_grown_keep_the_unit():
+    param = torch.full((6, 4), 0.2).requires_grad_()
+    optimizer = FusedLSTMOptimizer([param], RULE)
+    step(optimizer, [param], 0)
+    grown = torch.full((9, 4), 5.0).requires_grad_()
+    optimizer.replace_parameter(param, grown, torch.arange(3))
+    step(optimizer, [grown], 1)
+    assert optimizer.state[grown]["unit"].item() == pytest.approx(2.0)
+
+
+def test_a_relative_rule_beside_a_plain_one_and_with_a_state_in_bfloat16():
+    params = parameters()
+    relative_lstm = relative(rule_of(lstm()))
+    groups = [{"params": params[:2], "rule": relative_lstm}, {"params": params[2:], "rule": rule_of(lstm())}]
+    optimizer = FusedLSTMOptimizer(groups, state_dtype=torch.bfloat16)
+    step(optimizer, params, 0)
+    assert "unit" in optimizer.state[params[0]]
+    assert "unit" not in optimizer.state[params[2]]
+
+
+def test_torch_compile_takes_a_step_of_a_relative_rule():
+    results = []
+    for compiled in (False, True):
+        params = parameters()
+        optimizer = FusedLSTMOptimizer(params, RULE, nonfinite="propagate", capturable=True)
+        for param in params:
+            param.grad = torch.full_like(param, 0.3)
+        torch.compiler.reset()
+        call = torch.compile(lambda o=optimizer: o.step(), fullgraph=True, backend="aot_eager") if compiled else None
+        for _ in range(3):
+            call() if call else optimizer.step()
+        results.append([param.detach() for param in params])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# Problems
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def task(parts=None):
+    random = torch.Generator().manual_seed(0)
+    data = torch.randn(40, 6, generator=random), torch.randint(3, (40,), generator=random)
+    return tasks.from_module(network, F.cross_entropy, data, batch_size=16, name="small", parts=parts)
+
+
+def trained(problem, rules, steps):
+    """By the optimizer, parameter by parameter, as someone's own loop would."""
+    shapes = getattr(problem.function, "network", problem.function).shapes
+    sizes = [math.prod(shape) for shape in shapes]
+    params = [
+        part.clone().view(tuple(shape)).requires_grad_()
+        for part, shape in zip(problem.theta0.split(sizes), shapes, strict=True)
+    ]
+    optimizer = FusedLSTMOptimizer(params, rules) if isinstance(rules, Rule) else FusedLSTMOptimizer(rules(params))
+    losses = []
+    for number in range(steps):
+        loss = problem.loss(torch.cat([param.flatten() for param in params]), number)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.cat([param.detach().flatten() for param in params]), losses
+
+
+@pytest.mark.parametrize("made", [task, lambda: tasks.Digits(hidden=(5,), init_std=0.4)])
+def test_trajectories_and_evaluations_take_the_steps_that_a_training_loop_takes(made):
+    own = made()
+    problem = own.sample(0)
+    theta, _losses = trained(problem, RULE, 10)
+    trajectory = Trajectory(problem, RULE)
+    for _ in range(10):
+        trajectory.advance()
+    torch.testing.assert_close(trajectory.theta * problem.units, theta, rtol=0, atol=1e-3)
+    plain = Trajectory(problem, PLAIN)
+    for _ in range(10):
+        plain.advance()
+    assert (plain.theta - theta).abs().max() > 0.01  # and they are others
+
+
+def test_evaluation_is_in_units():
+    own = task()
+    curves = evaluate(own, {"relative": RULE, "plain": PLAIN}, steps=8, runs=1, progress=False)
+    for name, rule in (("relative", RULE), ("plain", PLAIN)):
+        _, losses = trained(own.sample(problem_seed(1, "test", 0)), rule, 8)
+        torch.testing.assert_close(curves.losses[name][0, :8].float(), torch.tensor(losses), rtol=0, atol=1e-4)
+
+
+def test_of_parts_those_with_relative_rules_are_in_units():
+    own = task(parts={"first": ["0"], "last": ["2"]})
+    problem = own.sample(0)
+    rules = {"first": RULE, "last": rule_of(RNNPROP, seed=1)}
+    theta, _ = trained(
+        problem, lambda params: [{"params": params[:2], "rule": RULE}, {"params": params[2:], "rule": rules["last"]}], 5
+    )
+    trajectory = Trajectory(problem, rules)
+    for _ in range(5):
+        trajectory.advance()
+    sizes = list(problem.parts.values())
+    factors = torch.cat([problem.units[: sizes[0]], torch.ones(sizes[1])])
+    torch.testing.assert_close(trajectory.theta * factors, theta, rtol=0, atol=1e-4)
+
+
+def test_problems_are_put_in_units_once_and_for_relative_rules_alone():
+    problem = task().sample(0)
+    assert in_units(problem, PLAIN) is problem
+    once = in_units(problem, RULE)
+    assert in_units(once, RULE) is once
+    quadratic = tasks.Quadratic().sample(0)
+    assert in_units(quadratic, RULE) is quadratic  # which has no tensors
+    torch.testing.assert_close(once.loss(once.theta0, 0), problem.loss(problem.theta0, 0))
+    torch.testing.assert_close(once.whole_loss(once.theta0), problem.whole_loss(problem.theta0))
+
+
+def test_wrapped_problems_have_the_units_of_what_they_wrap():
+    inner, n = task().sample(3), task().sample(3).theta0.numel()
+    scaled = tasks.Scaled(task(), 2.0).sample(3)
+    assert torch.equal(scaled.units, inner.units)
+    longer = tasks.WithConvex(task(), 4).sample(3)
+    assert torch.equal(longer.units, torch.cat([inner.units, torch.ones(4)]))
+    two = batch([task().sample(3), task().sample(4)])
+    assert torch.equal(two.units, torch.cat([inner.units, task().sample(4).units]))
+    own = task(parts={"first": ["0"], "last": ["2"]})
+    three = batch([own.sample(seed) for seed in range(3)])
+    first = own.sample(0).parts["first"]
+    assert torch.equal(three.units[: 3 * first], torch.cat([own.sample(seed).units[:first] for seed in range(3)]))
+    assert two.theta0.numel() == 2 * n
+    assert batch([tasks.Quadratic().sample(0), tasks.Quadratic().sample(1)]).units is None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_problems_side_by_side_are_trained_on_as_one_by_one(exact):
+    losses, gradients = [], []
+    for seed in (0, 1):
+        window = Trajectory(task().sample(seed), RULE).window([1.0] * 4, second_derivatives=exact)
+        losses.append(window.losses)
+        gradients.append(window.gradients)
+    together = Trajectory(batch([task().sample(0), task().sample(1)]), RULE).window([1.0] * 4, second_derivatives=exact)
+    torch.testing.assert_close(together.losses, torch.stack(losses).mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.gradients, torch.stack(gradients).mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_training_a_relative_rule_is_another_run(tmp_path):
+    settings = {"horizon": 4, "unroll": 2, "trajectories": 2, "validation_problems": 1}
+    for rule in (rule_of(RNNPROP), relative(rule_of(RNNPROP))):
+        trainer = MetaTrainer(rule, task(), checkpoint=tmp_path / f"{rule.config.relative}.pt", **settings)
+        trainer.fit(1, progress=False)
+    with pytest.raises(ValueError, match="is of a run with other settings; rule"):
+        MetaTrainer(rule, task(), checkpoint=tmp_path / "False.pt", **settings)
