@@ -110,8 +110,10 @@ def _augmented(task: tasks.Task, scaling: str | None, convex: int) -> tasks.Task
     return tasks.augmented(task, scaling=ranges, convex=integer("convex", convex, least=0))
 
 
-def _imitation(teachers: str | None, share: float) -> Imitation | None:
+def _imitation(teachers: str | None, share: float | None) -> Imitation | None:
     if teachers is None:
+        if share is not None:
+            raise ValueError(f"imitation_share: expected none without --imitate, got {share:g}")
         return None
     built = []
     for entry in teachers.split(","):
@@ -119,7 +121,7 @@ def _imitation(teachers: str | None, share: float) -> Imitation | None:
         if not separator:
             raise ValueError(f"imitate: expected NAME:RATE such as adam:0.01, got {entry!r}")
         built.append(baselines.by_name(name, *_numbers("imitate", lr, float, "adam:0.01")))
-    return Imitation(built, share)
+    return Imitation(built) if share is None else Imitation(built, share)
 
 
 @app.command()
@@ -157,7 +159,9 @@ def train(
         bool, typer.Option("--second-minibatch", help="Train on losses of unseen ones.")
     ] = False,
     imitate: Annotated[str | None, typer.Option(help="Teachers to learn from too: adam:0.01,nag:0.1.")] = None,
-    imitation_share: Annotated[float, typer.Option(help="Share of trajectories that teachers take.")] = 0.25,
+    imitation_share: Annotated[
+        float | None, typer.Option(help="Share of trajectories that teachers take; a quarter by default.")
+    ] = None,
     rule: Kind = LSTMRule.kind,
     preprocess: Annotated[
         str | None, typer.Option(help="Of gradients, for lstm: log_sign or raw; by default the task's.")
@@ -230,7 +234,8 @@ def train(
         }
         write = current().first
         write(lambda: rule_files.save_rule(trained, out / "rule.safetensors", recipe=recipe_made))
-    write(lambda: plots.plot_history(history, out / "training.png", title=f"Meta-training on {task}"))
+    floor = trainer.log_floor
+    write(lambda: plots.plot_history(history, out / "training.png", title=f"Meta-training on {task}", log_floor=floor))
     _say(f"validation loss {trainer.kept_loss:.4g} ({keep} epoch)")
     _say(f"rule:   {out / 'rule.safetensors'}\nfigure: {out / 'training.png'}")
 
@@ -404,6 +409,8 @@ def reproduce(
         for name in replaced.keys() - used:
             raise ValueError(f"rule: expected some of {', '.join(sorted(used))}, which are shown, got {name!r}")
     rules = {name: rule_files.load_rule(path) for name, path in replaced.items()}
+    for name in sorted(rules.keys() & rule_files.shipped().keys()):
+        _say(f"{name} is {replaced[name]} here, in place of the rule of that name that comes with fastl2l")
     if names == ["all"] and not retrain:
         for experiment in chosen:
             if absent := experiments.missing(experiment, rules):
@@ -591,11 +598,19 @@ def _print_rule(name: str) -> None:
     for part, one in ({"": rule} if isinstance(rule, Rule) else rule).items():
         weights = sum(weight.numel() for weight in one.weights())
         of = f"{part}: " if part else ""
-        _say(f"{of}{one.text}, output scale {one.config.output_scale:g}, {weights:,} weights")
+        units = ", in units of each parameter's size at first" * one.config.relative
+        _say(f"{of}{one.text}, output scale {one.config.output_scale:g}{units}, {weights:,} weights")
     for command in recipe.pop("commands", []):
         _say(command)
     for about, what in recipe.items():
-        _say(f"{about}: {what}")
+        _say(f"{about}: {_briefly(what)}")
+
+
+def _briefly(value: Any) -> Any:
+    """A list of one number over and over as that number and how often it is there."""
+    if isinstance(value, list) and len(value) > 3 and all(item == value[0] for item in value):
+        return f"{value[0]}, {len(value)} times"
+    return value
 
 
 @app.command()

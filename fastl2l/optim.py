@@ -38,6 +38,8 @@ from fastl2l.sharded import check as check_sharding
 
 NONFINITE = ("raise", "skip", "propagate")
 GROUP_OPTIONS = ("rule", "lr", "weight_decay", "maximize")
+SMALL_LR = 0.05
+"""Below, somebody is likely to have meant a learning rate of another optimizer."""
 _PARAM_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -114,9 +116,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             that would have no effect are refused. Parameters that get a gradient: float32, float64, float16 or
             bfloat16, any strides; the rule computes in its own dtype whatever theirs.
         rule: the rule of groups that do not name their own; on the parameters' device.
-        lr: factor on the update; learning-rate schedulers work on it. A tensor is read where the rule is, without
-            waiting for the device: in a CUDA graph too, where a number would be the same at every replay. The momentum
-            that some schedulers turn as well has no effect.
+        lr: factor on the update, not a learning rate such as Adam's: one below 0.05 warns. Learning-rate schedulers
+            work on it. A tensor is read where the rule is, without waiting for the device: in a CUDA graph too, where a
+            number would be the same at every replay. The momentum that some schedulers turn as well has no effect.
         weight_decay: decoupled, as AdamW's: parameters are multiplied by ``1 - lr * weight_decay`` before every update.
             As lr is 1 rather than 0.001, it is to be so much smaller: what ``lr * weight_decay`` would be there.
         maximize: ascend instead of descending.
@@ -555,6 +557,11 @@ def _check_group(group: dict[str, Any], backend: str) -> None:
         raise TypeError(f"rule: expected a rule for every parameter group, got {type(rule).__name__}")
     rule.check_alone()
     _check_factors(lr, decay)
+    if 0 < float(lr) < SMALL_LR:
+        warnings.warn(
+            f"lr: expected a factor on the rule's own steps, as a rule 1, got {float(lr):g}: next to nothing will move",
+            stacklevel=5,
+        )
     for name in _foreign_options():
         if group.get(name):  # options that are off have no effect anywhere
             raise ValueError(

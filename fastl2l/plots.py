@@ -282,12 +282,19 @@ def plot_ratios(
     return save_panels(path, panels, title)
 
 
-def plot_history(history: Sequence[Epoch], path: str | os.PathLike[str], *, title: str = "meta-training") -> Path:
+def plot_history(
+    history: Sequence[Epoch],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "meta-training",
+    log_floor: float | None = None,
+) -> Path:
     """Draw how a meta-training run went, and return the path.
 
     Args:
         history: what `MetaTrainer.fit` returned.
         path, title: as for `plot_curves`.
+        log_floor: that of the trainer, whose validation is of other losses with it.
 
     Raises:
         ValueError: history is empty, or the path's suffix is not one that `plot_curves` knows.
@@ -301,9 +308,10 @@ def plot_history(history: Sequence[Epoch], path: str | os.PathLike[str], *, titl
         validation = [epoch.validation_loss for epoch in history]
         best = min(history, key=lambda epoch: epoch.validation_loss)
         label = f"best, {best.validation_loss:.4g}"
+        validated = "last step" if log_floor is None else f"geometric mean of the last steps + {log_floor:g}"
         lines = [
             *axes.plot(epochs, training, color="#999999", label="training, mean over all steps"),
-            *axes.plot(epochs, validation, color=COLOURS["lstm"], linewidth=2, label="validation, last step"),
+            *axes.plot(epochs, validation, color=COLOURS["lstm"], linewidth=2, label=f"validation, {validated}"),
             *axes.plot(best.epoch, best.validation_loss, "o", color="#222222", markersize=5, zorder=5, label=label),
         ]
         axes.set(xlabel="epoch", ylabel="loss")

@@ -63,14 +63,6 @@ def local(tensor: Tensor) -> Tensor:
     return found
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of it, in every process: those that have parts of it call this together."""
-    if not is_sharded(tensor):
-        return tensor
-    found: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return found
-
-
 def groups_of(params: Iterable[Tensor], first: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
     """`first`, and all groups of processes that have parts of these, in the same order everywhere."""
     found = list(first)

@@ -22,8 +22,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastl2l.sharded import whole
-
 SIZE = 0.1
 """Of a tensor whose unit is 1."""
 LEAST = 0.25
@@ -49,8 +47,9 @@ def unit_of(param: Tensor) -> Tensor:
     if not has_unit(param.shape):
         return torch.ones((), device=param.device)
     # In float64, so that the last bit does not depend on how a parameter is dealt out to processes.
-    size = whole(torch.linalg.vector_norm(param.detach(), dtype=torch.float64)) / math.sqrt(param.numel())
-    return unit(param.shape, size)
+    norm = torch.linalg.vector_norm(param.detach(), dtype=torch.float64)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return unit(param.shape, norm / math.sqrt(param.numel()))
 
 
 def units(theta: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:

@@ -102,6 +102,29 @@ def test_a_rule_for_each_part_is_trained_evaluated_and_described(tmp_path, monke
     assert "rest: " in run("rules", file).stdout
 
 
+def test_rules_are_relative_if_asked_to_be_and_say_so(tmp_path):
+    assert run("train", *SMALL, "--rule", "rnnprop", "--out", tmp_path / "plain").exit_code == 0
+    file = tmp_path / "plain" / "rule.safetensors"
+    assert not load_rule(file).config.relative
+    assert run("train", *SMALL, "--init", file, "--relative", "--out", tmp_path / "run").exit_code == 0
+    file = tmp_path / "run" / "rule.safetensors"
+    assert load_rule(file).config.relative
+    shown = run("rules", file).stdout
+    assert "in units of each parameter's size at first" in shown
+    assert "step_weights: [1.0, 1.0]" in shown
+
+
+def test_what_is_known_of_a_rule_is_told_briefly(tmp_path):
+    steps = ["--horizon", "8", "--unroll", "8"]
+    assert run("train", *SMALL, *steps, "--out", tmp_path).exit_code == 0
+    assert "step_weights: 1.0, 8 times" in run("rules", tmp_path / "rule.safetensors").stdout
+
+
+def test_a_share_for_teachers_wants_teachers(tmp_path):
+    with pytest.raises(ValueError, match=r"imitation_share: expected none without --imitate, got 0\.5"):
+        run("train", *SMALL, "--imitation-share", "0.5", "--out", tmp_path)
+
+
 def test_a_rule_for_each_part_wants_parts(tmp_path):
     failed = CliRunner().invoke(app, ["train", *SMALL, "--by-part", "--out", str(tmp_path / "run")])
     assert "by_part: expected a task whose problems have parts, such as cifar10, got 'quadratic'" in str(

@@ -1086,6 +1086,22 @@ def through_pickle(optimizer):
     return torch.load(buffer, weights_only=False)
 
 
+def test_a_rate_that_is_meant_for_another_optimizer_is_warned_about(rule):
+    param = torch.zeros(3, requires_grad=True)
+    with pytest.warns(
+        UserWarning, match="lr: expected a factor on the rule's own steps, as a rule 1, got 0.001"
+    ) as seen:
+        FusedLSTMOptimizer([param], rule, lr=1e-3)
+    assert seen[0].filename == __file__
+    with pytest.warns(UserWarning, match="got 0.04"):
+        FusedLSTMOptimizer([param], rule).add_param_group({"params": [torch.zeros(2, requires_grad=True)], "lr": 0.04})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for lr in (0.05, 1, 0, torch.tensor(0.5)):
+            FusedLSTMOptimizer([param], rule, lr=lr)
+        torch.optim.lr_scheduler.LinearLR(FusedLSTMOptimizer([param], rule), 1 / 50, total_iters=50)
+
+
 def test_other_weights_are_warned_about(rule):
     params = parameters()
     optimizer = FusedLSTMOptimizer(params, rule)

@@ -227,6 +227,9 @@ class MetaTrainer:
             self.log_floor = require_positive("log_floor", self.log_floor)
         if self.imitation is not None and not isinstance(self.imitation, Imitation):
             raise TypeError(f"imitation: expected None or an Imitation, got {self.imitation!r}")
+        for name in ("second_minibatch", "second_derivatives", "capture"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("second_minibatch", "imitation"):
             if self.capture and getattr(self, name):
                 raise ValueError(f"{name}: expected none in captured windows, got {getattr(self, name)!r}")
