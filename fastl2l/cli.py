@@ -172,6 +172,7 @@ def train(
     relative: Annotated[
         bool, typer.Option("--relative", help="Updates in units of the size that each parameter has at first.")
     ] = False,
+    ramp: Annotated[int | None, typer.Option(help="Steps in which updates rise to their full size.")] = None,
     keep: Annotated[str, typer.Option(help="Which epoch's weights: best, by validation, or last.")] = "best",
     second_derivatives: SecondDerivatives = False,
     init: Annotated[str | None, typer.Option(help="A rule to start from, in place of fresh weights.")] = None,
@@ -190,7 +191,14 @@ def train(
     first = None if init is None else rule_files.load_rule(init)
     _check_folder(out)
     steps, weights = _numbers("horizon", horizon, int, "100 or 50,2000"), step_weights
-    start: dict[str, Any] = {"kind": rule, "by_part": by_part, "init": first, "relative": relative, "seed": seed}
+    start: dict[str, Any] = {
+        "kind": rule,
+        "by_part": by_part,
+        "init": first,
+        "relative": relative or None,
+        "ramp": ramp,
+        "seed": seed,
+    }
     trained = experiments.first_rules(problems, **start | changed)
     trainer = MetaTrainer(
         trained,
@@ -598,8 +606,9 @@ def _print_rule(name: str) -> None:
     for part, one in ({"": rule} if isinstance(rule, Rule) else rule).items():
         weights = sum(weight.numel() for weight in one.weights())
         of = f"{part}: " if part else ""
-        units = ", in units of each parameter's size at first" * one.config.relative
-        _say(f"{of}{one.text}, output scale {one.config.output_scale:g}{units}, {weights:,} weights")
+        steps = ", in units of each parameter's size at first" * one.config.relative
+        steps += f", in {one.config.ramp} steps to their full size" * bool(one.config.ramp)
+        _say(f"{of}{one.text}, output scale {one.config.output_scale:g}{steps}, {weights:,} weights")
     for command in recipe.pop("commands", []):
         _say(command)
     for about, what in recipe.items():

@@ -258,7 +258,7 @@ class _Seen:
             moments = _moments(self._moments[:, coordinate, None].expand(2, _GRID), grid)
             self._responses[coordinate, step] = {
                 "gradient": grid,
-                RULE: _response(*self._trajectory.at(coordinate), grid),
+                RULE: _response(*self._trajectory.at(coordinate), step, grid),
                 "sgd": -self._rates["sgd"] * grid,
                 "adam": _adam(moments, step, self._rates["adam"]),
             }
@@ -279,12 +279,12 @@ class _Seen:
         )
 
 
-def _response(rule: Rule, state: Tensor, grid: Tensor) -> Tensor:
-    """Updates of a coordinate in this state [rows] to gradients [n]: float64, by the reference."""
+def _response(rule: Rule, state: Tensor, step: int, grid: Tensor) -> Tensor:
+    """Updates of a coordinate in this state [rows] to gradients [n] at a step, from 0: float64, by the reference."""
     weights = [weight.detach().cpu().double() for weight in rule.weights()]
     states = state.detach().cpu().double()[:, None].expand(-1, len(grid))
     update, _ = reference.step(grid, states, weights, rule.text, rule.config.output_scale)
-    return update
+    return update * rule.config.ramped(step + 1)
 
 
 def _moments(before: Tensor, gradient: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from fastl2l.files import shown
 MOST_UNITS = 1 << 15
 MOST_LAYERS = 64
 """Far beyond what is of use, and small enough that no size that is computed from them overflows."""
+MOST_RAMP = 1 << 30
 MOST_TEXT = 1000
 """Characters of a rule's text."""
 
@@ -177,6 +178,8 @@ class RuleConfig:
         given: rows of input that come from outside of the rule.
         output_scale: factor on the update.
         relative: whether updates are in units of the size that each parameter had at first (units.py).
+        ramp: steps in which updates rise to their full size, evenly: the first is 1 / ramp of it. 0 for none. At its
+            first steps a rule has seen signs of gradients alone.
 
     Raises:
         ValueError: the parts do not go together or a number is out of range; the message names it.
@@ -189,6 +192,7 @@ class RuleConfig:
     given: int = 0
     output_scale: float = 1.0
     relative: bool = False
+    ramp: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.features, (*FEATURES.values(), type(None))):
@@ -206,10 +210,11 @@ class RuleConfig:
         object.__setattr__(self, "output_scale", require_positive("output_scale", self.output_scale))
         if not isinstance(self.relative, bool):
             raise ValueError(f"relative: expected True or False, got {shown(self.relative)}")
+        object.__setattr__(self, "ramp", require_int("ramp", self.ramp, 0, MOST_RAMP))
 
     @property
     def text(self) -> str:
-        """The rule's text, in its one canonical form; output scale and units are not in it."""
+        """The rule's text, in its one canonical form; output scale, units and ramp are not in it."""
         parts = [str(part) for part in (self.features,) if part is not None]
         parts += [f"given:{self.given}"] if self.given else []
         parts += [str(self.projection)] if self.projection is not None else []
@@ -256,6 +261,10 @@ class RuleConfig:
         """Floats of state per coordinate: h and c of every layer, then the features' own."""
         return self.lstm_rows + (0 if self.features is None else self.features.state_rows)
 
+    def ramped(self, step: int) -> float:
+        """What the update of this step, counted from 1, is multiplied by."""
+        return min(1.0, step / self.ramp) if self.ramp else 1.0
+
     @property
     def takes_bfloat16_state(self) -> bool:
         """Whether the state may be rounded to bfloat16: not means, whose cost has not been measured."""
@@ -286,8 +295,9 @@ class RuleConfig:
 
     def describe(self) -> dict[str, Any]:
         """As JSON holds it: for files, from which `from_description` reads it."""
-        relative = {"relative": True} if self.relative else {}
-        return {"text": self.text, "output_scale": self.output_scale, **relative}
+        steps = {"relative": self.relative, "ramp": self.ramp}
+        given = {name: value for name, value in steps.items() if value}  # older versions read what has neither
+        return {"text": self.text, "output_scale": self.output_scale, **given}
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> RuleConfig:
@@ -299,7 +309,7 @@ class RuleConfig:
         description = dict(description)
         if description.keys() == {"preprocess", "p", "scale", "output_scale", "hidden_size", "num_layers"}:
             return lstm_config(**description)
-        if description.keys() - {"relative"} != {"text", "output_scale"}:
+        if description.keys() - {"relative", "ramp"} != {"text", "output_scale"}:
             raise ValueError(f"expected text and output_scale, got {shown(sorted(map(str, description)))}")
         return dataclasses.replace(cls.parse(description.pop("text")), **description)
 

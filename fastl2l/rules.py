@@ -143,7 +143,7 @@ class Rule(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"{self.text!r}, output_scale={self.config.output_scale:g}" + ", relative" * self.config.relative
+        return f"{self.text!r}, output_scale={self.config.output_scale:g}" + _steps(self.config)
 
 
 class LSTMRule(Rule):
@@ -161,6 +161,7 @@ class LSTMRule(Rule):
         scale: constant of raw.
         output_scale: factor on the update; 0.1 for MNIST and 1 for quadratics and neural art in the paper.
         relative: whether updates are in units of the size that each parameter had at first; see `fastl2l.units`.
+        ramp: steps in which updates rise to their full size; 0 for none.
         hidden_size: LSTM units a layer.
         num_layers: LSTM layers.
         seed, dtype: as for :class:`Rule`.
@@ -179,13 +180,14 @@ class LSTMRule(Rule):
         scale: float = 1.0,
         output_scale: float = 0.1,
         relative: bool = False,
+        ramp: int = 0,
         hidden_size: int = 20,
         num_layers: int = 2,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         config = lstm_config(preprocess, p, scale, output_scale, hidden_size, num_layers)
-        super().__init__(dataclasses.replace(config, relative=relative), seed=seed, dtype=dtype)
+        super().__init__(dataclasses.replace(config, relative=relative, ramp=ramp), seed=seed, dtype=dtype)
 
     @classmethod
     def from_lstm(
@@ -235,7 +237,7 @@ class RNNpropRule(Rule):
         beta1, beta2: of the means of the gradient and of its square.
         epsilon: as above.
         output_scale: factor on the update.
-        relative: as for :class:`LSTMRule`.
+        relative, ramp: as for :class:`LSTMRule`.
         projection_size: units of the layer before the LSTM.
         hidden_size, num_layers: of the LSTM.
         seed, dtype: as for :class:`Rule`.
@@ -254,6 +256,7 @@ class RNNpropRule(Rule):
         epsilon: float = 1e-8,
         output_scale: float = 0.1,
         relative: bool = False,
+        ramp: int = 0,
         projection_size: int = 20,
         hidden_size: int = 20,
         num_layers: int = 2,
@@ -261,7 +264,7 @@ class RNNpropRule(Rule):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         config = rnnprop_config(beta1, beta2, epsilon, output_scale, projection_size, hidden_size, num_layers)
-        super().__init__(dataclasses.replace(config, relative=relative), seed=seed, dtype=dtype)
+        super().__init__(dataclasses.replace(config, relative=relative, ramp=ramp), seed=seed, dtype=dtype)
 
 
 RULES: dict[str, type[Rule]] = {kind.kind: kind for kind in (LSTMRule, RNNpropRule)}
@@ -283,11 +286,25 @@ def make_rule(
     return rule
 
 
-def relative(rule: Rule) -> Rule:
-    """A copy of `rule`, weights and all, whose updates are in units of the size that each parameter had at first."""
-    copy = make_rule(rule.kind, dataclasses.replace(rule.config, relative=True), dtype=rule.dtype)
+def stepping(rule: Rule, *, relative: bool | None = None, ramp: int | None = None) -> Rule:
+    """A copy of `rule`, weights and all, whose updates are made into steps otherwise; None for as it is.
+
+    Args:
+        rule: the rule.
+        relative, ramp: as for :class:`LSTMRule`.
+
+    Raises:
+        ValueError: ramp is out of range.
+    """
+    asked = {"relative": relative, "ramp": ramp}
+    changed = {name: value for name, value in asked.items() if value is not None}
+    copy = make_rule(rule.kind, dataclasses.replace(rule.config, **changed), dtype=rule.dtype)  # type: ignore[arg-type]
     copy.load_weights(dict(rule.named_parameters()))
     return copy.to(rule.device)
+
+
+def _steps(config: RuleConfig) -> str:
+    return ", relative" * config.relative + f", ramp={config.ramp}" * bool(config.ramp)
 
 
 def rules_by_part(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:

@@ -224,12 +224,27 @@ class Trajectory:
             torch.mul(gradient, (loss >= 0) / (loss.clamp(min=0) + objective.log_floor), out=judged)
 
     def _backward(self, first_states: Sequence[Tensor], grads: Tensor, adjoints: Tensor) -> Tensor:
-        """The gradient with respect to all rules' weights, from what they were given and dL/dupdate, [unroll, N]."""
+        """The gradient with respect to all rules' weights, of the window that ends here.
+
+        Args:
+            first_states: before it.
+            grads: what the rules were given, [unroll, N].
+            adjoints: dL/dupdate, [unroll, N].
+        """
         found = [
-            self._window_backward(track, first_state, grads[:, track.part], adjoints[:, track.part])
+            self._window_backward(
+                track, first_state, grads[:, track.part], self._ramped(track, adjoints[:, track.part])
+            )
             for track, first_state in zip(self._tracks, first_states, strict=True)
         ]
         return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _ramped(self, track: _Track, adjoints: Tensor) -> Tensor:
+        """The gradients [unroll, ...] of a track's updates of the steps that end here, as those of its rule's own."""
+        config, steps = track.rule.config, range(self.steps - len(adjoints) + 1, self.steps + 1)
+        if config.ramped(steps[0]) == 1:
+            return adjoints
+        return adjoints * adjoints.new_tensor([config.ramped(step) for step in steps]).unsqueeze(1)
 
     def _window_backward(self, track: _Track, first_state: Tensor, grads: Tensor, adjoints: Tensor) -> Tensor:
         """The gradient with respect to a rule's weights; 0 for those that are frozen."""
@@ -255,8 +270,9 @@ class Trajectory:
                     for track, state in zip(self._tracks, states, strict=True)
                 ]
                 states = [state for _, state in changes]
-                theta = theta + torch.cat([changes[i][0] for i in in_theta])
                 self.steps += 1
+                factors = [track.rule.config.ramped(self.steps) for track in self._tracks]
+                theta = theta + torch.cat([changes[i][0] * factors[i] for i in in_theta])
                 loss = self.problem.loss(theta, self.steps)
                 (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
                 objective = objective + weight * self._judged(to_lower, theta, loss)
@@ -283,9 +299,11 @@ class Trajectory:
         self.steps += 1
 
     def _propose(self, gradient: Tensor, theta: Tensor) -> None:
-        """Add the rules' updates to `theta`, and bring their states forward."""
+        """Add the rules' next updates to `theta`, and bring their states forward."""
         for track in self._tracks:
-            self._backend.step_([theta[track.part]], [gradient[track.part]], [track.state], *track.arguments(), 1.0)
+            weights, text, scale = track.arguments()
+            scale *= track.rule.config.ramped(self.steps + 1)
+            self._backend.step_([theta[track.part]], [gradient[track.part]], [track.state], weights, text, scale, 1.0)
 
     def _evaluate(self, gradient: Tensor) -> Tensor:
         """The loss at theta, whose gradient is written to `gradient`."""

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from fastl2l import FusedLSTMOptimizer, processes
-from fastl2l.rules import relative
+from fastl2l.rules import stepping
 from fastl2l.sharded import mean_over
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -76,7 +76,7 @@ def refuses(optimizer, net, spoil) -> bool:
 
 
 def sharded(folder: Path, *, save: bool) -> dict[str, bool]:
-    rule, found = relative(rule_of(RNNPROP)), {}
+    rule, found = stepping(rule_of(RNNPROP), relative=True), {}
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     made = functools.partial(FusedLSTMOptimizer, rule=rule)
 

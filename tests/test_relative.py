@@ -15,13 +15,13 @@ from fastl2l import FusedLSTMOptimizer, LSTMRule, MetaTrainer, RNNpropRule, Rule
 from fastl2l.experiments import first_rules
 from fastl2l.relative import in_units
 from fastl2l.rule_config import RuleConfig
-from fastl2l.rules import relative
+from fastl2l.rules import stepping
 from fastl2l.tasks.base import problem_seed
 from fastl2l.tasks.batch import batch
 from fastl2l.trajectory import Trajectory
 from fastl2l.units import unit_of, units
 
-RULE = relative(rule_of(RNNPROP, output_scale=0.1))
+RULE = stepping(rule_of(RNNPROP, output_scale=0.1), relative=True)
 PLAIN = rule_of(RNNPROP, output_scale=0.1)
 
 
@@ -72,7 +72,7 @@ def test_rules_are_relative_if_asked_to_be_and_keep_it_in_files(kind, tmp_path):
     assert loaded.describe() == rule.describe()
     assert "relative" in repr(rule)
     assert "relative" not in repr(kind())
-    again = relative(kind(seed=3))
+    again = stepping(kind(seed=3), relative=True)
     assert type(again) is kind
     assert again.config.relative
     assert again.fingerprint() == kind(seed=3).fingerprint()
@@ -228,7 +228,7 @@ def test_rows_that_are_pruned_and_grown_keep_the_unit():
 
 def test_a_relative_rule_beside_a_plain_one_and_with_a_state_in_bfloat16():
     params = parameters()
-    relative_lstm = relative(rule_of(lstm()))
+    relative_lstm = stepping(rule_of(lstm()), relative=True)
     groups = [{"params": params[:2], "rule": relative_lstm}, {"params": params[2:], "rule": rule_of(lstm())}]
     optimizer = FusedLSTMOptimizer(groups, state_dtype=torch.bfloat16)
     step(optimizer, params, 0)
@@ -363,8 +363,108 @@ def test_problems_side_by_side_are_trained_on_as_one_by_one(exact):
 
 def test_training_a_relative_rule_is_another_run(tmp_path):
     settings = {"horizon": 4, "unroll": 2, "trajectories": 2, "validation_problems": 1}
-    for rule in (rule_of(RNNPROP), relative(rule_of(RNNPROP))):
+    for rule in (rule_of(RNNPROP), stepping(rule_of(RNNPROP), relative=True)):
         trainer = MetaTrainer(rule, task(), checkpoint=tmp_path / f"{rule.config.relative}.pt", **settings)
         trainer.fit(1, progress=False)
     with pytest.raises(ValueError, match="is of a run with other settings; rule"):
         MetaTrainer(rule, task(), checkpoint=tmp_path / "False.pt", **settings)
+
+
+# Ramps
+
+
+def ramped(steps=6, **options):
+    return stepping(rule_of(RNNPROP, output_scale=0.1, **options), relative=True, ramp=steps)
+
+
+def smooth(dtype=torch.float64):
+    random = torch.Generator().manual_seed(0)
+    data = torch.randn(40, 6, generator=random).to(dtype), torch.randn(40, 2, generator=random).to(dtype)
+
+    def make():
+        return nn.Sequential(nn.Linear(6, 4, dtype=dtype), nn.Tanh(), nn.Linear(4, 2, dtype=dtype))
+
+    return tasks.from_module(make, F.mse_loss, data, batch_size=16, name="smooth").sample(0)
+
+
+def test_updates_rise_to_their_full_size():
+    config = ramped(4).config
+    assert [config.ramped(step) for step in range(1, 7)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert PLAIN.config.ramped(1) == 1
+    assert RuleConfig.from_description(config.describe()) == config
+    for wrong in (-1, 0.5, True, None):
+        with pytest.raises(ValueError, match="ramp: expected an integer of at least 0"):
+            RNNpropRule(ramp=wrong)
+
+
+def test_trajectories_rise_as_the_optimizer_does():
+    problem = task().sample(0)
+    theta, _ = trained(problem, ramped(), 10)
+    trajectory = Trajectory(problem, ramped())
+    for _ in range(10):
+        trajectory.advance()
+    torch.testing.assert_close(trajectory.theta * problem.units, theta, rtol=0, atol=1e-4)
+
+
+def objective(rule, problem, windows=2):
+    trajectory = Trajectory(problem, rule)
+    return sum(torch.stack([trajectory.advance() for _ in range(3)]).sum() for _ in range(windows))
+
+
+def test_exact_gradients_of_windows_know_of_the_ramp():
+    rule, problem = ramped(dtype=torch.float64), smooth()
+    trajectory = Trajectory(problem, rule)
+    found = trajectory.window([1.0] * 5, second_derivatives=True).gradients
+
+    def loss():
+        walk = Trajectory(problem, rule)
+        return torch.stack([walk.advance() for _ in range(5)]).sum()
+
+    places, start = range(0, len(found), 301), torch.nn.utils.parameters_to_vector(rule.weights()).detach()
+    for place in places:
+        sides = []
+        for shift in (1e-5, -1e-5):
+            moved = start.clone()
+            moved[place] += shift
+            torch.nn.utils.vector_to_parameters(moved, rule.weights())
+            sides.append(loss())
+        torch.nn.utils.vector_to_parameters(start, rule.weights())
+        assert ((sides[0] - sides[1]) / 2e-5).item() == pytest.approx(found[place].item(), rel=1e-4, abs=1e-9)
+
+
+def test_first_order_gradients_of_every_window_know_of_the_ramp():
+    """By autograd, with the gradients that the rule is given held as they are."""
+    from fastl2l.ops import update
+    from fastl2l.ops.layout import new_state
+    from fastl2l.tasks.base import value_and_grad
+
+    rule = ramped(dtype=torch.float64)
+    problem = in_units(smooth(), rule)
+    trajectory = Trajectory(problem, rule)
+    theta, state = trajectory.theta.clone(), new_state(rule, trajectory.theta.numel())
+    for first in (0, 4):  # in the midst of the ramp, and across its end
+        found = trajectory.window([1.0] * 4).gradients
+        total, moving = 0.0, theta
+        for number in range(first, first + 4):
+            _, gradient = value_and_grad(problem, moving.detach(), number)
+            change, state = update(rule, gradient, state, backend="reference")
+            moving = moving + change * rule.config.ramped(number + 1)
+            total = total + problem.loss(moving, number + 1)
+        expected = torch.cat([one.reshape(-1) for one in torch.autograd.grad(total, rule.weights())])
+        torch.testing.assert_close(found, expected)
+        theta, state = moving.detach(), state.detach()
+
+
+def test_windows_of_rules_with_a_ramp_are_not_captured():
+    from fastl2l.meta import capture
+
+    rule = ramped()
+    problem = task().sample(0)
+    capture.RECORDERS["cpu"], before = None, capture.RECORDERS.get("cpu")
+    try:
+        with pytest.raises(ValueError, match="capture: expected a rule without a ramp, whose steps differ, got ramp=6"):
+            capture.check(rule, problem, second_derivatives=False)
+    finally:
+        del capture.RECORDERS["cpu"]
+        if before is not None:
+            capture.RECORDERS["cpu"] = before

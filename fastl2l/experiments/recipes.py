@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Iterator, Mapping
@@ -13,8 +12,7 @@ from typing import Any
 
 from fastl2l import tasks
 from fastl2l.meta import MetaTrainer
-from fastl2l.rules import RULES, Learned, LSTMRule, RNNpropRule, Rule
-from fastl2l.rules import relative as as_relative
+from fastl2l.rules import RULES, Learned, LSTMRule, RNNpropRule, Rule, stepping
 
 RULE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -53,7 +51,8 @@ def first_rules(
     kind: str = LSTMRule.kind,
     by_part: bool = False,
     init: Learned | None = None,
-    relative: bool = False,
+    relative: bool | None = None,
+    ramp: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Rule | dict[str, Rule]:
@@ -64,22 +63,23 @@ def first_rules(
         kind, options: of fresh rules, as for `fresh_rule`.
         by_part: whether each part has a rule of its own.
         init: in place of fresh rules; for a part each, a copy of it.
-        relative: whether they take steps in units of the size that each parameter had at first; `init` as it is if not.
+        relative, ramp: how updates are made into steps (see `LSTMRule`); None for as `init` does.
         seed: of the weights of the first rule; those of the next parts have the next seeds.
 
     Raises:
         ValueError: as for `fresh_rule`; or by_part, of a task whose problems have no parts.
     """
     if isinstance(init, Mapping):
-        return {part: as_relative(one) if relative else one for part, one in init.items()}
-    if init is not None and relative:
-        init = as_relative(init)
-    options |= {"relative": True} if relative else {}
+        return {part: stepping(one, relative=relative, ramp=ramp) for part, one in init.items()}
+    asked = {"relative": relative, "ramp": ramp}
+    options |= {name: value for name, value in asked.items() if value is not None}
     parts = list(task.sample(seed).parts or ()) if by_part else [""]
     if not parts:
         raise ValueError(f"by_part: expected a task whose problems have parts, such as cifar10, got {task.name!r}")
     rules = {
-        part: copy.deepcopy(init) if init is not None else fresh_rule(kind, task.name, seed=seed + number, **options)
+        part: fresh_rule(kind, task.name, seed=seed + number, **options)
+        if init is None
+        else stepping(init, relative=relative, ramp=ramp)
         for number, part in enumerate(parts)
     }
     return rules if by_part else rules[""]
@@ -100,7 +100,7 @@ class Recipe:
         options: of the task.
         seed: of the first weights and of all problems.
         init: how the rule is trained that this one starts from; fresh weights by default.
-        relative: as for `first_rules`.
+        steps: relative and ramp, as for `first_rules`.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     init: Recipe | None = None
-    relative: bool = False
+    steps: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def commands(self) -> list[str]:
@@ -130,8 +130,7 @@ class Recipe:
             options["init"] = f"runs/{self.init.name}/rule.safetensors"
         elif self.kind != LSTMRule.kind:
             options["rule"] = self.kind
-        if self.relative:
-            options["relative"] = True
+        options |= self.steps
         options["out"] = f"runs/{self.name}"
         words = [_option(name, value) for name, value in options.items()]
         return [*(self.init.commands if self.init is not None else []), " ".join(["fastl2l train", *words])]
@@ -149,7 +148,7 @@ class Recipe:
         before = None if self.init is None else self.init.train(folder, quick=quick, progress=progress)
         checkpoint = Path(folder) / f"{self.name}{'-quick' * quick}.pt"
         task = tasks.by_name(self.task, **self.options)
-        rule = first_rules(task, kind=self.kind, init=before, relative=self.relative, seed=self.seed)
+        rule = first_rules(task, kind=self.kind, init=before, seed=self.seed, **self.steps)
         task = tasks.augmented(task, **self.augmentation)
         trainer = MetaTrainer(rule, task, seed=self.seed, checkpoint=checkpoint, **self.training)
         trainer.fit(max(1, self.epochs // 10) if quick else self.epochs, progress=progress)

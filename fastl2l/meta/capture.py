@@ -59,6 +59,11 @@ def check(rule: Rule | Mapping[str, Rule], problem: Problem, *, second_derivativ
         raise ValueError(f"capture: expected a rule on a {' or '.join(RECORDERS)} device, got one on {device}")
     if second_derivatives:
         raise ValueError("capture: expected first-order windows, got second_derivatives=True")
+    for part in rules_by_part(rule).values():
+        if part.config.ramp:
+            raise ValueError(
+                f"capture: expected a rule without a ramp, whose steps differ, got ramp={part.config.ramp}"
+            )
     _pure(problem)
 
 
