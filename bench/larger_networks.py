@@ -1,4 +1,4 @@
-"""Rules on networks of 29,000 to 204,000 parameters: python bench/larger_networks.py [--steps N] [--starts N] [RULE ...].
+"""Rules on networks of 29,000 to 204,000 parameters: python bench/larger_networks.py [--steps N] [NAME=FILE ...].
 
 Loss on a fixed set of examples after so many steps, for each start, beside Adam at several rates. Larger than what any
 shipped rule was trained on, and what a mean hides is shown: a rule that is lost at one start of four is no use.

@@ -21,12 +21,14 @@ from fastl2l.ops.dispatch import Backend, select
 from fastl2l.optimizer_state import (
     SHAPE,
     STATE,
+    STEP,
     UNIT,
     WHOLE,
+    Factors,
     Together,
+    begin,
     check_saved,
     check_shape,
-    first_units,
     has_data,
     local_entry,
     select_rows,
@@ -104,7 +106,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     Every coordinate of every parameter has its own LSTM state (320 bytes in float32 for the papers' rule, 160 in
     bfloat16), zero at its first step. The update is ``lr`` times the rule's own, so ``lr=1`` is what the rule was
     meta-trained for. A relative rule, such as rnnprop-long, has for each parameter of two or more dimensions a unit
-    besides: the size of its numbers at its first step (``fastl2l.units``), which is kept with its state.
+    besides: the size of its numbers at its first step (``fastl2l.units``), which is kept with its state. The updates of
+    a rule with a ramp rise over a parameter's first steps, so there is no need to warm up.
 
     DTensors (FSDP2, tensor parallelism) are stepped in place where they are, each process its own part, and nothing is
     gathered; a gradient that is not finite in one process is one in all. ``state_dict`` has their states as DTensors
@@ -310,7 +313,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]], finite: Tensor | None
     ) -> bool:
         """One kernel call; False if it has changed nothing, because a gradient is not finite."""
-        units = self._units(batch, states, new)
+        factors = self._factors(batch, states, new)
+        units = factors.now(batch.group["rule"])
         # The kernel checks what it is given before it changes anything, and far faster than a loop over hundreds of
         # parameters here would: only when it fails are they looked at one by one. It has refused what is not
         # contiguous; where all was, it has failed otherwise, maybe in the middle.
@@ -324,6 +328,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             self._call(batch, states, units, finite)
         if finite is not None and not self.capturable and has_data(finite) and not finite:
             return False
+        factors.advance(finite)
         for param, entry in new.items():
             self.state[param].update(entry)
         torch.autograd.graph.increment_version(batch.params)
@@ -334,7 +339,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def _call(self, batch: _Batch, states: list[Tensor], units: Tensor | None, finite: Tensor | None) -> None:
         rule: Rule = batch.group["rule"]
         together = self._together.get(batch.number)
-        scale, decay, rate = _factors(batch.group, rule)
+        scale, decay, rate = _scales(batch.group, rule)
         self._backend(batch).step_(
             batch.params,
             batch.grads,
@@ -372,21 +377,21 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 f"{len(missing)} without; the graph would set their state to zero at every replay"
             )
         rule = batch.group["rule"]
-        together = Together.of(rule, map(local, missing), self.state_dtype, first_units(rule, missing))
+        together = Together.of(rule, map(local, missing), self.state_dtype, begin(rule, missing))
         self._together[batch.number] = together
         new = dict(zip(missing, together.entries(), strict=True))
         fresh = iter(together.states)
         return [next(fresh) if state is None else state for state in states], new
 
-    def _units(self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]]) -> Tensor | None:
-        """What the parameters' updates are multiplied by, if the rule is relative."""
-        if not batch.group["rule"].config.relative:
-            return None
+    def _factors(self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]]) -> Factors:
+        """What the parameters' updates are multiplied by."""
+        config = batch.group["rule"].config
+        if not (config.relative or config.ramp):
+            return Factors(None, [])
         together = self._together.get(batch.number)
         if together is not None and together.holds(states):
-            return together.units
-        entries = [new.get(param) or self.state[param] for param in batch.owners]
-        return torch.stack([entry[UNIT] for entry in entries])
+            return together.factors
+        return Factors.of([new.get(param) or self.state[param] for param in batch.owners], config)
 
     def _entries(self, params: list[Tensor]) -> Sequence[dict[str, Any]]:
         """What is kept of parameters. Looking does not make entries."""
@@ -484,8 +489,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             }
             for param, (key, entry) in found.items():
                 check_saved(key, entry, rule, local(param), self.state_dtype or rule.dtype)
-            units = [entry[UNIT] for _, entry in found.values()] if rule.config.relative else None
-            together = Together.of(rule, map(local, found), self.state_dtype, units)
+            kept = [entry for _, entry in found.values()]
+            together = Together.of(rule, map(local, found), self.state_dtype, kept)
             for copy, (_, entry) in zip(together.states, found.values(), strict=True):
                 copy.copy_(entry[STATE].detach())
             loaded.append(_Loaded(rule, same, list(found), together))
@@ -514,7 +519,7 @@ def _is_captured(device: torch.device) -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _factors(group: dict[str, Any], rule: Rule) -> tuple[float, float, Tensor | None]:
+def _scales(group: dict[str, Any], rule: Rule) -> tuple[float, float, Tensor | None]:
     """What multiplies the update, what is taken off the parameters, and a rate on the device that multiplies both.
 
     A compiled or captured step reads the rate from there: a number would be part of the graph.
@@ -632,7 +637,7 @@ def _is_stepped(entry: Any) -> bool:
 def _without_state(entry: Any) -> Any:
     if not _is_stepped(entry):
         return entry
-    return {name: value for name, value in entry.items() if name not in (STATE, WHOLE, SHAPE, UNIT)}
+    return {name: value for name, value in entry.items() if name not in (STATE, WHOLE, SHAPE, UNIT, STEP)}
 
 
 def _check_same_rule(index: int, saved: Any, rule: Rule) -> bool:

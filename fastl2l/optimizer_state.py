@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastl2l.files import shown
 from fastl2l.ops.layout import TILE, from_rows, new_state, state_shape, to_rows
+from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import Rule
 from fastl2l.sharded import from_saved, is_sharded, local, to_saved
 from fastl2l.units import unit_of
@@ -23,9 +24,43 @@ WHOLE = "lstm_state_rows"
 """In what is saved of a sharded parameter, its place: that of all coordinates, as a DTensor [*shape, rows]."""
 UNIT = "unit"
 """The one that holds what updates of a relative rule are multiplied by, 0-d: see units.py."""
+STEP = "step"
+"""The one that holds how many steps a parameter has had, 0-d, float32 as torch's optimizers have it: of rules with a
+ramp."""
 SHAPE = "shape"
 """The one that holds the shape, as sizes by number: of what is not a tensor, distributed checkpoints take numbers and
 dictionaries of them."""
+
+
+class Factors(NamedTuple):
+    """What the updates of some parameters are multiplied by, beside the output scale and lr.
+
+    Attributes:
+        units: [params], of a relative rule.
+        steps: how many steps each parameter has had, of a rule with a ramp: one tensor [params] or one each, 0-d.
+    """
+
+    units: Tensor | None
+    steps: list[Tensor]
+
+    @classmethod
+    def of(cls, entries: Sequence[dict[str, Any]], config: RuleConfig) -> Factors:
+        """Those of parameters, by what is kept of each."""
+        units = torch.stack([entry[UNIT] for entry in entries]) if config.relative else None
+        return cls(units, [entry[STEP] for entry in entries] if config.ramp else [])
+
+    def now(self, rule: Rule) -> Tensor | None:
+        """[params], for the next step; None if there are none."""
+        if not self.steps:
+            return self.units
+        steps = self.steps[0] if self.steps[0].dim() else torch.stack(self.steps)
+        risen = ((steps + 1) / rule.config.ramp).clamp(max=1).to(rule.dtype)
+        return risen if self.units is None else self.units * risen
+
+    def advance(self, done: Tensor | None) -> None:
+        """A step has been taken, if `done`, a bool [1], is None or True."""
+        for steps in self.steps:
+            steps.add_(1 if done is None else done.view(()).to(steps.device, steps.dtype))
 
 
 class Together(NamedTuple):
@@ -35,20 +70,20 @@ class Together(NamedTuple):
     shapes: list[torch.Size]  # of the parameters
     state: Tensor
     places: list[int]  # in memory, of the state and of its parts
-    units: Tensor | None  # [params], of a relative rule
+    factors: Factors
 
     @classmethod
     def of(
-        cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None, units: Sequence[Tensor] | None
+        cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None, begun: Sequence[dict[str, Any]]
     ) -> Together:
         """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory."""
         shapes = [param.shape for param in params]
         tiles = [state_shape(rule, shape.numel())[0] for shape in shapes]
         state = _allocate(rule, sum(tiles) * TILE, dtype)
-        stacked = None
-        if units is not None:
-            stacked = torch.stack([unit.to(rule.device, rule.dtype) for unit in units]) if units else state.new_empty(0)
-        together = cls(list(state.split(tiles)), shapes, state, [], stacked)
+        given = Factors.of(begun, rule.config) if begun else Factors(None, [])
+        units = None if given.units is None else given.units.to(rule.device, rule.dtype)
+        steps = [torch.stack(given.steps).to(rule.device, torch.float32)] if given.steps else []
+        together = cls(list(state.split(tiles)), shapes, state, [], Factors(units, steps))
         if not torch.compiler.is_compiling() and has_data(state):
             together.places.extend(together._places())
         return together
@@ -64,16 +99,23 @@ class Together(NamedTuple):
 
     def entries(self) -> list[dict[str, Any]]:
         """What is kept of each parameter."""
-        units = [None] * len(self.states) if self.units is None else self.units.unbind()
-        return [
-            new_entry(state, shape) | ({} if unit is None else {UNIT: unit})
-            for state, shape, unit in zip(self.states, self.shapes, units, strict=True)
-        ]
+        entries = [new_entry(state, shape) for state, shape in zip(self.states, self.shapes, strict=True)]
+        units, steps = self.factors
+        for number, entry in enumerate(entries):
+            entry |= {} if units is None else {UNIT: units[number]}
+            entry |= {STEP: steps[0][number]} if steps else {}
+        return entries
 
 
-def first_units(rule: Rule, params: Sequence[Tensor]) -> list[Tensor] | None:
-    """What the updates of a relative rule are multiplied by, of whole parameters that begin now."""
-    return [unit_of(param) for param in params] if rule.config.relative else None
+def begin(rule: Rule, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """What the updates of whole parameters that begin now are multiplied by, as it is kept of each."""
+    entries: list[dict[str, Any]] = [{} for _ in params]
+    for param, entry in zip(params, entries, strict=True):
+        if rule.config.relative:
+            entry[UNIT] = unit_of(param)
+        if rule.config.ramp:
+            entry[STEP] = torch.zeros((), device=rule.device)
+    return entries
 
 
 def has_data(tensor: Tensor) -> bool:
@@ -141,11 +183,12 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
     if not isinstance(found, Tensor) or found.layout != torch.strided or not isinstance(sizes, dict):
         got = f"{type(found).__name__} and {type(sizes).__name__}"
         raise ValueError(f"state of parameter {key}: expected a dense tensor and a dictionary of sizes, got {got}")
-    if rule.config.relative and not _is_unit(unit := entry.get(UNIT)):
-        raise ValueError(
-            f"state of parameter {key}: expected the unit of its updates, a finite number > 0 as a 0-d tensor, got "
-            f"{shown(unit)}"
-        )
+    if rule.config.relative and not _is_number(entry.get(UNIT), above=0):
+        got = shown(entry.get(UNIT))
+        raise ValueError(f"state of parameter {key}: expected its unit, a finite number > 0 as a 0-d tensor, got {got}")
+    if rule.config.ramp and not _is_number(entry.get(STEP), above=-1):
+        got = shown(entry.get(STEP))
+        raise ValueError(f"state of parameter {key}: expected its steps, a number >= 0 as a 0-d tensor, got {got}")
     if (shape := kept_shape(entry, param)) != tuple(param.shape):
         raise ValueError(
             f"state of parameter {key}: expected one of a parameter of shape {list(param.shape)}, got {list(shape)}"
@@ -157,10 +200,10 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
         )
 
 
-def _is_unit(found: object) -> bool:
+def _is_number(found: object, *, above: float) -> bool:
     if not isinstance(found, Tensor) or found.shape != () or not found.is_floating_point():
         return False
-    return 0 < float(found) < math.inf
+    return above < float(found) < math.inf
 
 
 def select_rows(entry: dict[str, Any], old: Tensor, new: Tensor, rows: Any) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from fastl2l.files import shown
 MOST_UNITS = 1 << 15
 MOST_LAYERS = 64
 """Far beyond what is of use, and small enough that no size that is computed from them overflows."""
-MOST_RAMP = 1 << 30
+MOST_RAMP = 1 << 24
+"""As far as float32 counts steps."""
 MOST_TEXT = 1000
 """Characters of a rule's text."""
 

@@ -201,7 +201,7 @@ def test_states_without_units_are_refused_by_relative_rules(unit):
     if unit is None:
         del saved["state"][1]["unit"]
     before = [param.detach().clone() for param in params]
-    with pytest.raises(ValueError, match="state of parameter 1: expected the unit of its updates, a finite number"):
+    with pytest.raises(ValueError, match="state of parameter 1: expected its unit, a finite number > 0"):
         optimizer.load_state_dict(saved)
     step(optimizer, params, 1)
     assert not torch.equal(params[1], before[1])
@@ -468,3 +468,89 @@ def test_windows_of_rules_with_a_ramp_are_not_captured():
         del capture.RECORDERS["cpu"]
         if before is not None:
             capture.RECORDERS["cpu"] = before
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_optimizer_s_updates_rise_and_other_parameters_do_not_matter(backend):
+    found, full = parameters(), parameters()
+    rising, plain = (
+        FusedLSTMOptimizer(found, ramped(4), backend=backend),
+        FusedLSTMOptimizer(full, RULE, backend=backend),
+    )
+    for number in range(6):
+        before = [[param.detach().clone() for param in params] for params in (found, full)]
+        step(rising, found, number)
+        step(plain, full, number)
+        for mine, its, was, its_was in zip(found, full, *before, strict=True):
+            torch.testing.assert_close(mine - was, (its - its_was) * min(1, (number + 1) / 4), rtol=1e-3, atol=1e-6)
+    assert [rising.state[param]["step"].item() for param in found] == [6.0] * 4
+    assert "step" not in plain.state[full[0]]
+
+
+def test_every_parameter_has_a_ramp_of_its_own():
+    params, alone = parameters(), parameters()[3:]
+    optimizer = FusedLSTMOptimizer(params, ramped(4))
+    for _ in range(2):
+        for param in params[:3]:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    lonely = FusedLSTMOptimizer(alone, ramped(4))
+    for _ in range(3):
+        params[3].grad = torch.ones_like(params[3])
+        alone[0].grad = torch.ones_like(alone[0])
+        optimizer.step()
+        lonely.step()
+    assert torch.equal(alone[0], params[3])
+    assert [optimizer.state[param]["step"].item() for param in params] == [5.0, 5.0, 5.0, 3.0]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steps_that_are_skipped_are_not_counted(capturable):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, ramped(4), nonfinite="skip", capturable=capturable)
+    step(optimizer, params, 0)
+    before = [param.detach().clone() for param in params]
+    params[1].grad[0, 0] = math.nan
+    optimizer.step()
+    assert all(map(torch.equal, before, params))
+    assert optimizer.skipped_steps == 1
+    assert [optimizer.state[param]["step"].item() for param in params] == [1.0] * 4
+    step(optimizer, params, 1)
+    assert [optimizer.state[param]["step"].item() for param in params] == [2.0] * 4
+
+
+def test_a_loaded_ramp_goes_on_to_the_bit():
+    params, twins = parameters(), parameters()
+    optimizer, resumed = FusedLSTMOptimizer(params, ramped(5)), FusedLSTMOptimizer(twins, ramped(5))
+    for number in range(2):
+        step(optimizer, params, number)
+    for param, twin in zip(params, twins, strict=True):
+        twin.data.copy_(param)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copied = copy.deepcopy(optimizer)
+    for number in range(2, 6):
+        for one in (optimizer, resumed, copied):
+            step(one, one.param_groups[0]["params"], number)
+    assert all(map(torch.equal, params, twins))
+    assert all(map(torch.equal, params, copied.param_groups[0]["params"]))
+    saved = optimizer.state_dict()
+    del saved["state"][2]["step"]
+    with pytest.raises(ValueError, match="state of parameter 2: expected its steps, a number >= 0 as a 0-d tensor"):
+        resumed.load_state_dict(saved)
+
+
+def test_torch_compile_takes_steps_of_a_ramp():
+    results = []
+    for compiled in (False, True):
+        params = parameters()
+        optimizer = FusedLSTMOptimizer(params, ramped(4), nonfinite="propagate", capturable=True)
+        for param in params:
+            param.grad = torch.full_like(param, 0.3)
+        torch.compiler.reset()
+        call = torch.compile(lambda o=optimizer: o.step(), fullgraph=True, backend="aot_eager") if compiled else None
+        for _ in range(6):
+            call() if call else optimizer.step()
+        results.append([param.detach() for param in params])
+        assert optimizer.state[params[0]]["step"].item() == 6
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
