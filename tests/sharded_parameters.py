@@ -76,7 +76,7 @@ def refuses(optimizer, net, spoil) -> bool:
 
 
 def sharded(folder: Path, *, save: bool) -> dict[str, bool]:
-    rule, found = stepping(rule_of(RNNPROP), relative=True), {}
+    rule, found = stepping(rule_of(RNNPROP), relative=True, ramp=4), {}
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     made = functools.partial(FusedLSTMOptimizer, rule=rule)
 
