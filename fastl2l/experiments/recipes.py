@@ -13,6 +13,7 @@ from typing import Any
 from fastl2l import tasks
 from fastl2l.meta import MetaTrainer
 from fastl2l.rules import RULES, Learned, LSTMRule, RNNpropRule, Rule, stepping
+from fastl2l.tasks.random_networks import KINDS
 
 RULE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -214,7 +215,11 @@ def _rnnprop() -> Recipe:
 
 
 def _rnnprop_long() -> Recipe:
-    """Random networks of many kinds; longer ways and windows in the later stages, and a falling rate in the last."""
+    """Random networks of many kinds, in five stages.
+
+    Longer ways and windows in the second, and a falling rate in the third; then exact meta-gradients, on kinds of
+    networks whose second derivatives are cheap, of a rule that is relative, and in the last has a ramp too.
+    """
     common = {
         "trajectories": 50,
         "validation_problems": 8,
@@ -243,14 +248,38 @@ def _rnnprop_long() -> Recipe:
         seed=1,
         init=first,
     )
-    return replace(
+    third = replace(
         second,
-        name="rnnprop-long",
-        about="Networks of your own, for some thousand steps: trained on small networks of many kinds.",
+        name="rnnprop-long-3",
+        about="The third stage of rnnprop-long.",
         epochs=18,
         training=MappingProxyType({**longer, "meta_lr": 6e-4, "schedule": "cosine"}),
         seed=2,
         init=second,
+    )
+    exact = {**longer, "horizon": (50, 1500), "second_derivatives": True}
+    slow = ("sequence", "attention", "language")
+    fourth = replace(
+        third,
+        name="rnnprop-long-4",
+        about="The fourth stage of rnnprop-long.",
+        epochs=21,
+        training=MappingProxyType({**exact, "meta_lr": 5e-4, "schedule": "constant"}),
+        augmentation=MappingProxyType({"scaling": (0.0, 0.0, 1.0), "convex": 20}),
+        options=MappingProxyType({"kinds": tuple(kind for kind in KINDS if kind not in slow)}),
+        seed=4,
+        init=third,
+        steps=MappingProxyType({"relative": True}),
+    )
+    return replace(
+        fourth,
+        name="rnnprop-long",
+        about="Networks of your own, for some thousand steps: trained on small networks of many kinds.",
+        epochs=27,
+        training=MappingProxyType({**exact, "meta_lr": 4e-4, "schedule": "cosine"}),
+        seed=6,
+        init=fourth,
+        steps=MappingProxyType({"ramp": 20}),
     )
 
 
