@@ -15,7 +15,6 @@ from fastl2l.files import shown
 from fastl2l.ops.layout import TILE, from_rows, new_state, state_shape, to_rows
 from fastl2l.rules import Rule
 from fastl2l.sharded import from_saved, is_sharded, local, to_saved
-from fastl2l.units import unit_of
 
 STATE = "lstm_state"
 """The entry of ``optimizer.state[parameter]`` that holds the state."""
@@ -38,20 +37,24 @@ class Together(NamedTuple):
     units: Tensor | None  # [params], of a relative rule
 
     @classmethod
-    def of(
-        cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None, units: Sequence[Tensor] | None
-    ) -> Together:
-        """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory."""
+    def of(cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None) -> Together:
+        """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory.
+
+        The units of a relative rule are still to be put in: see :meth:`put_units`.
+        """
         shapes = [param.shape for param in params]
         tiles = [state_shape(rule, shape.numel())[0] for shape in shapes]
         state = _allocate(rule, sum(tiles) * TILE, dtype)
-        stacked = None
-        if units is not None:
-            stacked = torch.stack([unit.to(rule.device, rule.dtype) for unit in units]) if units else state.new_empty(0)
-        together = cls(list(state.split(tiles)), shapes, state, [], stacked)
+        units = state.new_ones(len(shapes), dtype=rule.dtype) if rule.config.relative else None
+        together = cls(list(state.split(tiles)), shapes, state, [], units)
         if not torch.compiler.is_compiling() and has_data(state):
             together.places.extend(together._places())
         return together
+
+    def put_units(self, units: Iterable[Tensor]) -> None:
+        """Of a relative rule, a unit for each parameter."""
+        if self.units is not None and self.shapes:
+            self.units.copy_(torch.stack([unit.to(self.units.device, self.units.dtype) for unit in units]))
 
     def holds(self, states: Sequence[Tensor | None]) -> bool:
         """Whether these are the states, and still parts of this memory: somebody may have given them other data."""
@@ -69,11 +72,6 @@ class Together(NamedTuple):
             new_entry(state, shape) | ({} if unit is None else {UNIT: unit})
             for state, shape, unit in zip(self.states, self.shapes, units, strict=True)
         ]
-
-
-def first_units(rule: Rule, params: Sequence[Tensor]) -> list[Tensor] | None:
-    """What the updates of a relative rule are multiplied by, of whole parameters that begin now."""
-    return [unit_of(param) for param in params] if rule.config.relative else None
 
 
 def has_data(tensor: Tensor) -> bool:
