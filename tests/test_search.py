@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from fastl2l import LSTMRule, MetaTrainer, cli
 from fastl2l.build import locked
+from fastl2l.meta import search as search_module
 from fastl2l.meta import search_meta_lr
 from fastl2l.tasks import Quadratic
 
@@ -152,8 +154,30 @@ def test_trials_that_diverged_are_kept_in_a_storage(storage, tmp_path, monkeypat
     assert search("other", storage=storage) == found
 
 
+def study_of_a_new_database(storage, barrier, answers):
+    barrier.wait()
+    try:
+        answers.put(search_module._study(storage, {}).study_name)
+    except ValueError as error:
+        answers.put(str(error))
+
+
+def test_machines_may_begin_with_a_new_database_at_once(tmp_path):
+    fork = multiprocessing.get_context("fork")  # so that they begin at once
+    barrier, answers = fork.Barrier(3), fork.Queue()
+    arguments = f"sqlite:///{tmp_path}/trials.db", barrier, answers
+    begun = [fork.Process(target=study_of_a_new_database, args=arguments) for _ in range(3)]
+    for one in begun:
+        one.start()
+    names = {answers.get(timeout=60) for _ in begun}
+    for one in begun:
+        one.join()
+    assert names == {search_module._study(f"sqlite:///{tmp_path}/trials.db", {}).study_name}
+
+
 @pytest.mark.parametrize("storage", ["sqlite:////nowhere/trials.db", "nosuch://host/name"])
-def test_storages_that_are_none_are_named(storage, tmp_path):
+def test_storages_that_are_none_are_named(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "WAITS", (0.01,))
     with pytest.raises(ValueError, match="storage: expected a database's URL or a journal file, got"):
         search(tmp_path, storage=storage)
 
