@@ -26,7 +26,6 @@ from fastl2l.optimizer_state import (
     WHOLE,
     Factors,
     Together,
-    begin,
     check_saved,
     check_shape,
     has_data,
@@ -34,9 +33,11 @@ from fastl2l.optimizer_state import (
     select_rows,
     whole_entry,
 )
+from fastl2l.processes import ProcessError
 from fastl2l.rules import Rule, upgraded
-from fastl2l.sharded import agree, any_sharded, groups_of, local
+from fastl2l.sharded import FAILED, READY, agree, any_sharded, groups_of, local
 from fastl2l.sharded import check as check_sharding
+from fastl2l.units import unit_of
 
 NONFINITE = ("raise", "skip", "propagate")
 GROUP_OPTIONS = ("rule", "lr", "weight_decay", "maximize")
@@ -98,6 +99,26 @@ class _Batch(NamedTuple):
     def is_of(self, other: _Batch) -> bool:
         """Whether both give a kernel the same tensors."""
         return all(map(operator.is_, self.params + self.grads, other.params + other.grads))
+
+
+class _Ready(NamedTuple):
+    """A step for which all has been had that it takes, while nothing has been changed yet."""
+
+    batches: list[_Batch]
+    flags: list[Tensor] | list[None]
+    """For each whether all gradients are finite, of all of them if several, and of all processes."""
+    states: list[tuple[list[Tensor], dict[Tensor, dict[str, Any]]]]
+    """For each those of its parameters, and what is to be kept of those whose first step it is."""
+    word: Tensor | None = None
+    """What several processes have agreed on: see `sharded.agree`."""
+
+    @property
+    def needs_units(self) -> bool:
+        """Whether there are parameters that have no unit yet and whose rule is relative."""
+        return any(
+            new and batch.group["rule"].config.relative
+            for batch, (_, new) in zip(self.batches, self.states, strict=True)
+        )
 
 
 class FusedLSTMOptimizer(torch.optim.Optimizer):
@@ -248,8 +269,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
             RuntimeError: a gradient is sparse or of another dtype than its parameter, a parameter is of a dtype, on a
                 device or sharded in a way that its rule cannot take, or has got data of another shape since the step
-                before.
+                before; or any of this, or a lack of memory, in another process that has parts of the parameters.
             torch.OutOfMemoryError: there is no memory for the states of parameters that are stepped for the first time.
+            ProcessError: another process has ended, or has said nothing for as long as its group's time-out is.
                 Nothing has been changed in any of these cases.
         """
         loss = None
@@ -257,20 +279,14 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self._groups()
-        batches = [_Batch.of(number, group) for number, group in enumerate(self.param_groups)]
-        batches = [batch for batch in batches if batch.params]
-        # What is wrong with one group must be found before another is changed; and with one parameter, by the
-        # reference, which takes them one by one.
-        if len(batches) > 1 or any(self._backend(batch).name == "reference" for batch in batches):
-            batches = [batch.checked() for batch in batches]
-        flags = self._flags(batches, groups)
-        states = [self._states(batch) for batch in batches]  # and all memory must have been had
-        for batch, (kept, new), finite in zip(batches, states, flags, strict=True):
+        ready = self._ready_together(groups) if groups else self._ready(look=False)
+        self._put_units(ready)
+        for batch, (kept, new), finite in zip(ready.batches, ready.states, ready.flags, strict=True):
             if not self._apply(batch, kept, new, finite):
-                self._refuse(batches)
+                self._refuse(ready)
                 break
-        if self.capturable and flags and flags[0] is not None:
-            self._skipped.add_((~flags[0]).to(self._skipped.device))
+        if self.capturable and ready.flags and ready.flags[0] is not None:
+            self._skipped.add_((~ready.flags[0]).to(self._skipped.device))
         return loss
 
     @property
@@ -279,35 +295,74 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         return int(self._skipped)
 
     def _groups(self) -> list[ProcessGroup]:
-        """The groups of processes that have parts of the parameters, which are looked at first."""
-        sharded = False
+        """The groups of processes that have parts of the parameters."""
+        first = list(self._agreeing.values())
+        if not any(any_sharded(group["params"]) for group in self.param_groups):
+            return first
+        return groups_of((param for group in self.param_groups for param in group["params"]), first)
+
+    def _ready(self, look: bool) -> _Ready:
+        """What a step takes; with `look` all that can be wrong with it here is found."""
+        batches = [_Batch.of(number, group) for number, group in enumerate(self.param_groups)]
+        batches = [batch for batch in batches if batch.params]
+        # What is wrong with one group must be found before another is changed; and with one parameter, by the
+        # reference, which takes them one by one.
+        if look or len(batches) > 1 or any(self._backend(batch).name == "reference" for batch in batches):
+            batches = [batch.checked() for batch in batches]
+        flags = self._flags(batches, look)
+        return _Ready(batches, flags, [self._states(batch) for batch in batches])  # all memory must have been had
+
+    def _ready_together(self, groups: list[ProcessGroup]) -> _Ready:
+        """As `_ready`, in all processes of these groups or in none: what is wrong in one is an error in all of them."""
+        if self.nonfinite == "propagate":  # which does not communicate
+            self._check_sharding()
+            return self._ready(look=False)
+        device = self.param_groups[0]["rule"].device
+        word = torch.full((1,), FAILED, dtype=torch.int32, device=device)
+        ready, failure = _Ready([], [], []), None
+        try:
+            self._check_sharding()
+            ready = self._ready(look=True)
+            word.copy_(ready.flags[0] if ready.flags and ready.flags[0] is not None else torch.tensor([READY]))
+        except Exception as error:
+            failure = error
+        try:
+            agree(word, groups)
+        except ProcessError:
+            if failure is None:
+                raise
+        if failure is not None:
+            raise failure
+        ready = _Ready(ready.batches, [(word == READY).to(b.device) for b in ready.batches], ready.states, word)
+        # Otherwise the kernels look, so that nobody waits for the device.
+        nothing_here = not ready.batches and not self.capturable and int(word) != READY
+        if nothing_here or (ready.needs_units and int(word) == FAILED):
+            self._refuse(ready)
+        return ready
+
+    def _check_sharding(self) -> None:
         for number, group in enumerate(self.param_groups):
             if any_sharded(group["params"]):
-                sharded = True
                 for index, param in enumerate(group["params"]):
                     check_sharding(param, _name(group, number, index))
-        if not sharded:
-            return list(self._agreeing.values())
-        return groups_of(
-            (param for group in self.param_groups for param in group["params"]), list(self._agreeing.values())
-        )
 
-    def _flags(self, batches: list[_Batch], groups: list[ProcessGroup]) -> list[Tensor] | list[None]:
-        """For each kernel call a flag: whether all gradients are finite, of all groups if several, and processes."""
+    def _flags(self, batches: list[_Batch], look: bool) -> list[Tensor] | list[None]:
+        """For each kernel call a flag: whether all gradients are finite, of all groups if several."""
         if self.nonfinite == "propagate":
             return [None] * len(batches)
         flags = [torch.ones(1, dtype=torch.bool, device=batch.device) for batch in batches]
-        if len(batches) <= 1 and not groups:  # the kernel itself will look
+        if len(batches) <= 1 and not look:  # the kernel itself will look
             return flags
-        together = flags[0] if flags else torch.ones(1, dtype=torch.bool, device=self._skipped.device)
         for batch, flag in zip(batches, flags, strict=True):
             self._backend(batch).find_nonfinite_(flag, batch.grads, batch.group["rule"].dtype == torch.float32)
-            together &= flag.to(together.device)
-        if groups:
-            together = agree(together, groups)
-        if not batches and not self.capturable and not together:  # this process has no gradient, others have
-            self._refuse(batches)
-        return [together.to(flag.device) for flag in flags]
+            flags[0] &= flag.to(flags[0].device)
+        return [flags[0].to(flag.device) for flag in flags]
+
+    def _put_units(self, ready: _Ready) -> None:
+        """The units of parameters that begin now. Of DTensors all processes that have parts of them work together."""
+        for batch, (_, new) in zip(ready.batches, ready.states, strict=True):
+            if new and batch.group["rule"].config.relative:
+                self._together[batch.number].put_units(map(unit_of, new))
 
     def _apply(
         self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]], finite: Tensor | None
@@ -377,7 +432,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 f"{len(missing)} without; the graph would set their state to zero at every replay"
             )
         rule = batch.group["rule"]
-        together = Together.of(rule, map(local, missing), self.state_dtype, begin(rule, missing))
+        together = Together.of(rule, map(local, missing), self.state_dtype)
         self._together[batch.number] = together
         new = dict(zip(missing, together.entries(), strict=True))
         fresh = iter(together.states)
@@ -403,12 +458,17 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def _backend(self, batch: _Batch) -> Backend:
         return select(self.backend, batch.device)
 
-    def _refuse(self, batches: list[_Batch]) -> None:
-        """Raise, or count, for gradients that are not finite."""
+    def _refuse(self, ready: _Ready) -> None:
+        """Raise for another process's error; raise, or count, for gradients that are not finite."""
+        if ready.word is not None and int(ready.word) == FAILED:
+            raise RuntimeError(
+                "step: expected every process to take it, got an error in another process, which says what it is; "
+                "nothing was changed"
+            )
         if self.nonfinite == "skip":
             self._skipped.add_(1)
             return
-        grads = [(grad, batch.group["rule"].dtype) for batch in batches for grad in batch.grads]
+        grads = [(grad, batch.group["rule"].dtype) for batch in ready.batches for grad in batch.grads]
         # As the rule sees them: float64 has larger numbers than float32.
         shapes = [list(grad.shape) for grad, dtype in grads if not grad.to(dtype).isfinite().all()]
         if not shapes:
@@ -489,8 +549,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             }
             for param, (key, entry) in found.items():
                 check_saved(key, entry, rule, local(param), self.state_dtype or rule.dtype)
-            kept = [entry for _, entry in found.values()]
-            together = Together.of(rule, map(local, found), self.state_dtype, kept)
+            together = Together.of(rule, map(local, found), self.state_dtype)
+            together.take_factors([entry for _, entry in found.values()])
             for copy, (_, entry) in zip(together.states, found.values(), strict=True):
                 copy.copy_(entry[STATE].detach())
             loaded.append(_Loaded(rule, same, list(found), together))

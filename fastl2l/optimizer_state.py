@@ -16,7 +16,6 @@ from fastl2l.ops.layout import TILE, from_rows, new_state, state_shape, to_rows
 from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import Rule
 from fastl2l.sharded import from_saved, is_sharded, local, to_saved
-from fastl2l.units import unit_of
 
 STATE = "lstm_state"
 """The entry of ``optimizer.state[parameter]`` that holds the state."""
@@ -73,20 +72,30 @@ class Together(NamedTuple):
     factors: Factors
 
     @classmethod
-    def of(
-        cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None, begun: Sequence[dict[str, Any]]
-    ) -> Together:
-        """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory."""
+    def of(cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None) -> Together:
+        """Fresh ones. Even apart they are better neighbours: a kernel walks faster through one stretch of memory.
+
+        The units of a relative rule are still to be put in: see :meth:`put_units`.
+        """
         shapes = [param.shape for param in params]
         tiles = [state_shape(rule, shape.numel())[0] for shape in shapes]
         state = _allocate(rule, sum(tiles) * TILE, dtype)
-        given = Factors.of(begun, rule.config) if begun else Factors(None, [])
-        units = None if given.units is None else given.units.to(rule.device, rule.dtype)
-        steps = [torch.stack(given.steps).to(rule.device, torch.float32)] if given.steps else []
+        units = state.new_ones(len(shapes), dtype=rule.dtype) if rule.config.relative else None
+        steps = [state.new_zeros(len(shapes), dtype=torch.float32)] if rule.config.ramp else []
         together = cls(list(state.split(tiles)), shapes, state, [], Factors(units, steps))
         if not torch.compiler.is_compiling() and has_data(state):
             together.places.extend(together._places())
         return together
+
+    def put_units(self, units: Iterable[Tensor]) -> None:
+        """Of a relative rule, a unit for each parameter."""
+        _fill(self.factors.units, units)
+
+    def take_factors(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Units and steps that were saved of each parameter."""
+        _fill(self.factors.units, (entry[UNIT] for entry in entries))
+        for steps in self.factors.steps:
+            _fill(steps, (entry[STEP] for entry in entries))
 
     def holds(self, states: Sequence[Tensor | None]) -> bool:
         """Whether these are the states, and still parts of this memory: somebody may have given them other data."""
@@ -107,15 +116,9 @@ class Together(NamedTuple):
         return entries
 
 
-def begin(rule: Rule, params: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """What the updates of whole parameters that begin now are multiplied by, as it is kept of each."""
-    entries: list[dict[str, Any]] = [{} for _ in params]
-    for param, entry in zip(params, entries, strict=True):
-        if rule.config.relative:
-            entry[UNIT] = unit_of(param)
-        if rule.config.ramp:
-            entry[STEP] = torch.zeros((), device=rule.device)
-    return entries
+def _fill(target: Tensor | None, numbers: Iterable[Tensor]) -> None:
+    if target is not None and len(target):
+        target.copy_(torch.stack([number.to(target.device, target.dtype) for number in numbers]))
 
 
 def has_data(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastl2l.ops.layout import from_rows, to_rows
+from fastl2l.processes import ProcessError
 
 
 def is_sharded(tensor: object) -> bool:
@@ -72,12 +73,25 @@ def groups_of(params: Iterable[Tensor], first: Sequence[dist.ProcessGroup]) -> l
     return list(dict.fromkeys(found))
 
 
-def agree(finite: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
-    """Whether it is true in all processes of all these groups. Each takes what was found in the ones before it."""
-    flag = finite.to(torch.int32)
+READY, NOT_FINITE, FAILED = 1, 0, -1
+"""What a process says of a step; of several the least counts."""
+
+
+def agree(word: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """The least word [1] (int32) of all processes of all these groups. Each takes what the ones before it have found.
+
+    Raises:
+        ProcessError: another process has ended, or has said nothing for as long as its group's time-out is.
+    """
     for group in groups:
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
-    return flag.to(torch.bool)
+        try:
+            dist.all_reduce(word, dist.ReduceOp.MIN, group=group)
+        except RuntimeError as error:
+            raise ProcessError(
+                "step: expected all processes that have parts of the parameters to take it, but another has ended, or "
+                f"said nothing until the time-out ({str(error)[:200]}); nothing was changed"
+            ) from error
+    return word
 
 
 def mean_over(values: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:

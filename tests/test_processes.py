@@ -203,6 +203,32 @@ def test_sharded_parameters_are_stepped_as_whole_ones_and_saved_for_any_number_o
             assert answer == dict.fromkeys(answer, True)
 
 
+def test_what_goes_wrong_with_a_step_in_one_process_is_an_error_in_all_and_changes_nothing(tmp_path):
+    first, last = run("failing_steps.py", "one", tmp_path, 2)
+    own = {
+        "memory": "OutOfMemoryError: state of 6,291,456 coordinates: expected",
+        "gradient": "RuntimeError: gradient of parameter scale.weight: expected it sharded as the parameter is",
+        "gradient, capturable": "RuntimeError: gradient of parameter scale.weight: expected it sharded as the",
+        "sparse": "RuntimeError: gradient of a parameter of shape [2, 3]: expected a dense tensor, got a sparse one",
+        "shape": "RuntimeError: state of a parameter of shape [3, 3]: expected shape [2, 3]",
+        "no gradient elsewhere": "RuntimeError: gradient of a parameter of shape [2, 3]: expected a dense tensor",
+    }
+    theirs = "RuntimeError: step: expected every process to take it, got an error in another process"
+    assert (first.pop("skipped"), last.pop("skipped")) == ([1], [0])
+    assert first.keys() == last.keys() == own.keys()
+    for name, message in own.items():
+        assert message in last[name][0]
+        assert ("nothing" if name == "gradient, capturable" else theirs) in first[name][0]
+        assert first[name][1:] == last[name][1:] == [True, True]
+
+
+def test_a_process_that_does_not_come_to_a_step_is_an_error_after_the_time_out(tmp_path):
+    waiting, _ = run("failing_steps.py", "late", tmp_path, 2, FASTL2L_TIMEOUT="2")
+    assert "said nothing until the time-out" in waiting["error"]
+    assert 1 < waiting["seconds"] < 7
+    assert waiting["kept"]
+
+
 def test_a_trainer_outside_of_a_group_is_the_only_one():
     assert processes.current() == Processes(0, 1)
     made = process_group.trainer(**process_group.BATCH)

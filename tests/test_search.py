@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from fastl2l import LSTMRule, MetaTrainer, cli
 from fastl2l.build import locked
+from fastl2l.meta import search as search_module
 from fastl2l.meta import search_meta_lr
 from fastl2l.tasks import Quadratic
 
@@ -80,13 +83,13 @@ import torch
 from test_search import search
 torch.set_num_threads(1)
 print("ready", flush=True)
-for trial in search(sys.argv[1], trials=6, epochs=40):
+for trial in search(sys.argv[1], trials=6, epochs=40, storage=sys.argv[2] or None):
     print(trial, flush=True)
 """
 
 
-def start(folder, cwd):
-    command, environment = [sys.executable, "-c", SEARCH, folder], os.environ | {"PYTHONPATH": os.fspath(ROOT)}
+def start(folder, cwd, storage=""):
+    command, environment = [sys.executable, "-c", SEARCH, folder, storage], os.environ | {"PYTHONPATH": os.fspath(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd, env=environment)
     assert process.stdout.readline() == "ready\n"
     return process
@@ -107,6 +110,76 @@ def test_searches_that_are_killed_or_share_a_folder_find_the_same(tmp_path):
         killed.communicate()
     together = [start("shared", tmp_path) for _ in range(3)]
     assert [found_by(one) for one in together] == [expected] * 3
+
+
+STORAGES = ["trials.journal", "sqlite:///trials.db"]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_machines_that_share_a_storage_and_no_folder_find_the_same(storage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = search("alone", trials=6, epochs=40)
+    killed = start("killed", tmp_path, storage)
+    time.sleep(0.3)
+    killed.kill()
+    killed.communicate()
+    together = [start(folder, tmp_path, storage) for folder in ("one", "other")]
+    assert [found_by(one) for one in together] == [list(map(str, expected))] * 2
+    assert search("late", trials=6, epochs=40, storage=storage) == expected
+    assert not list(Path("late").glob("*.pt"))  # all was there
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_one_machine_has_finished_no_other_begins(storage, tmp_path, epochs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    epochs[:] = [5]
+    with pytest.raises(KeyboardInterrupt):
+        search("one", storage=storage)
+    epochs[0] = None
+    found = search("other", storage=storage)
+    assert len(epochs) - 1 == 5 + 4  # two trials were finished
+    assert search("third", storage=storage) == found == search("alone")
+    assert search("fourth", storage=storage, seed=1, trials=2) != found[:2]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_trials_that_diverged_are_kept_in_a_storage(storage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        MetaTrainer, "validate", lambda trainer: math.inf if trainer.meta_lr < 0.01 else trainer.meta_lr
+    )
+    found = search("one", storage=storage)
+    assert {trial.validation_loss == math.inf for trial in found} == {True, False}
+    monkeypatch.setattr(MetaTrainer, "fit", None)
+    assert search("other", storage=storage) == found
+
+
+def study_of_a_new_database(storage, barrier, answers):
+    barrier.wait()
+    try:
+        answers.put(search_module._study(storage, {}).study_name)
+    except ValueError as error:
+        answers.put(str(error))
+
+
+def test_machines_may_begin_with_a_new_database_at_once(tmp_path):
+    fork = multiprocessing.get_context("fork")  # so that they begin at once
+    barrier, answers = fork.Barrier(3), fork.Queue()
+    arguments = f"sqlite:///{tmp_path}/trials.db", barrier, answers
+    begun = [fork.Process(target=study_of_a_new_database, args=arguments) for _ in range(3)]
+    for one in begun:
+        one.start()
+    names = {answers.get(timeout=60) for _ in begun}
+    for one in begun:
+        one.join()
+    assert names == {search_module._study(f"sqlite:///{tmp_path}/trials.db", {}).study_name}
+
+
+@pytest.mark.parametrize("storage", ["sqlite:////nowhere/trials.db", "nosuch://host/name"])
+def test_storages_that_are_none_are_named(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "WAITS", (0.01,))
+    with pytest.raises(ValueError, match="storage: expected a database's URL or a journal file, got"):
+        search(tmp_path, storage=storage)
 
 
 def test_searches_at_once_share_the_trials(tmp_path, epochs):

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,8 @@ from fastl2l.tasks.base import integer
 
 FORMAT = 1
 """Of search.json."""
+WAITS = (0.1, 0.3, 1.0, 3.0)
+"""Seconds between attempts at a database."""
 
 
 class Trial(NamedTuple):
@@ -148,12 +151,24 @@ def _study(storage: str, settings: dict[str, Any]) -> Any:
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         kept = JournalStorage(JournalFileBackend(storage))
     try:
-        return optuna.create_study(storage=kept, study_name=name, load_if_exists=True)
+        return _patiently(lambda: optuna.create_study(storage=kept, study_name=name, load_if_exists=True))
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # whatever the database's driver raises
         reason = str(error)[:200]
         raise ValueError(f"storage: expected a database's URL or a journal file, got {storage!r}: {reason}") from error
+
+
+def _patiently(make: Callable[[], Any]) -> Any:
+    """What `make` makes in a database; again where that fails, as it does while others make the tables of a new one."""
+    for wait in WAITS:
+        try:
+            return make()
+        except Exception as error:
+            if not hasattr(error, "orig"):  # not what the database itself has said
+                raise
+            time.sleep(wait)
+    return make()
 
 
 def _finished(study: Any) -> dict[int, float]:
