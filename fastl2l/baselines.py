@@ -171,8 +171,13 @@ def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimi
         optimizer.step()
     check_in_place(parts, theta)
     losses.append(evaluate_loss(problem, theta, steps) / problem.functions)
-    curve = torch.stack(losses).cpu().double()  # in one go: to look at a loss every step would make a GPU wait
-    return curve.masked_fill(curve.isfinite().logical_not().cumsum(0) > 0, math.inf)
+    return curve(losses)
+
+
+def curve(losses: Sequence[Tensor]) -> Tensor:
+    """Losses as float64 [n] on the CPU; from the first that is not finite on, all are inf."""
+    together = torch.stack(list(losses)).cpu().double()  # in one go: to look at each would make a GPU wait
+    return together.masked_fill(together.isfinite().logical_not().cumsum(0) > 0, math.inf)
 
 
 def evaluations(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from rich.table import Table
@@ -18,14 +18,14 @@ from rich.text import Text
 from scipy.special import stdtrit  # quantile of Student's t distribution
 from torch import Tensor, nn
 
-from fastl2l.baselines import Baseline, descend, tune
+from fastl2l.baselines import Baseline, curve, descend, tune
 from fastl2l.files import open_tensors, read_record, shown, write_record, write_tensors, write_text
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.processes import current, versions
 from fastl2l.progress import Progress
-from fastl2l.relative import in_units
 from fastl2l.rules import Learned, Rule, rules_by_part
 from fastl2l.tasks.base import Problem, Task, check_start, fingerprint, integer, problem_seed
+from fastl2l.trajectory import Trajectory
 
 FORMAT = 1
 """Of the saved files."""
@@ -234,7 +234,7 @@ def evaluate(
         task: the distribution of problems.
         optimizers: by name: an update rule, or a dict of rules by the parts of the problems; a baseline, whose rate is
             tuned first (on other problems) if it is "tune"; or a function from a list of parameters, one for each part,
-            to a torch optimizer.
+            to a torch optimizer. Those are vectors: a relative rule in an optimizer of such a function has units of 1.
         steps: optimization steps a run.
         runs: number of problems: number 0 .. runs - 1 of purpose "test" of this seed.
         seed: see runs.
@@ -277,8 +277,7 @@ def check(task: Task, optimizers: Mapping[str, Optimizer], *, steps: int, runs: 
     check_start(first)
     for name, optimizer in optimizers.items():
         if not (isinstance(optimizer, Baseline) and optimizer.lr == "tune"):
-            build = builder(f"optimizers[{name!r}]", optimizer, backend, parts=first.parts)
-            descend(as_seen_by(optimizer, first), build, 1)
+            _descend(first, optimizer, 1, backend, f"optimizers[{name!r}]")
 
 
 def follow(
@@ -299,8 +298,7 @@ def follow(
     losses = []
     for number in numbers:
         problem = task.sample(problem_seed(seed, "test", number))
-        build = builder(name, optimizer, backend, parts=problem.parts)
-        losses.append(descend(as_seen_by(optimizer, problem), build, steps))
+        losses.append(_descend(problem, optimizer, steps, backend, name))
         advance()
     return torch.stack(losses) if losses else torch.empty(0, steps + 1, dtype=torch.float64)
 
@@ -426,9 +424,22 @@ def builder(name: str, optimizer: Optimizer, backend: str = "auto", *, parts: Ma
     return build
 
 
-def as_seen_by(optimizer: Optimizer, problem: Problem) -> Problem:
-    """`problem` in the units in which `optimizer` takes its steps: `builder` gives it theta without any shape."""
-    return in_units(problem, optimizer) if isinstance(optimizer, Rule | Mapping) else problem
+def is_relative(optimizer: Optimizer) -> TypeGuard[Learned]:
+    """Whether it is a rule, or has one for a part, whose steps depend on the tensors that theta is made of.
+
+    Those are followed by a `Trajectory`, which knows the problem's units; a torch optimizer is given theta as vectors.
+    """
+    if not isinstance(optimizer, Rule | Mapping):
+        return False
+    return any(rule.config.relative for rule in rules_by_part(optimizer).values())
+
+
+def _descend(problem: Problem, optimizer: Optimizer, steps: int, backend: str, name: str) -> Tensor:
+    """As `baselines.descend`, of any of the kinds; errors speak of `name`."""
+    if not is_relative(optimizer):
+        return descend(problem, builder(name, optimizer, backend, parts=problem.parts), steps)
+    trajectory = Trajectory(problem, optimizer, backend=backend)
+    return curve([trajectory.loss, *(trajectory.advance() for _ in range(steps))])
 
 
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from fastl2l.optimizer_state import (
     WHOLE,
     Factors,
     Together,
+    check_factors,
     check_saved,
     check_shape,
     has_data,
@@ -34,6 +35,7 @@ from fastl2l.optimizer_state import (
     whole_entry,
 )
 from fastl2l.processes import ProcessError
+from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import Rule, upgraded
 from fastl2l.sharded import FAILED, READY, agree, any_sharded, groups_of, local
 from fastl2l.sharded import check as check_sharding
@@ -416,6 +418,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             batch.check()
         entries, shapes = self._entries(batch.owners), [param.shape for param in batch.params]
         states: list[Any] = [entry.get(STATE) for entry in entries]
+        config = batch.group["rule"].config
+        if config.relative or config.ramp:
+            check_factors(entries, config)
         together = self._together.get(batch.number)
         if together is not None and together.holds(states) and together.shapes == shapes:
             return together.states, {}
@@ -442,11 +447,14 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         """What the parameters' updates are multiplied by."""
         config = batch.group["rule"].config
         if not (config.relative or config.ramp):
-            return Factors(None, [])
+            return Factors(None, [], {})
+        entries = [
+            new.get(param) or entry for param, entry in zip(batch.owners, self._entries(batch.owners), strict=True)
+        ]
         together = self._together.get(batch.number)
-        if together is not None and together.holds(states):
+        if together is not None and together.holds(states) and together.factors.are_of(entries, config):
             return together.factors
-        return Factors.of([new.get(param) or self.state[param] for param in batch.owners], config)
+        return Factors.of(entries, config)
 
     def _entries(self, params: list[Tensor]) -> Sequence[dict[str, Any]]:
         """What is kept of parameters. Looking does not make entries."""
@@ -554,7 +562,12 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             for copy, (_, entry) in zip(together.states, found.values(), strict=True):
                 copy.copy_(entry[STATE].detach())
             loaded.append(_Loaded(rule, same, list(found), together))
-        return {**saved, "state": {key: _without_state(entry) for key, entry in entries.items()}}
+        configs = {
+            key: group["rule"].config
+            for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True)
+            for key in saved_group["params"]
+        }
+        return {**saved, "state": {key: _without_state(entry, configs.get(key)) for key, entry in entries.items()}}
 
     def _put_states(self, loaded: list[_Loaded]) -> None:
         for number, (group, (rule, _, params, together)) in enumerate(zip(self.param_groups, loaded, strict=True)):
@@ -694,10 +707,12 @@ def _is_stepped(entry: Any) -> bool:
     return isinstance(entry, dict) and (STATE in entry or WHOLE in entry)
 
 
-def _without_state(entry: Any) -> Any:
-    if not _is_stepped(entry):
+def _without_state(entry: Any, config: RuleConfig | None) -> Any:
+    """What of an entry is not the rule's: torch is to keep it."""
+    if config is None or not _is_stepped(entry):
         return entry
-    return {name: value for name, value in entry.items() if name not in (STATE, WHOLE, SHAPE, UNIT, STEP)}
+    own = {STATE, WHOLE, SHAPE, *[UNIT] * config.relative, *[STEP] * bool(config.ramp)}
+    return {name: value for name, value in entry.items() if name not in own}
 
 
 def _check_same_rule(index: int, saved: Any, rule: Rule) -> bool:

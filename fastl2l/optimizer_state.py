@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -37,16 +38,37 @@ class Factors(NamedTuple):
     Attributes:
         units: [params], of a relative rule.
         steps: how many steps each parameter has had, of a rule with a ramp: one tensor [params] or one each, 0-d.
+        kept: their parts, which are among what is kept of each parameter, by name; empty where there is none.
     """
 
     units: Tensor | None
     steps: list[Tensor]
+    kept: dict[str, list[Tensor]]
+
+    @classmethod
+    def fresh(cls, rule: Rule, count: int) -> Factors:
+        """Of parameters that begin, side by side; their units are still to be put in."""
+        with _numbers_of_later():
+            units = torch.ones(count, dtype=rule.dtype, device=rule.device) if rule.config.relative else None
+            steps = torch.zeros(count, dtype=torch.float32, device=rule.device) if rule.config.ramp else None
+        kept = {name: list(all_of.unbind()) for name, all_of in ((UNIT, units), (STEP, steps)) if all_of is not None}
+        return cls(units, [] if steps is None else [steps], kept)
 
     @classmethod
     def of(cls, entries: Sequence[dict[str, Any]], config: RuleConfig) -> Factors:
         """Those of parameters, by what is kept of each."""
         units = torch.stack([entry[UNIT] for entry in entries]) if config.relative else None
-        return cls(units, [entry[STEP] for entry in entries] if config.ramp else [])
+        return cls(units, [entry[STEP] for entry in entries] if config.ramp else [], {})
+
+    def are_of(self, entries: Sequence[dict[str, Any]], config: RuleConfig) -> bool:
+        """Whether these are what is kept of the parameters: somebody may have put others there."""
+        if (self.units is None) == config.relative or bool(self.steps) != bool(config.ramp):
+            return False
+        return all(
+            entry.get(name) is number
+            for name, numbers in self.kept.items()
+            for entry, number in zip(entries, numbers, strict=True)
+        )
 
     def now(self, rule: Rule) -> Tensor | None:
         """[params], for the next step; None if there are none."""
@@ -80,9 +102,7 @@ class Together(NamedTuple):
         shapes = [param.shape for param in params]
         tiles = [state_shape(rule, shape.numel())[0] for shape in shapes]
         state = _allocate(rule, sum(tiles) * TILE, dtype)
-        units = state.new_ones(len(shapes), dtype=rule.dtype) if rule.config.relative else None
-        steps = [state.new_zeros(len(shapes), dtype=torch.float32)] if rule.config.ramp else []
-        together = cls(list(state.split(tiles)), shapes, state, [], Factors(units, steps))
+        together = cls(list(state.split(tiles)), shapes, state, [], Factors.fresh(rule, len(shapes)))
         if not torch.compiler.is_compiling() and has_data(state):
             together.places.extend(together._places())
         return together
@@ -109,11 +129,17 @@ class Together(NamedTuple):
     def entries(self) -> list[dict[str, Any]]:
         """What is kept of each parameter."""
         entries = [new_entry(state, shape) for state, shape in zip(self.states, self.shapes, strict=True)]
-        units, steps = self.factors
-        for number, entry in enumerate(entries):
-            entry |= {} if units is None else {UNIT: units[number]}
-            entry |= {STEP: steps[0][number]} if steps else {}
+        for name, numbers in self.factors.kept.items():
+            for entry, number in zip(entries, numbers, strict=True):
+                entry[name] = number
         return entries
+
+
+def _numbers_of_later() -> contextlib.AbstractContextManager[object]:
+    """Tensors that are made in it may be written to outside of the inference mode that they are made in."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
 
 
 def _fill(target: Tensor | None, numbers: Iterable[Tensor]) -> None:
@@ -186,10 +212,10 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
     if not isinstance(found, Tensor) or found.layout != torch.strided or not isinstance(sizes, dict):
         got = f"{type(found).__name__} and {type(sizes).__name__}"
         raise ValueError(f"state of parameter {key}: expected a dense tensor and a dictionary of sizes, got {got}")
-    if rule.config.relative and not _is_number(entry.get(UNIT), above=0):
+    if rule.config.relative and not (_is_number(entry.get(UNIT), rule.dtype) and entry[UNIT].to(rule.dtype) > 0):
         got = shown(entry.get(UNIT))
         raise ValueError(f"state of parameter {key}: expected its unit, a finite number > 0 as a 0-d tensor, got {got}")
-    if rule.config.ramp and not _is_number(entry.get(STEP), above=-1):
+    if rule.config.ramp and not (_is_number(entry.get(STEP), torch.float32) and entry[STEP] >= 0):
         got = shown(entry.get(STEP))
         raise ValueError(f"state of parameter {key}: expected its steps, a number >= 0 as a 0-d tensor, got {got}")
     if (shape := kept_shape(entry, param)) != tuple(param.shape):
@@ -203,10 +229,26 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
         )
 
 
-def _is_number(found: object, *, above: float) -> bool:
+def _is_number(found: object, dtype: torch.dtype) -> bool:
+    """Whether it is a 0-d tensor, finite in this dtype."""
     if not isinstance(found, Tensor) or found.shape != () or not found.is_floating_point():
         return False
-    return above < float(found) < math.inf
+    return found.layout == torch.strided and not found.is_meta and math.isfinite(float(found.to(dtype)))
+
+
+def check_factors(entries: Iterable[dict[str, Any]], config: RuleConfig) -> None:
+    """That there are the units and steps that a rule takes of parameters which have been stepped.
+
+    Raises:
+        RuntimeError: they were stepped by a rule that has none.
+    """
+    for name, wanted in ((UNIT, config.relative), (STEP, config.ramp)):
+        if wanted and any(STATE in entry and name not in entry for entry in entries):
+            what = "relative" if name == UNIT else f"ramp={config.ramp}"
+            raise RuntimeError(
+                f"rule: expected one that makes updates into steps as the one before it did, got {what}, whose {name} "
+                "is not kept of parameters that the other has stepped; make a new optimizer for it"
+            )
 
 
 def select_rows(entry: dict[str, Any], old: Tensor, new: Tensor, rows: Any) -> dict[str, Any]:

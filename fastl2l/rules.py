@@ -6,6 +6,7 @@ A rule holds no optimizer state and does no stepping; it is a plain ``nn.Module`
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -294,13 +295,16 @@ def stepping(rule: Rule, *, relative: bool | None = None, ramp: int | None = Non
         relative, ramp: as for :class:`LSTMRule`.
 
     Raises:
-        ValueError: ramp is out of range.
+        TypeError, ValueError: it is no rule; ramp is out of range.
     """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule: expected an update rule, got {type(rule).__name__}")
     asked = {"relative": relative, "ramp": ramp}
-    changed = {name: value for name, value in asked.items() if value is not None}
-    copy = make_rule(rule.kind, dataclasses.replace(rule.config, **changed), dtype=rule.dtype)  # type: ignore[arg-type]
-    copy.load_weights(dict(rule.named_parameters()))
-    return copy.to(rule.device)
+    changed: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    made = copy.deepcopy(rule)
+    made.config = dataclasses.replace(rule.config, **changed)
+    made.weights()  # after which the configuration has their shapes: torch.compile cannot find them
+    return made
 
 
 def _steps(config: RuleConfig) -> str:

@@ -17,7 +17,6 @@ from torch import Tensor
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.functional import update
 from fastl2l.ops.layout import TILE, new_state
-from fastl2l.relative import in_units
 from fastl2l.rules import Rule, all_weights, rules_by_part
 from fastl2l.tasks.base import Problem, parts_of, value_and_grad
 
@@ -87,6 +86,17 @@ class _Track:
     rule: Rule
     part: slice
     state: Tensor
+    units: Tensor | None
+    """What updates are multiplied by, of a relative rule."""
+
+    def factors(self, steps: range) -> Tensor | float:
+        """What the rule's own updates of these steps, counted from 1, are multiplied by: [steps, N], or less of it."""
+        config = self.rule.config
+        ramp = [config.ramped(step) for step in steps]
+        if ramp[0] == 1:
+            return 1.0 if self.units is None else self.units
+        risen = self.state.new_tensor(ramp).unsqueeze(1)
+        return risen if self.units is None else risen * self.units
 
     def arguments(self) -> tuple[list[Tensor], str, float]:
         """The operators' arguments about the rule."""
@@ -98,8 +108,7 @@ class Trajectory:
     """One problem being optimized by one rule, or by one for each of its parts.
 
     Args:
-        problem: the optimizee; its theta_0 is in the rule's dtype and on its device. Of a relative rule, theta and
-            gradients here are in the units of the problem's parameters (`fastl2l.relative`).
+        problem: the optimizee; its theta_0 is in the rule's dtype and on its device.
         rule: the rule, or a dict of rules by the names of the problem's parts. Their weights are read at every step, so
             they may change between windows.
         backend: see :class:`fastl2l.FusedLSTMOptimizer`.
@@ -117,7 +126,7 @@ class Trajectory:
 
     def __init__(self, problem: Problem, rule: Rule | Mapping[str, Rule], *, backend: str = "auto") -> None:
         self.rules = rules_by_part(rule)
-        self.problem = problem = in_units(problem, rule)
+        self.problem = problem
         theta0, first = problem.theta0, next(iter(self.rules.values()))
         if theta0.dtype != first.dtype or theta0.device != first.device:
             raise ValueError(
@@ -127,7 +136,12 @@ class Trajectory:
         self._backend_name, self._backend = backend, select(backend, theta0.device)
         self.theta, self._gradient = torch.empty_like(theta0), torch.empty_like(theta0)
         self._tracks = [
-            _Track(self.rules[name], part, new_state(self.rules[name], part.stop - part.start, theta0.device))
+            _Track(
+                self.rules[name],
+                part,
+                new_state(self.rules[name], part.stop - part.start, theta0.device),
+                _units(problem, part) if self.rules[name].config.relative else None,
+            )
             for name, part in _slices(problem, self.rules).items()
         ]
         self.restart()
@@ -231,20 +245,14 @@ class Trajectory:
             grads: what the rules were given, [unroll, N].
             adjoints: dL/dupdate, [unroll, N].
         """
+        steps = range(self.steps - len(grads) + 1, self.steps + 1)
         found = [
             self._window_backward(
-                track, first_state, grads[:, track.part], self._ramped(track, adjoints[:, track.part])
+                track, first_state, grads[:, track.part], adjoints[:, track.part] * track.factors(steps)
             )
             for track, first_state in zip(self._tracks, first_states, strict=True)
         ]
         return torch.cat(found) if len(found) > 1 else found[0]
-
-    def _ramped(self, track: _Track, adjoints: Tensor) -> Tensor:
-        """The gradients [unroll, ...] of a track's updates of the steps that end here, as those of its rule's own."""
-        config, steps = track.rule.config, range(self.steps - len(adjoints) + 1, self.steps + 1)
-        if config.ramped(steps[0]) == 1:
-            return adjoints
-        return adjoints * adjoints.new_tensor([config.ramped(step) for step in steps]).unsqueeze(1)
 
     def _window_backward(self, track: _Track, first_state: Tensor, grads: Tensor, adjoints: Tensor) -> Tensor:
         """The gradient with respect to a rule's weights; 0 for those that are frozen."""
@@ -271,8 +279,8 @@ class Trajectory:
                 ]
                 states = [state for _, state in changes]
                 self.steps += 1
-                factors = [track.rule.config.ramped(self.steps) for track in self._tracks]
-                theta = theta + torch.cat([changes[i][0] * factors[i] for i in in_theta])
+                factors = [track.factors(range(self.steps, self.steps + 1)) for track in self._tracks]
+                theta = theta + torch.cat([(changes[i][0] * factors[i]).view(-1) for i in in_theta])
                 loss = self.problem.loss(theta, self.steps)
                 (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
                 objective = objective + weight * self._judged(to_lower, theta, loss)
@@ -303,7 +311,11 @@ class Trajectory:
         for track in self._tracks:
             weights, text, scale = track.arguments()
             scale *= track.rule.config.ramped(self.steps + 1)
-            self._backend.step_([theta[track.part]], [gradient[track.part]], [track.state], weights, text, scale, 1.0)
+            mine = theta[track.part]
+            change = mine if track.units is None else torch.zeros_like(mine)
+            self._backend.step_([change], [gradient[track.part]], [track.state], weights, text, scale, 1.0)
+            if track.units is not None:
+                mine.addcmul_(change, track.units)
 
     def _evaluate(self, gradient: Tensor) -> Tensor:
         """The loss at theta, whose gradient is written to `gradient`."""
@@ -323,3 +335,21 @@ def _slices(problem: Problem, rules: Mapping[str, Rule]) -> dict[str, slice]:
         raise ValueError(f"rule: expected {what} ({', '.join(parts) or 'it has none'}), got {got} for {part!r}")
     ends = dict(zip(parts, itertools.accumulate(parts.values()), strict=True))
     return {name: slice(ends[name] - parts[name], ends[name]) for name in rules}
+
+
+def _units(problem: Problem, part: slice) -> Tensor | None:
+    """Of the coordinates of a part, for a relative rule; None if all are 1.
+
+    Raises:
+        TypeError, ValueError: `problem.units` is not as `Problem` says. The message names the task.
+    """
+    units, theta0, where = problem.units, problem.theta0, f"task {problem.task!r}: units"
+    if units is None:
+        return None
+    if not isinstance(units, Tensor) or units.dtype != theta0.dtype or units.device != theta0.device:
+        got = f"a Tensor of {units.dtype} on {units.device}" if isinstance(units, Tensor) else repr(units)
+        raise TypeError(f"{where}: expected None or a Tensor of {theta0.dtype} on {theta0.device}, got {got}")
+    if units.shape != theta0.shape or not (units.isfinite() & (units > 0)).all():
+        got = "others" if units.shape == theta0.shape else f"shape {list(units.shape)}"
+        raise ValueError(f"{where}: expected {theta0.numel()} finite numbers > 0, got {got}")
+    return units.detach()[part]

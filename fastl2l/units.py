@@ -49,7 +49,8 @@ def unit_of(param: Tensor) -> Tensor:
     # In float64, so that the last bit does not depend on how a parameter is dealt out to processes.
     norm = torch.linalg.vector_norm(param.detach(), dtype=torch.float64)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return unit(param.shape, norm / math.sqrt(param.numel()))
+    # Numbers that are not finite are no size: their tensor counts as one of unit 1.
+    return unit(param.shape, (norm / math.sqrt(param.numel())).nan_to_num(nan=SIZE, posinf=SIZE))
 
 
 def units(theta: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:

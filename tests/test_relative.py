@@ -13,10 +13,12 @@ from torch import nn
 
 from fastl2l import FusedLSTMOptimizer, LSTMRule, MetaTrainer, RNNpropRule, Rule, evaluate, load_rule, save_rule, tasks
 from fastl2l.experiments import first_rules
-from fastl2l.relative import in_units
+from fastl2l.meta import capture
+from fastl2l.ops import update
+from fastl2l.ops.layout import new_state
 from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import stepping
-from fastl2l.tasks.base import problem_seed
+from fastl2l.tasks.base import problem_seed, value_and_grad
 from fastl2l.tasks.batch import batch
 from fastl2l.trajectory import Trajectory
 from fastl2l.units import unit_of, units
@@ -292,7 +294,7 @@ def test_trajectories_and_evaluations_take_the_steps_that_a_training_loop_takes(
     trajectory = Trajectory(problem, RULE)
     for _ in range(10):
         trajectory.advance()
-    torch.testing.assert_close(trajectory.theta * problem.units, theta, rtol=0, atol=1e-3)
+    torch.testing.assert_close(trajectory.theta, theta, rtol=0, atol=1e-3)
     plain = Trajectory(problem, PLAIN)
     for _ in range(10):
         plain.advance()
@@ -317,20 +319,49 @@ def test_of_parts_those_with_relative_rules_are_in_units():
     trajectory = Trajectory(problem, rules)
     for _ in range(5):
         trajectory.advance()
-    sizes = list(problem.parts.values())
-    factors = torch.cat([problem.units[: sizes[0]], torch.ones(sizes[1])])
-    torch.testing.assert_close(trajectory.theta * factors, theta, rtol=0, atol=1e-4)
+    torch.testing.assert_close(trajectory.theta, theta, rtol=0, atol=1e-4)
 
 
-def test_problems_are_put_in_units_once_and_for_relative_rules_alone():
+def test_problems_without_tensors_have_no_units():
+    assert tasks.Quadratic().sample(0).units is None
+    plain, mine = (Trajectory(tasks.Quadratic().sample(0), rule) for rule in (PLAIN, RULE))
+    assert torch.equal(plain.advance(), mine.advance())
+
+
+@pytest.mark.parametrize("kind", ["raw", "log_sign"])
+def test_rules_that_see_the_scale_of_gradients_see_the_same_everywhere(kind):
+    """Units are of updates alone: what the rule is given is the gradient of the parameters as they are."""
+    rule = LSTMRule(kind, relative=True, ramp=3, seed=1)
+    problem = task().sample(problem_seed(1, "test", 0))
+    theta, losses = trained(problem, rule, 6)
+    trajectory = Trajectory(problem, rule)
+    for _ in range(6):
+        trajectory.advance()
+    torch.testing.assert_close(trajectory.theta, theta, rtol=0, atol=1e-5)
+    curves = evaluate(task(), {"mine": rule}, steps=5, runs=1, progress=False)
+    torch.testing.assert_close(curves.losses["mine"][0].float(), torch.tensor(losses), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("units", "error"),
+    [
+        (20, TypeError),
+        (torch.ones(83, dtype=torch.int64), TypeError),
+        (torch.ones(83, dtype=torch.float64), TypeError),
+        (torch.ones(1), ValueError),
+        (torch.ones(83, 1), ValueError),
+        (torch.zeros(83), ValueError),
+        (-torch.ones(83), ValueError),
+        (torch.full((83,), math.nan), ValueError),
+    ],
+    ids=str,
+)
+def test_units_of_somebody_s_problem_are_looked_at(units, error):
     problem = task().sample(0)
-    assert in_units(problem, PLAIN) is problem
-    once = in_units(problem, RULE)
-    assert in_units(once, RULE) is once
-    quadratic = tasks.Quadratic().sample(0)
-    assert in_units(quadratic, RULE) is quadratic  # which has no tensors
-    torch.testing.assert_close(once.loss(once.theta0, 0), problem.loss(problem.theta0, 0))
-    torch.testing.assert_close(once.whole_loss(once.theta0), problem.whole_loss(problem.theta0))
+    problem.units = units
+    with pytest.raises(error, match=r"task 'small': units: expected "):
+        Trajectory(problem, RULE)
+    Trajectory(problem, PLAIN)  # which does not ask for them
 
 
 def test_wrapped_problems_have_the_units_of_what_they_wrap():
@@ -403,12 +434,7 @@ def test_trajectories_rise_as_the_optimizer_does():
     trajectory = Trajectory(problem, ramped())
     for _ in range(10):
         trajectory.advance()
-    torch.testing.assert_close(trajectory.theta * problem.units, theta, rtol=0, atol=1e-4)
-
-
-def objective(rule, problem, windows=2):
-    trajectory = Trajectory(problem, rule)
-    return sum(torch.stack([trajectory.advance() for _ in range(3)]).sum() for _ in range(windows))
+    torch.testing.assert_close(trajectory.theta, theta, rtol=0, atol=1e-4)
 
 
 def test_exact_gradients_of_windows_know_of_the_ramp():
@@ -434,12 +460,8 @@ def test_exact_gradients_of_windows_know_of_the_ramp():
 
 def test_first_order_gradients_of_every_window_know_of_the_ramp():
     """By autograd, with the gradients that the rule is given held as they are."""
-    from fastl2l.ops import update
-    from fastl2l.ops.layout import new_state
-    from fastl2l.tasks.base import value_and_grad
-
     rule = ramped(dtype=torch.float64)
-    problem = in_units(smooth(), rule)
+    problem = smooth()
     trajectory = Trajectory(problem, rule)
     theta, state = trajectory.theta.clone(), new_state(rule, trajectory.theta.numel())
     for first in (0, 4):  # in the midst of the ramp, and across its end
@@ -448,26 +470,18 @@ def test_first_order_gradients_of_every_window_know_of_the_ramp():
         for number in range(first, first + 4):
             _, gradient = value_and_grad(problem, moving.detach(), number)
             change, state = update(rule, gradient, state, backend="reference")
-            moving = moving + change * rule.config.ramped(number + 1)
+            moving = moving + change * rule.config.ramped(number + 1) * problem.units
             total = total + problem.loss(moving, number + 1)
         expected = torch.cat([one.reshape(-1) for one in torch.autograd.grad(total, rule.weights())])
         torch.testing.assert_close(found, expected)
         theta, state = moving.detach(), state.detach()
 
 
-def test_windows_of_rules_with_a_ramp_are_not_captured():
-    from fastl2l.meta import capture
-
-    rule = ramped()
-    problem = task().sample(0)
-    capture.RECORDERS["cpu"], before = None, capture.RECORDERS.get("cpu")
-    try:
-        with pytest.raises(ValueError, match="capture: expected a rule without a ramp, whose steps differ, got ramp=6"):
-            capture.check(rule, problem, second_derivatives=False)
-    finally:
-        del capture.RECORDERS["cpu"]
-        if before is not None:
-            capture.RECORDERS["cpu"] = before
+@pytest.mark.parametrize("rule", [RULE, ramped()], ids=["relative", "ramp"])
+def test_windows_of_rules_with_a_ramp_or_units_are_not_captured(rule, monkeypatch):
+    monkeypatch.setitem(capture.RECORDERS, "cpu", None)
+    with pytest.raises(ValueError, match="capture: expected rules without a ramp and units of parameters"):
+        capture.check(rule, task().sample(0), second_derivatives=False)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -554,3 +568,118 @@ def test_torch_compile_takes_steps_of_a_ramp():
         assert optimizer.state[params[0]]["step"].item() == 6
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+# What somebody may do in mid-run
+
+
+@pytest.mark.parametrize("rule", [RULE, ramped(4)], ids=["relative", "ramp"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_rule_that_wants_what_is_not_kept_is_refused_before_anything_is_changed(rule, apart):
+    params = parameters()
+    groups = [{"params": params[:2], "rule": PLAIN}, {"params": params[2:], "rule": PLAIN}]
+    optimizer = FusedLSTMOptimizer(groups)
+    step(optimizer, params, 0)
+    if apart:
+        optimizer = copy.deepcopy(optimizer)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+    optimizer.param_groups[1]["rule"] = rule
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match="rule: expected one that makes updates into steps as the one before it did"):
+        step(optimizer, params, 1)
+    assert all(map(torch.equal, before, params))
+
+
+def test_a_rule_that_wants_less_than_is_kept_takes_its_own_steps():
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, ramped(4))
+    step(optimizer, params, 0)
+    copied = copy.deepcopy(optimizer)
+    for one in (optimizer, copied):
+        for rule in (stepping(ramped(4), relative=False), stepping(ramped(4), relative=False, ramp=0)):
+            one.param_groups[0]["rule"] = rule
+            step(one, one.param_groups[0]["params"], 1)
+    assert all(map(torch.equal, params, copied.param_groups[0]["params"]))
+
+
+@pytest.mark.parametrize("name", ["step", "unit"])
+def test_what_somebody_puts_among_the_states_counts(name):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, ramped(4))
+    for number in range(5):
+        step(optimizer, params, number)
+    for param in params:
+        optimizer.state[param][name] = torch.tensor(0.25)
+    copied = copy.deepcopy(optimizer)
+    step(optimizer, params, 5)
+    step(copied, copied.param_groups[0]["params"], 5)
+    assert all(map(torch.equal, params, copied.param_groups[0]["params"]))
+    assert optimizer.state[params[0]][name].item() == 0.25 + (name == "step")
+
+
+def test_a_first_step_in_inference_mode_is_like_any_other():
+    params, others = parameters(), parameters()
+    optimizer, plain = FusedLSTMOptimizer(params, ramped(4)), FusedLSTMOptimizer(others, ramped(4))
+    for number in range(3):
+        step(plain, others, number)
+        with torch.inference_mode(number == 0):
+            step(optimizer, params, number)
+    assert all(map(torch.equal, params, others))
+
+
+def test_a_number_that_is_not_finite_does_not_spoil_its_tensor():
+    param = torch.full((4, 25), 0.2).requires_grad_()
+    param.data[0, 0] = math.nan
+    optimizer = FusedLSTMOptimizer([param], RULE)
+    step(optimizer, [param], 0)
+    assert param.isnan().sum() == 1
+    assert optimizer.state[param]["unit"].item() == 1
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_entries_of_one_s_own_are_kept_by_rules_that_have_none_of_that_name():
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, PLAIN)
+    step(optimizer, params, 0)
+    for param in params:
+        optimizer.state[param] |= {"step": torch.tensor(5.0), "unit": "kg", "mine": 3}
+    other = FusedLSTMOptimizer(twins := parameters(), PLAIN)
+    other.load_state_dict(optimizer.state_dict())
+    assert {"step", "unit", "mine"} <= other.state[twins[0]].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("unit", torch.tensor(1e300, dtype=torch.float64)),
+        ("unit", torch.tensor(1e-60, dtype=torch.float64)),
+        ("unit", torch.tensor(1.0).to_sparse()),
+        ("unit", torch.tensor(1.0, device="meta")),
+        ("step", torch.tensor(-0.5)),
+        ("step", torch.tensor(math.inf)),
+    ],
+    ids=str,
+)
+def test_hostile_numbers_are_refused(name, value):
+    params = parameters()
+    optimizer = FusedLSTMOptimizer(params, ramped(4))
+    step(optimizer, params, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1][name] = value
+    with pytest.raises(ValueError, match=f"state of parameter 1: expected its {name}"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_rule_that_steps_otherwise_is_the_same_in_all_else():
+    class Mine(LSTMRule):
+        pass
+
+    rule = Mine(seed=3)
+    rule.weight_out.requires_grad_(False)
+    made = stepping(rule, ramp=5)
+    assert type(made) is Mine
+    assert not made.weight_out.requires_grad
+    assert made.weight_out is not rule.weight_out
+    assert (made.config.ramp, rule.config.ramp) == (5, 0)
+    with pytest.raises(TypeError, match="rule: expected an update rule, got dict"):
+        stepping({"conv": rule}, ramp=5)

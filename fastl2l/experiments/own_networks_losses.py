@@ -7,20 +7,21 @@ runs nothing but that rule.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastl2l.baselines import Baseline, check_in_place, give_gradient, leaves
-from fastl2l.evaluate import as_seen_by, builder, describe_optimizer, json_number
+from fastl2l.evaluate import builder, describe_optimizer, is_relative, json_number
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.processes import current
-from fastl2l.rules import Rule
+from fastl2l.rules import Learned, Rule
 from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
+from fastl2l.trajectory import Trajectory
 
 FORMAT = 1
 """Of the kept losses. A new number where the same key would no longer mean the same losses."""
@@ -67,8 +68,7 @@ def _kept(task: Task, optimizer: Rule | Baseline, steps: int, seed: int) -> floa
 
     def run() -> float:
         passed = [horizon for horizon in HORIZONS if horizon < steps]
-        problem = as_seen_by(optimizer, task.sample(seed))
-        *losses, last = descend(problem, builder("optimizer", optimizer), [*passed, steps])
+        *losses, last = descend(task.sample(seed), optimizer, [*passed, steps])
         for at, loss in zip(passed, losses, strict=True):
             with contextlib.suppress(OSError):
                 write_record(path(at), request(at) | {"loss": json_number(loss)})
@@ -79,25 +79,40 @@ def _kept(task: Task, optimizer: Rule | Baseline, steps: int, seed: int) -> floa
     )
 
 
-def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimizer], at: list[int]) -> list[float]:
+def descend(problem: Problem, optimizer: Rule | Baseline, at: list[int]) -> list[float]:
     """Loss on all examples after these numbers of steps, which rise; inf from a loss on that is not finite."""
-    theta = problem.theta0.clone()
-    parts = leaves(problem, theta)
-    optimizer = build(parts)
     found: list[float] = []
-    for step in range(at[-1]):
-        loss, gradient = value_and_grad(problem, theta, step)
-        if not loss.isfinite():
-            break
-        give_gradient(parts, gradient)
-        optimizer.step()
-        if step + 1 == at[len(found)]:
-            check_in_place(parts, theta)
+    walk = _by_rule(problem, optimizer) if is_relative(optimizer) else _by_optimizer(problem, optimizer)
+    for step, theta in enumerate(itertools.islice(walk, at[-1]), start=1):
+        if step == at[len(found)]:
             found.append(problem.whole_loss(theta).item() / problem.functions)
             if not math.isfinite(found[-1]):
                 found.pop()
                 break
     return found + [math.inf] * (len(at) - len(found))
+
+
+def _by_rule(problem: Problem, rule: Learned) -> Iterator[Tensor]:
+    """Theta [N] after each step, for as long as losses are finite."""
+    trajectory = Trajectory(problem, rule)
+    while trajectory.loss.isfinite():
+        trajectory.advance()
+        yield trajectory.theta
+
+
+def _by_optimizer(problem: Problem, optimizer: Rule | Baseline) -> Iterator[Tensor]:
+    """The same."""
+    theta = problem.theta0.clone()
+    parts = leaves(problem, theta)
+    built = builder("optimizer", optimizer)(parts)
+    for step in itertools.count():
+        loss, gradient = value_and_grad(problem, theta, step)
+        if not loss.isfinite():
+            return
+        give_gradient(parts, gradient)
+        built.step()
+        check_in_place(parts, theta)
+        yield theta
 
 
 # Tuning

@@ -77,7 +77,7 @@ class TaughtTrajectory(Trajectory):
 
     Args:
         problem, rule, backend: as for a trajectory.
-        teacher: makes the optimizer that goes along it; of a relative rule, in the rule's units.
+        teacher: makes the optimizer that goes along it.
     """
 
     def __init__(

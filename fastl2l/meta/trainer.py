@@ -25,7 +25,6 @@ from fastl2l.meta.step import meta_step
 from fastl2l.ops.dispatch import select
 from fastl2l.processes import current
 from fastl2l.progress import Progress
-from fastl2l.relative import in_units
 from fastl2l.rule_config import require_positive
 from fastl2l.rules import Learned, Rule, all_weights, named_weights, rules_by_part
 from fastl2l.tasks.base import Problem, Task, as_json, check_start, fingerprint, generator, integer, problem_seed
@@ -488,7 +487,7 @@ class MetaTrainer:
     def _problems(self, purpose: str, first: int, count: int) -> Problem:
         seeds = [problem_seed(self.seed, purpose, index) for index in range(first, first + count)]
         task = self._validation if purpose == "validation" else self.task
-        return in_units(side_by_side([task.sample(seed) for seed in seeds]), self._ordered)
+        return side_by_side([task.sample(seed) for seed in seeds])
 
     def _copy_weights(self) -> dict[str, Tensor]:
         return {name: weight.detach().clone() for name, weight in named_weights(self._rules).items()}

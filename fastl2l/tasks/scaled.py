@@ -51,7 +51,7 @@ class Scaled(Task):
         start = theta0 / scales
         if not (start.isfinite().all() and scales.isfinite().all()):
             raise ValueError(f"r: expected scales that {theta0.dtype} can hold, got {self.r:g}")
-        return wrap(problem, scaled, start, (scales,), problem.parts)
+        return wrap(problem, _scaled, start, (scales,), problem.parts)
 
 
 def factors(random: np.random.Generator, shape: tuple[int, ...], r: float) -> Tensor:
@@ -68,7 +68,6 @@ def log_range(name: str, r: object) -> float:
     return float(r)
 
 
-def scaled(loss: Callable[[Tensor], Tensor], theta: Tensor, *own: Tensor) -> Tensor:
-    """The loss at theta in other units, those of `own`."""
+def _scaled(loss: Callable[[Tensor], Tensor], theta: Tensor, *own: Tensor) -> Tensor:
     (scales,) = own
     return loss(theta * scales)

@@ -27,7 +27,7 @@ def wrap(
     theta0: Tensor,
     own: tuple[Tensor, ...],
     parts: Mapping[str, int] | None,
-    units: Callable[[Tensor], Tensor | None] = lambda units: units,
+    units: Callable[[Tensor], Tensor] = lambda units: units,
 ) -> Problem:
     """`problem` under `change`, with a new start and new parts; it is pure where `problem` is.
 
@@ -45,7 +45,7 @@ class _Wrapped(Problem):
         theta0: Tensor,
         own: tuple[Tensor, ...],
         parts: Mapping[str, int] | None,
-        units: Callable[[Tensor], Tensor | None],
+        units: Callable[[Tensor], Tensor],
     ) -> None:
         self.task, self.functions, self.theta0, self.parts = problem.task, problem.functions, theta0, parts
         self._problem, self._change, self._own, self._units = problem, change, own, units
