@@ -89,14 +89,18 @@ class _Track:
     units: Tensor | None
     """What updates are multiplied by, of a relative rule."""
 
-    def factors(self, steps: range) -> Tensor | float:
-        """What the rule's own updates of these steps, counted from 1, are multiplied by: [steps, N], or less of it."""
-        config = self.rule.config
-        ramp = [config.ramped(step) for step in steps]
+    def factors(self, steps: range) -> Tensor | None:
+        """What the rule's own updates of these steps, counted from 1, are multiplied by: [N], [steps, 1 or N] or None."""
+        ramp = [self.rule.config.ramped(step) for step in steps]
         if ramp[0] == 1:
-            return 1.0 if self.units is None else self.units
+            return self.units
         risen = self.state.new_tensor(ramp).unsqueeze(1)
         return risen if self.units is None else risen * self.units
+
+    def multiplied(self, updates: Tensor, steps: range) -> Tensor:
+        """The rule's own updates [steps, N] as those of theta; or gradients of these as gradients of its own."""
+        factors = self.factors(steps)
+        return updates if factors is None else updates * factors
 
     def arguments(self) -> tuple[list[Tensor], str, float]:
         """The operators' arguments about the rule."""
@@ -248,7 +252,7 @@ class Trajectory:
         steps = range(self.steps - len(grads) + 1, self.steps + 1)
         found = [
             self._window_backward(
-                track, first_state, grads[:, track.part], adjoints[:, track.part] * track.factors(steps)
+                track, first_state, grads[:, track.part], track.multiplied(adjoints[:, track.part], steps)
             )
             for track, first_state in zip(self._tracks, first_states, strict=True)
         ]
@@ -279,8 +283,9 @@ class Trajectory:
                 ]
                 states = [state for _, state in changes]
                 self.steps += 1
-                factors = [track.factors(range(self.steps, self.steps + 1)) for track in self._tracks]
-                theta = theta + torch.cat([(changes[i][0] * factors[i]).view(-1) for i in in_theta])
+                now = range(self.steps, self.steps + 1)
+                moves = [self._tracks[i].multiplied(changes[i][0], now).view(-1) for i in in_theta]
+                theta = theta + torch.cat(moves)
                 loss = self.problem.loss(theta, self.steps)
                 (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
                 objective = objective + weight * self._judged(to_lower, theta, loss)
