@@ -90,7 +90,7 @@ class _Track:
     """What updates are multiplied by, of a relative rule."""
 
     def factors(self, steps: range) -> Tensor | None:
-        """What the rule's own updates of these steps, counted from 1, are multiplied by: [N], [steps, 1 or N] or None."""
+        """What the rule's own updates of these steps, from 1 on, are multiplied by: [N], [steps, 1 or N] or None."""
         ramp = [self.rule.config.ramped(step) for step in steps]
         if ramp[0] == 1:
             return self.units
