@@ -1,0 +1,219 @@
+"""What many processes and many coordinates cost: python bench/scale.py [processes] [group] [coordinates] [--quick].
+
+Everything with one thread a process, on a machine that does nothing else; all three by default. What is compared is
+measured by turns, so that noise hits both alike. It writes bench/results/scale/NAME.csv:
+
+- processes: problems a second of meta-training, batches of 16, in one process and in two.
+- group: the same in one process, in pieces, with a process group of one and without, and without pieces.
+- coordinates: bytes and nanoseconds a coordinate of a step of 3e7 coordinates under the papers' LSTM rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rows import write_rows
+
+from fastl2l import FusedLSTMOptimizer, LSTMRule, MetaTrainer, processes, tasks
+from fastl2l.ops.dispatch import select
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "scale"
+BATCH = 16
+TASKS: dict[str, Callable[[], tasks.Task]] = {"quadratic": tasks.Quadratic, "digits": tasks.Digits}
+
+
+class Sizes(NamedTuple):
+    """How much is measured."""
+
+    rounds: int
+    epochs: int
+    trajectories: int
+    coordinates: int
+    steps: int
+
+
+FULL, QUICK = Sizes(5, 3, 32, 30_000_000, 5), Sizes(1, 1, 16, 30_000, 2)
+
+
+class Speed(NamedTuple):
+    """Of meta-training."""
+
+    task: str
+    what: str
+    problems_a_second: float
+    times_the_first: float
+    rounds: int
+    processor: str
+
+
+class Step(NamedTuple):
+    """Of so many coordinates."""
+
+    coordinates: int
+    state: str
+    bytes_a_coordinate: float
+    """That the first step takes, beside parameters and gradients."""
+    peak_bytes_a_coordinate: float
+    nanoseconds_a_coordinate: float
+    steps: int
+    processor: str
+
+
+def trainer(task: str, sizes: Sizes, pieces: int = 4) -> MetaTrainer:
+    few = {"validation_problems": 4, "validation_horizon": 20}
+    return MetaTrainer(LSTMRule(), TASKS[task](), trajectories=sizes.trajectories, batch=BATCH, pieces=pieces, **few)
+
+
+def speed(trained: MetaTrainer, sizes: Sizes) -> float:
+    """Problems a second, of some further epochs."""
+    began = time.perf_counter()
+    trained.fit(len(trained.history) + sizes.epochs, progress=False)
+    return sizes.epochs * sizes.trajectories / (time.perf_counter() - began)
+
+
+# In processes of their own
+
+
+def trained_together(task: str, sizes: Sizes) -> float:
+    """By all processes of the group; the first epoch is not counted."""
+    made = trainer(task, sizes)
+    made.fit(1, progress=False)
+    return speed(made, sizes)
+
+
+def in_a_group_of_one(task: str, sizes: Sizes) -> dict[str, float]:
+    with processes.alone():
+        made = {"no group": trainer(task, sizes), "no group, in one piece": trainer(task, sizes, 1)}
+    made["group of one"] = trainer(task, sizes)
+    for one in made.values():
+        one.fit(1, progress=False)
+    speeds = [{what: speed(one, sizes) for what, one in made.items()} for _ in range(sizes.rounds)]
+    return {what: statistics.median(one[what] for one in speeds) for what in made}
+
+
+def resident(name: str) -> int:
+    """Bytes: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def stepped(state: str, sizes: Sizes) -> list[float]:
+    """Bytes and peak of bytes that the first step takes, and seconds of a step, each a coordinate."""
+    param = torch.nn.Parameter(torch.randn(sizes.coordinates))
+    param.grad = torch.randn(sizes.coordinates)
+    optimizer = FusedLSTMOptimizer([param], LSTMRule(), state_dtype=torch.bfloat16 if state == "bfloat16" else None)
+    before = resident("VmRSS")
+    optimizer.step()
+    taken, peak, times = resident("VmRSS") - before, resident("VmHWM") - before, []
+    for _ in range(sizes.steps):
+        began = time.perf_counter()
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    return [number / sizes.coordinates for number in (taken, peak, statistics.median(times))]
+
+
+def started(what: str, on: str, size: int, quick: bool) -> Any:
+    """What a function of the above gives in the first process of a group of so many."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    path = os.pathsep.join([os.fspath(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--part", what, on, folder, *["--quick"] * quick]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **group}
+        begun = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(size)]
+        codes = [one.wait() for one in begun]
+        if any(codes):
+            raise RuntimeError(f"{what} of {on}: a process ended with {codes}")
+        return json.loads((Path(folder) / "answer.json").read_text())
+
+
+def part(what: str, on: str, folder: str, sizes: Sizes) -> None:
+    torch.set_num_threads(1)
+    with processes.joined() as group:
+        answer = globals()[what](on, sizes)
+        if group.rank == 0:
+            (Path(folder) / "answer.json").write_text(json.dumps(answer))
+
+
+# What is written
+
+
+def processor() -> str:
+    select("native", "cpu")  # which loads what knows the instruction set
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores, {torch.ops.fastl2l.cpu_isa()}"
+
+
+def speeds(task: str, found: dict[str, float], rounds: int) -> list[Speed]:
+    first = next(iter(found.values()))
+    return [Speed(task, what, round(one, 2), round(one / first, 3), rounds, processor()) for what, one in found.items()]
+
+
+def measure_processes(sizes: Sizes, quick: bool) -> Sequence[Any]:
+    rows = []
+    for task in TASKS:
+        rounds = [
+            {size: started("trained_together", task, size, quick) for size in (1, 2)} for _ in range(sizes.rounds)
+        ]
+        found = {f"{size} processes": statistics.median(one[size] for one in rounds) for size in (1, 2)}
+        rows += speeds(task, found, sizes.rounds)
+    return rows
+
+
+def measure_group(sizes: Sizes, quick: bool) -> Sequence[Any]:
+    return [row for task in TASKS for row in speeds(task, started("in_a_group_of_one", task, 1, quick), sizes.rounds)]
+
+
+def measure_coordinates(sizes: Sizes, quick: bool) -> Sequence[Any]:
+    rows = []
+    for state in ("float32", "bfloat16"):
+        taken, peak, seconds = started("stepped", state, 1, quick)
+        numbers = round(taken, 1), round(peak, 1), round(seconds * 1e9, 1)
+        rows.append(Step(sizes.coordinates, state, *numbers, sizes.steps, processor()))
+    return rows
+
+
+MEASURES = {"processes": measure_processes, "group": measure_group, "coordinates": measure_coordinates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("measures", nargs="*", help=f"some of {', '.join(MEASURES)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV files")
+    parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    sizes = QUICK if given.quick else FULL
+    if given.part:
+        part(*given.part, sizes)
+        return
+    for name in given.measures or MEASURES:
+        if name not in MEASURES:
+            parser.error(f"measures: expected some of {', '.join(MEASURES)}, got {name!r}")
+        rows = MEASURES[name](sizes, given.quick)
+        write_rows(given.out / f"{name}.csv", rows)
+        for row in rows:
+            print(row, flush=True)
+        print(f"written: {given.out / name}.csv", flush=True)
+
+
+if __name__ == "__main__":
+    main()
