@@ -170,7 +170,8 @@ def test_torchrun_goes_on_after_a_kill_to_the_same_bits(tmp_path):
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--monitor-interval", "0.1"]
     running = subprocess.Popen(
         [*torchrun, "-m", "fastl2l", *command, "--out", tmp_path / "two"],
-        env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + LONGEST
