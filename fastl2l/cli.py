@@ -173,6 +173,7 @@ def train(
         bool, typer.Option("--relative", help="Updates in units of the size that each parameter has at first.")
     ] = False,
     ramp: Annotated[int | None, typer.Option(help="Steps in which updates rise to their full size.")] = None,
+    decay: Annotated[int | None, typer.Option(help="Steps T after which they fall, to T/t of it at step t.")] = None,
     keep: Annotated[str, typer.Option(help="Which epoch's weights: best, by validation, or last.")] = "best",
     second_derivatives: SecondDerivatives = False,
     init: Annotated[str | None, typer.Option(help="A rule to start from, in place of fresh weights.")] = None,
@@ -608,6 +609,7 @@ def _print_rule(name: str) -> None:
         of = f"{part}: " if part else ""
         steps = ", in units of each parameter's size at first" * one.config.relative
         steps += f", in {one.config.ramp} steps to their full size" * bool(one.config.ramp)
+        steps += f", from step {one.config.decay} on falling as 1/t" * bool(one.config.decay)
         _say(f"{of}{one.text}, output scale {one.config.output_scale:g}{steps}, {weights:,} weights")
     for command in recipe.pop("commands", []):
         _say(command)

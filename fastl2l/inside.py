@@ -284,7 +284,7 @@ def _response(rule: Rule, state: Tensor, step: int, grid: Tensor) -> Tensor:
     weights = [weight.detach().cpu().double() for weight in rule.weights()]
     states = state.detach().cpu().double()[:, None].expand(-1, len(grid))
     update, _ = reference.step(grid, states, weights, rule.text, rule.config.output_scale)
-    return update * rule.config.ramped(step + 1)
+    return update * rule.config.share(step + 1)
 
 
 def _moments(before: Tensor, gradient: Tensor) -> Tensor:

@@ -130,7 +130,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     bfloat16), zero at its first step. The update is ``lr`` times the rule's own, so ``lr=1`` is what the rule was
     meta-trained for. A relative rule, such as rnnprop-long, has for each parameter of two or more dimensions a unit
     besides: the size of its numbers at its first step (``fastl2l.units``), which is kept with its state. The updates of
-    a rule with a ramp rise over a parameter's first steps, so there is no need to warm up.
+    a rule with a ramp rise over a parameter's first steps, so there is no need to warm up; those of one with a decay
+    fall after many, so there is none of a schedule.
 
     DTensors (FSDP2, tensor parallelism) are stepped in place where they are, each process its own part, and nothing is
     gathered; a gradient that is not finite in one process is one in all. ``state_dict`` has their states as DTensors
@@ -419,7 +420,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         entries, shapes = self._entries(batch.owners), [param.shape for param in batch.params]
         states: list[Any] = [entry.get(STATE) for entry in entries]
         config = batch.group["rule"].config
-        if config.relative or config.ramp:
+        if config.relative or config.counts_steps:
             check_factors(entries, config)
         together = self._together.get(batch.number)
         if together is not None and together.holds(states) and together.shapes == shapes:
@@ -446,7 +447,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def _factors(self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]]) -> Factors:
         """What the parameters' updates are multiplied by."""
         config = batch.group["rule"].config
-        if not (config.relative or config.ramp):
+        if not (config.relative or config.counts_steps):
             return Factors(None, [], {})
         entries = [
             new.get(param) or entry for param, entry in zip(batch.owners, self._entries(batch.owners), strict=True)
@@ -711,7 +712,7 @@ def _without_state(entry: Any, config: RuleConfig | None) -> Any:
     """What of an entry is not the rule's: torch is to keep it."""
     if config is None or not _is_stepped(entry):
         return entry
-    own = {STATE, WHOLE, SHAPE, *[UNIT] * config.relative, *[STEP] * bool(config.ramp)}
+    own = {STATE, WHOLE, SHAPE, *[UNIT] * config.relative, *[STEP] * config.counts_steps}
     return {name: value for name, value in entry.items() if name not in own}
 
 

@@ -26,7 +26,7 @@ UNIT = "unit"
 """The one that holds what updates of a relative rule are multiplied by, 0-d: see units.py."""
 STEP = "step"
 """The one that holds how many steps a parameter has had, 0-d, float32 as torch's optimizers have it: of rules with a
-ramp."""
+ramp or decay."""
 SHAPE = "shape"
 """The one that holds the shape, as sizes by number: of what is not a tensor, distributed checkpoints take numbers and
 dictionaries of them."""
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 
     Attributes:
         units: [params], of a relative rule.
-        steps: how many steps each parameter has had, of a rule with a ramp: one tensor [params] or one each, 0-d.
+        steps: how many steps each parameter has had, of a rule with a ramp or decay: one tensor [params], or one each.
         kept: their parts, which are among what is kept of each parameter, by name; empty where there is none.
     """
 
@@ -50,7 +50,7 @@ class Factors(NamedTuple):
         """Of parameters that begin, side by side; their units are still to be put in."""
         with _numbers_of_later():
             units = torch.ones(count, dtype=rule.dtype, device=rule.device) if rule.config.relative else None
-            steps = torch.zeros(count, dtype=torch.float32, device=rule.device) if rule.config.ramp else None
+            steps = torch.zeros(count, dtype=torch.float32, device=rule.device) if rule.config.counts_steps else None
         kept = {name: list(all_of.unbind()) for name, all_of in ((UNIT, units), (STEP, steps)) if all_of is not None}
         return cls(units, [] if steps is None else [steps], kept)
 
@@ -58,11 +58,11 @@ class Factors(NamedTuple):
     def of(cls, entries: Sequence[dict[str, Any]], config: RuleConfig) -> Factors:
         """Those of parameters, by what is kept of each."""
         units = torch.stack([entry[UNIT] for entry in entries]) if config.relative else None
-        return cls(units, [entry[STEP] for entry in entries] if config.ramp else [], {})
+        return cls(units, [entry[STEP] for entry in entries] if config.counts_steps else [], {})
 
     def are_of(self, entries: Sequence[dict[str, Any]], config: RuleConfig) -> bool:
         """Whether these are what is kept of the parameters: somebody may have put others there."""
-        if (self.units is None) == config.relative or bool(self.steps) != bool(config.ramp):
+        if (self.units is None) == config.relative or bool(self.steps) != config.counts_steps:
             return False
         return all(
             entry.get(name) is number
@@ -75,8 +75,12 @@ class Factors(NamedTuple):
         if not self.steps:
             return self.units
         steps = self.steps[0] if self.steps[0].dim() else torch.stack(self.steps)
-        risen = ((steps + 1) / rule.config.ramp).clamp(max=1).to(rule.dtype)
-        return risen if self.units is None else self.units * risen
+        share, config = torch.ones_like(steps), rule.config
+        if config.ramp:
+            share = torch.minimum(share, (steps + 1) / config.ramp)
+        if config.decay:
+            share = torch.minimum(share, config.decay / (steps + 1))
+        return share.to(rule.dtype) if self.units is None else self.units * share.to(rule.dtype)
 
     def advance(self, done: Tensor | None) -> None:
         """A step has been taken, if `done`, a bool [1], is None or True."""
@@ -215,7 +219,7 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
     if rule.config.relative and not (_is_number(entry.get(UNIT), rule.dtype) and entry[UNIT].to(rule.dtype) > 0):
         got = shown(entry.get(UNIT))
         raise ValueError(f"state of parameter {key}: expected its unit, a finite number > 0 as a 0-d tensor, got {got}")
-    if rule.config.ramp and not (_is_number(entry.get(STEP), torch.float32) and entry[STEP] >= 0):
+    if rule.config.counts_steps and not (_is_number(entry.get(STEP), torch.float32) and entry[STEP] >= 0):
         got = shown(entry.get(STEP))
         raise ValueError(f"state of parameter {key}: expected its steps, a number >= 0 as a 0-d tensor, got {got}")
     if (shape := kept_shape(entry, param)) != tuple(param.shape):
@@ -242,9 +246,9 @@ def check_factors(entries: Iterable[dict[str, Any]], config: RuleConfig) -> None
     Raises:
         RuntimeError: they were stepped by a rule that has none.
     """
-    for name, wanted in ((UNIT, config.relative), (STEP, config.ramp)):
+    for name, wanted in ((UNIT, config.relative), (STEP, config.counts_steps)):
         if wanted and any(STATE in entry and name not in entry for entry in entries):
-            what = "relative" if name == UNIT else f"ramp={config.ramp}"
+            what = "a relative one" if name == UNIT else "one with a ramp or decay"
             raise RuntimeError(
                 f"rule: expected one that makes updates into steps as the one before it did, got {what}, whose {name} "
                 "is not kept of parameters that the other has stepped; make a new optimizer for it"

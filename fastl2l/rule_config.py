@@ -27,7 +27,7 @@ from fastl2l.files import shown
 MOST_UNITS = 1 << 15
 MOST_LAYERS = 64
 """Far beyond what is of use, and small enough that no size that is computed from them overflows."""
-MOST_RAMP = 1 << 24
+MOST_STEPS = 1 << 24
 """As far as float32 counts steps."""
 MOST_TEXT = 1000
 """Characters of a rule's text."""
@@ -181,6 +181,8 @@ class RuleConfig:
         relative: whether updates are in units of the size that each parameter had at first (units.py).
         ramp: steps in which updates rise to their full size, evenly: the first is 1 / ramp of it. 0 for none. At its
             first steps a rule has seen signs of gradients alone.
+        decay: steps after which updates fall again, at step t to decay / t of their full size. 0 for never. A rule does
+            not know how long a way is, and what has been trained for some time wants ever smaller steps.
 
     Raises:
         ValueError: the parts do not go together or a number is out of range; the message names it.
@@ -194,6 +196,7 @@ class RuleConfig:
     output_scale: float = 1.0
     relative: bool = False
     ramp: int = 0
+    decay: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.features, (*FEATURES.values(), type(None))):
@@ -211,11 +214,14 @@ class RuleConfig:
         object.__setattr__(self, "output_scale", require_positive("output_scale", self.output_scale))
         if not isinstance(self.relative, bool):
             raise ValueError(f"relative: expected True or False, got {shown(self.relative)}")
-        object.__setattr__(self, "ramp", require_int("ramp", self.ramp, 0, MOST_RAMP))
+        for name in ("ramp", "decay"):
+            object.__setattr__(self, name, require_int(name, getattr(self, name), 0, MOST_STEPS))
+        if 0 < self.decay < self.ramp:
+            raise ValueError(f"decay: expected at least as many steps as the ramp's {self.ramp}, got {self.decay}")
 
     @property
     def text(self) -> str:
-        """The rule's text, in its one canonical form; output scale, units and ramp are not in it."""
+        """The rule's text, in its one canonical form; output scale, units, ramp and decay are not in it."""
         parts = [str(part) for part in (self.features,) if part is not None]
         parts += [f"given:{self.given}"] if self.given else []
         parts += [str(self.projection)] if self.projection is not None else []
@@ -262,9 +268,15 @@ class RuleConfig:
         """Floats of state per coordinate: h and c of every layer, then the features' own."""
         return self.lstm_rows + (0 if self.features is None else self.features.state_rows)
 
-    def ramped(self, step: int) -> float:
-        """What the update of this step, counted from 1, is multiplied by."""
-        return min(1.0, step / self.ramp) if self.ramp else 1.0
+    @property
+    def counts_steps(self) -> bool:
+        """Whether updates depend on how many steps there have been."""
+        return bool(self.ramp or self.decay)
+
+    def share(self, step: int) -> float:
+        """Of its full size, what the update of this step, counted from 1, has."""
+        risen = step / self.ramp if self.ramp else 1.0
+        return min(1.0, risen, self.decay / step if self.decay else 1.0)
 
     @property
     def takes_bfloat16_state(self) -> bool:
@@ -296,7 +308,7 @@ class RuleConfig:
 
     def describe(self) -> dict[str, Any]:
         """As JSON holds it: for files, from which `from_description` reads it."""
-        steps = {"relative": self.relative, "ramp": self.ramp}
+        steps = {"relative": self.relative, "ramp": self.ramp, "decay": self.decay}
         given = {name: value for name, value in steps.items() if value}  # older versions read what has neither
         return {"text": self.text, "output_scale": self.output_scale, **given}
 
@@ -310,7 +322,7 @@ class RuleConfig:
         description = dict(description)
         if description.keys() == {"preprocess", "p", "scale", "output_scale", "hidden_size", "num_layers"}:
             return lstm_config(**description)
-        if description.keys() - {"relative", "ramp"} != {"text", "output_scale"}:
+        if description.keys() - {"relative", "ramp", "decay"} != {"text", "output_scale"}:
             raise ValueError(f"expected text and output_scale, got {shown(sorted(map(str, description)))}")
         return dataclasses.replace(cls.parse(description.pop("text")), **description)
 

@@ -163,6 +163,7 @@ class LSTMRule(Rule):
         output_scale: factor on the update; 0.1 for MNIST and 1 for quadratics and neural art in the paper.
         relative: whether updates are in units of the size that each parameter had at first; see `fastl2l.units`.
         ramp: steps in which updates rise to their full size; 0 for none.
+        decay: steps after which they fall, to decay / t of it at step t; 0 for never.
         hidden_size: LSTM units a layer.
         num_layers: LSTM layers.
         seed, dtype: as for :class:`Rule`.
@@ -182,13 +183,14 @@ class LSTMRule(Rule):
         output_scale: float = 0.1,
         relative: bool = False,
         ramp: int = 0,
+        decay: int = 0,
         hidden_size: int = 20,
         num_layers: int = 2,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         config = lstm_config(preprocess, p, scale, output_scale, hidden_size, num_layers)
-        super().__init__(dataclasses.replace(config, relative=relative, ramp=ramp), seed=seed, dtype=dtype)
+        super().__init__(dataclasses.replace(config, relative=relative, ramp=ramp, decay=decay), seed=seed, dtype=dtype)
 
     @classmethod
     def from_lstm(
@@ -238,7 +240,7 @@ class RNNpropRule(Rule):
         beta1, beta2: of the means of the gradient and of its square.
         epsilon: as above.
         output_scale: factor on the update.
-        relative, ramp: as for :class:`LSTMRule`.
+        relative, ramp, decay: as for :class:`LSTMRule`.
         projection_size: units of the layer before the LSTM.
         hidden_size, num_layers: of the LSTM.
         seed, dtype: as for :class:`Rule`.
@@ -258,6 +260,7 @@ class RNNpropRule(Rule):
         output_scale: float = 0.1,
         relative: bool = False,
         ramp: int = 0,
+        decay: int = 0,
         projection_size: int = 20,
         hidden_size: int = 20,
         num_layers: int = 2,
@@ -265,7 +268,7 @@ class RNNpropRule(Rule):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         config = rnnprop_config(beta1, beta2, epsilon, output_scale, projection_size, hidden_size, num_layers)
-        super().__init__(dataclasses.replace(config, relative=relative, ramp=ramp), seed=seed, dtype=dtype)
+        super().__init__(dataclasses.replace(config, relative=relative, ramp=ramp, decay=decay), seed=seed, dtype=dtype)
 
 
 RULES: dict[str, type[Rule]] = {kind.kind: kind for kind in (LSTMRule, RNNpropRule)}
@@ -287,19 +290,19 @@ def make_rule(
     return rule
 
 
-def stepping(rule: Rule, *, relative: bool | None = None, ramp: int | None = None) -> Rule:
+def stepping(rule: Rule, *, relative: bool | None = None, ramp: int | None = None, decay: int | None = None) -> Rule:
     """A copy of `rule`, weights and all, whose updates are made into steps otherwise; None for as it is.
 
     Args:
         rule: the rule.
-        relative, ramp: as for :class:`LSTMRule`.
+        relative, ramp, decay: as for :class:`LSTMRule`.
 
     Raises:
-        TypeError, ValueError: it is no rule; ramp is out of range.
+        TypeError, ValueError: it is no rule; ramp or decay is out of range.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected an update rule, got {type(rule).__name__}")
-    asked = {"relative": relative, "ramp": ramp}
+    asked = {"relative": relative, "ramp": ramp, "decay": decay}
     changed: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     made = copy.deepcopy(rule)
     made.config = dataclasses.replace(rule.config, **changed)
@@ -308,7 +311,8 @@ def stepping(rule: Rule, *, relative: bool | None = None, ramp: int | None = Non
 
 
 def _steps(config: RuleConfig) -> str:
-    return ", relative" * config.relative + f", ramp={config.ramp}" * bool(config.ramp)
+    numbers = "".join(f", {name}={getattr(config, name)}" for name in ("ramp", "decay") if getattr(config, name))
+    return ", relative" * config.relative + numbers
 
 
 def rules_by_part(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:

@@ -91,11 +91,11 @@ class _Track:
 
     def factors(self, steps: range) -> Tensor | None:
         """What the rule's own updates of these steps, from 1 on, are multiplied by: [N], [steps, 1 or N] or None."""
-        ramp = [self.rule.config.ramped(step) for step in steps]
-        if ramp[0] == 1:
+        shares = [self.rule.config.share(step) for step in steps]
+        if all(share == 1 for share in shares):
             return self.units
-        risen = self.state.new_tensor(ramp).unsqueeze(1)
-        return risen if self.units is None else risen * self.units
+        column = self.state.new_tensor(shares).unsqueeze(1)
+        return column if self.units is None else column * self.units
 
     def multiplied(self, updates: Tensor, steps: range) -> Tensor:
         """The rule's own updates [steps, N] as those of theta; or gradients of these as gradients of its own."""
@@ -315,7 +315,7 @@ class Trajectory:
         """Add the rules' next updates to `theta`, and bring their states forward."""
         for track in self._tracks:
             weights, text, scale = track.arguments()
-            scale *= track.rule.config.ramped(self.steps + 1)
+            scale *= track.rule.config.share(self.steps + 1)
             mine = theta[track.part]
             change = mine if track.units is None else torch.zeros_like(mine)
             self._backend.step_([change], [gradient[track.part]], [track.state], weights, text, scale, 1.0)

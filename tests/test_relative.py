@@ -420,25 +420,37 @@ def smooth(dtype=torch.float64):
 
 def test_updates_rise_to_their_full_size():
     config = ramped(4).config
-    assert [config.ramped(step) for step in range(1, 7)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert PLAIN.config.ramped(1) == 1
+    assert [config.share(step) for step in range(1, 7)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert PLAIN.config.share(1) == 1
     assert RuleConfig.from_description(config.describe()) == config
-    for wrong in (-1, 0.5, True, None):
+    for wrong in (-1, 0.5, True, None, 2**25):
         with pytest.raises(ValueError, match="ramp: expected an integer of at least 0"):
             RNNpropRule(ramp=wrong)
 
 
-def test_trajectories_rise_as_the_optimizer_does():
-    problem = task().sample(0)
-    theta, _ = trained(problem, ramped(), 10)
-    trajectory = Trajectory(problem, ramped())
+def test_updates_fall_after_many_steps():
+    config = stepping(PLAIN, ramp=2, decay=4).config
+    assert [config.share(step) for step in (1, 2, 4, 5, 8, 40)] == [0.5, 1, 1, 0.8, 0.5, 0.1]
+    assert RuleConfig.from_description(config.describe()) == config
+    with pytest.raises(ValueError, match="decay: expected at least as many steps as the ramp's 5, got 4"):
+        RNNpropRule(ramp=5, decay=4)
+    for wrong in (-1, 0.5, True, None, 2**25):
+        with pytest.raises(ValueError, match="decay: expected an integer of at least 0"):
+            RNNpropRule(decay=wrong)
+
+
+@pytest.mark.parametrize("steps", [{"ramp": 6}, {"decay": 4}, {"ramp": 3, "decay": 5}], ids=str)
+def test_trajectories_rise_and_fall_as_the_optimizer_does(steps):
+    problem, rule = task().sample(0), stepping(RULE, **steps)
+    theta, _ = trained(problem, rule, 10)
+    trajectory = Trajectory(problem, rule)
     for _ in range(10):
         trajectory.advance()
     torch.testing.assert_close(trajectory.theta, theta, rtol=0, atol=1e-4)
 
 
 def test_exact_gradients_of_windows_know_of_the_ramp():
-    rule, problem = ramped(dtype=torch.float64), smooth()
+    rule, problem = stepping(ramped(3, dtype=torch.float64), decay=4), smooth()
     trajectory = Trajectory(problem, rule)
     found = trajectory.window([1.0] * 5, second_derivatives=True).gradients
 
@@ -460,7 +472,7 @@ def test_exact_gradients_of_windows_know_of_the_ramp():
 
 def test_first_order_gradients_of_every_window_know_of_the_ramp():
     """By autograd, with the gradients that the rule is given held as they are."""
-    rule = ramped(dtype=torch.float64)
+    rule = stepping(ramped(dtype=torch.float64), decay=7)
     problem = smooth()
     trajectory = Trajectory(problem, rule)
     theta, state = trajectory.theta.clone(), new_state(rule, trajectory.theta.numel())
@@ -470,7 +482,7 @@ def test_first_order_gradients_of_every_window_know_of_the_ramp():
         for number in range(first, first + 4):
             _, gradient = value_and_grad(problem, moving.detach(), number)
             change, state = update(rule, gradient, state, backend="reference")
-            moving = moving + change * rule.config.ramped(number + 1) * problem.units
+            moving = moving + change * rule.config.share(number + 1) * problem.units
             total = total + problem.loss(moving, number + 1)
         expected = torch.cat([one.reshape(-1) for one in torch.autograd.grad(total, rule.weights())])
         torch.testing.assert_close(found, expected)
@@ -480,7 +492,7 @@ def test_first_order_gradients_of_every_window_know_of_the_ramp():
 @pytest.mark.parametrize("rule", [RULE, ramped()], ids=["relative", "ramp"])
 def test_windows_of_rules_with_a_ramp_or_units_are_not_captured(rule, monkeypatch):
     monkeypatch.setitem(capture.RECORDERS, "cpu", None)
-    with pytest.raises(ValueError, match="capture: expected rules without a ramp and units of parameters"):
+    with pytest.raises(ValueError, match="capture: expected rules without ramp, decay and units of parameters"):
         capture.check(rule, task().sample(0), second_derivatives=False)
 
 
@@ -499,6 +511,18 @@ def test_the_optimizer_s_updates_rise_and_other_parameters_do_not_matter(backend
             torch.testing.assert_close(mine - was, (its - its_was) * min(1, (number + 1) / 4), rtol=1e-3, atol=1e-6)
     assert [rising.state[param]["step"].item() for param in found] == [6.0] * 4
     assert "step" not in plain.state[full[0]]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_optimizer_s_updates_fall(backend):
+    found, full = parameters(), parameters()
+    falling, plain = FusedLSTMOptimizer(found, stepping(RULE, decay=2), backend=backend), FusedLSTMOptimizer(full, RULE)
+    for number in range(6):
+        before = [[param.detach().clone() for param in params] for params in (found, full)]
+        step(falling, found, number)
+        step(plain, full, number)
+        for mine, its, was, its_was in zip(found, full, *before, strict=True):
+            torch.testing.assert_close(mine - was, (its - its_was) * min(1, 2 / (number + 1)), rtol=1e-3, atol=1e-6)
 
 
 def test_every_parameter_has_a_ramp_of_its_own():

@@ -54,6 +54,7 @@ def first_rules(
     init: Learned | None = None,
     relative: bool | None = None,
     ramp: int | None = None,
+    decay: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Rule | dict[str, Rule]:
@@ -64,23 +65,21 @@ def first_rules(
         kind, options: of fresh rules, as for `fresh_rule`.
         by_part: whether each part has a rule of its own.
         init: in place of fresh rules; for a part each, a copy of it.
-        relative, ramp: how updates are made into steps (see `LSTMRule`); None for as `init` does.
+        relative, ramp, decay: how updates are made into steps (see `LSTMRule`); None for as `init` does.
         seed: of the weights of the first rule; those of the next parts have the next seeds.
 
     Raises:
         ValueError: as for `fresh_rule`; or by_part, of a task whose problems have no parts.
     """
+    asked: dict[str, Any] = {"relative": relative, "ramp": ramp, "decay": decay}
     if isinstance(init, Mapping):
-        return {part: stepping(one, relative=relative, ramp=ramp) for part, one in init.items()}
-    asked = {"relative": relative, "ramp": ramp}
+        return {part: stepping(one, **asked) for part, one in init.items()}
     options |= {name: value for name, value in asked.items() if value is not None}
     parts = list(task.sample(seed).parts or ()) if by_part else [""]
     if not parts:
         raise ValueError(f"by_part: expected a task whose problems have parts, such as cifar10, got {task.name!r}")
     rules = {
-        part: fresh_rule(kind, task.name, seed=seed + number, **options)
-        if init is None
-        else stepping(init, relative=relative, ramp=ramp)
+        part: fresh_rule(kind, task.name, seed=seed + number, **options) if init is None else stepping(init, **asked)
         for number, part in enumerate(parts)
     }
     return rules if by_part else rules[""]
@@ -101,7 +100,7 @@ class Recipe:
         options: of the task.
         seed: of the first weights and of all problems.
         init: how the rule is trained that this one starts from; fresh weights by default.
-        steps: relative and ramp, as for `first_rules`.
+        steps: relative, ramp and decay, as for `first_rules`.
     """
 
     name: str
@@ -218,7 +217,7 @@ def _rnnprop_long() -> Recipe:
     """Random networks of many kinds, in five stages.
 
     Longer ways and windows in the second, and a falling rate in the third; then exact meta-gradients, on kinds of
-    networks whose second derivatives are cheap, of a rule that is relative, and in the last has a ramp too.
+    networks whose second derivatives are cheap, of a rule that is relative, and in the last has a ramp and a decay too.
     """
     common = {
         "trajectories": 50,
@@ -279,7 +278,7 @@ def _rnnprop_long() -> Recipe:
         training=MappingProxyType({**exact, "meta_lr": 4e-4, "schedule": "cosine"}),
         seed=6,
         init=fourth,
-        steps=MappingProxyType({"ramp": 20}),
+        steps=MappingProxyType({"ramp": 20, "decay": 1000}),
     )
 
 
