@@ -198,6 +198,7 @@ def train(
         "init": first,
         "relative": relative or None,
         "ramp": ramp,
+        "decay": decay,
         "seed": seed,
     }
     trained = experiments.first_rules(problems, **start | changed)

@@ -106,19 +106,17 @@ def test_rules_are_relative_if_asked_to_be_and_say_so(tmp_path):
     assert run("train", *SMALL, "--rule", "rnnprop", "--out", tmp_path / "plain").exit_code == 0
     file = tmp_path / "plain" / "rule.safetensors"
     assert not load_rule(file).config.relative
-    assert (
-        run(
-            "train", *SMALL, "--init", file, "--relative", "--ramp", "3", "--decay", "9", "--out", tmp_path / "run"
-        ).exit_code
-        == 0
-    )
+    steps = ["--relative", "--ramp", "3", "--decay", "9"]
+    assert run("train", *SMALL, "--init", file, *steps, "--out", tmp_path / "run").exit_code == 0
     file = tmp_path / "run" / "rule.safetensors"
     assert load_rule(file).config.relative
     shown = run("rules", file).stdout
-    assert (
-        "in units of each parameter's size at first, in 3 steps to their full size, from step 9 on falling as 1/t"
-        in shown
-    )
+    for what in (
+        "in units of each parameter's size at first",
+        "in 3 steps to their full size",
+        "from step 9 on falling",
+    ):
+        assert what in shown
     assert "step_weights: [1.0, 1.0]" in shown
 
 
