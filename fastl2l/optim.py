@@ -227,7 +227,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             new: what is optimized in its stead: any number of rows, each of them shaped as before. It may be `old`
                 itself, if that has got other data.
             rows: a mask or indices: ``old[rows]`` are the first rows of `new`; None for all of them. Rows of `new`
-                after those begin with a fresh state.
+                after those begin with a fresh state, but with the unit and as far along the ramp as `old`.
 
         Raises:
             ValueError: `old` is not optimized here, `new` already is or has other rows, or `rows` are not of `old`.

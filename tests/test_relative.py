@@ -322,6 +322,22 @@ def test_of_parts_those_with_relative_rules_are_in_units():
     torch.testing.assert_close(trajectory.theta, theta, rtol=0, atol=1e-4)
 
 
+def test_the_lstm_on_sines_has_units_as_torch_s_would():
+    problem = tasks.Sine(layers=2).sample(0)
+    lstm_, head = nn.LSTM(1, 20, 2), nn.Linear(20, 1)
+    shapes = [
+        *(
+            getattr(lstm_, f"{name}_l{layer}").shape
+            for layer in (0, 1)
+            for name in ("weight_ih", "weight_hh", "bias_ih")
+        ),
+        head.weight.shape,
+        head.bias.shape,
+    ]
+    assert [tuple(shape) for shape in shapes] == problem.function.shapes
+    assert torch.equal(problem.units, units(problem.theta0, shapes))
+
+
 def test_problems_without_tensors_have_no_units():
     assert tasks.Quadratic().sample(0).units is None
     plain, mine = (Trajectory(tasks.Quadratic().sample(0), rule) for rule in (PLAIN, RULE))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastl2l.tasks.base import Drawn, PureProblem, Task, generator, integer
 from fastl2l.tasks.networks import check_training, deviation, initial
+from fastl2l.units import units
 
 _VALUES = 10
 """That the network sees, of steps 0 to 9."""
@@ -76,6 +77,12 @@ class _Forecast:
         layers = [shape for n_in in inputs for shape in ((gates, n_in), (gates, self.units), (gates, 1))]
         return [*layers, (1, self.units), (1, 1)]
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the parameters, as torch's modules have them: biases are vectors."""
+        *of_layers, weight, bias = self._shapes
+        return [*(shape[: 1 if place % 3 == 2 else 2] for place, shape in enumerate(of_layers)), weight, bias[:1]]
+
     @cached_property
     def _sizes(self) -> list[int]:
         return [math.prod(shape) for shape in self._shapes]
@@ -128,11 +135,16 @@ class SineProblem(PureProblem):
     """One initialisation of the network and the sequences of each step."""
 
     task = Sine.name
+    function: _Forecast
 
     def __init__(self, task: Sine, seed: int) -> None:
         self.function = _Forecast(task.layers, task.units)
         self.theta0 = initial(task, seed, self.function.parameters)
         self._sequences = _Sequences(task, seed)
+
+    @cached_property
+    def units(self) -> Tensor:  # type: ignore[override]
+        return units(self.theta0, self.function.shapes)
 
     def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
         return self._sequences.at(step, device)
