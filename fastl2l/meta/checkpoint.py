@@ -88,8 +88,7 @@ def difference(expected: dict[str, Any], saved: dict[str, Any]) -> str:
     if not different:
         return ""
     name, more = different[0], f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-    mine, theirs = files.shown(expected.get(name)), files.shown(saved.get(name))
-    return f"{name}: expected {mine}, as this run has, got {theirs}{more}"
+    return f"{name}: expected {files.shown(expected.get(name))}, got {files.shown(saved.get(name))}{more}"
 
 
 def _unseal(path: Path, content: bytes) -> tuple[int, bytes]:
