@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastl2l import FusedLSTMOptimizer, processes
 from fastl2l.processes import ProcessError, current
-from fastl2l.rules import relative
+from fastl2l.rules import stepping
 from fastl2l.sharded import local
 
 
@@ -32,13 +32,13 @@ def sharded(rows: int = 2, **options):
     """An optimizer of a parameter that has so many rows here, and the parameter; a relative rule, which has units."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     param = nn.Parameter(DTensor.from_local(torch.ones(rows, 3), mesh, [Shard(0)], run_check=False))
-    return FusedLSTMOptimizer([("scale.weight", param)], relative(small_rule()), **options), param
+    return FusedLSTMOptimizer([("scale.weight", param)], stepping(small_rule(), relative=True), **options), param
 
 
 def of_a_group(**options):
     """One of a parameter of this process's own, as ZeroRedundancyOptimizer makes them."""
     param = nn.Parameter(torch.ones(2, 3))
-    return FusedLSTMOptimizer([param], relative(small_rule()), group=dist.group.WORLD, **options), param
+    return FusedLSTMOptimizer([param], stepping(small_rule(), relative=True), group=dist.group.WORLD, **options), param
 
 
 def set_gradient(param) -> None:
