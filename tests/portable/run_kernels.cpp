@@ -47,6 +47,7 @@ int main(int argc, char** argv) {
         reinterpret_cast<const char*>(&gradients[t * n]),
         state.data(),
         n,
+        1,
         sizeof(float),
         [](const void* from, float* to, int count) { std::copy_n(static_cast<const float*>(from), count, to); },
         [](void* to, double kept, const float* update, int count) {
