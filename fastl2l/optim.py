@@ -103,24 +103,36 @@ class _Batch(NamedTuple):
         return all(map(operator.is_, self.params + self.grads, other.params + other.grads))
 
 
+class _Kept(NamedTuple):
+    """What is kept of the parameters that one kernel call takes."""
+
+    states: list[Tensor]
+    entries: Sequence[dict[str, Any]]
+    """Of all of them, fresh ones where there were none."""
+    new: dict[Tensor, dict[str, Any]]
+    """Those that are to be kept when the step is done."""
+    together: Together | None
+    """The states side by side, if they are."""
+    factors: Factors | None
+    """Side by side as well, if they are."""
+
+
 class _Ready(NamedTuple):
     """A step for which all has been had that it takes, while nothing has been changed yet."""
 
     batches: list[_Batch]
     flags: list[Tensor] | list[None]
     """For each whether all gradients are finite, of all of them if several, and of all processes."""
-    states: list[tuple[list[Tensor], dict[Tensor, dict[str, Any]]]]
-    """For each those of its parameters, and what is to be kept of those whose first step it is."""
+    kept: list[_Kept]
+    """For each what is kept of its parameters."""
     word: Tensor | None = None
     """What several processes have agreed on: see `sharded.agree`."""
 
     @property
     def needs_units(self) -> bool:
         """Whether there are parameters that have no unit yet and whose rule is relative."""
-        return any(
-            new and batch.group["rule"].config.relative
-            for batch, (_, new) in zip(self.batches, self.states, strict=True)
-        )
+        pairs = zip(self.batches, self.kept, strict=True)
+        return any(kept.new and batch.group["rule"].config.relative for batch, kept in pairs)
 
 
 class FusedLSTMOptimizer(torch.optim.Optimizer):
@@ -284,8 +296,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         groups = self._groups()
         ready = self._ready_together(groups) if groups else self._ready(look=False)
         self._put_units(ready)
-        for batch, (kept, new), finite in zip(ready.batches, ready.states, ready.flags, strict=True):
-            if not self._apply(batch, kept, new, finite):
+        for batch, kept, finite in zip(ready.batches, ready.kept, ready.flags, strict=True):
+            if not self._apply(batch, kept, finite):
                 self._refuse(ready)
                 break
         if self.capturable and ready.flags and ready.flags[0] is not None:
@@ -313,7 +325,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if look or len(batches) > 1 or any(self._backend(batch).name == "reference" for batch in batches):
             batches = [batch.checked() for batch in batches]
         flags = self._flags(batches, look)
-        return _Ready(batches, flags, [self._states(batch) for batch in batches])  # all memory must have been had
+        return _Ready(batches, flags, [self._kept(batch) for batch in batches])  # all memory must have been had
 
     def _ready_together(self, groups: list[ProcessGroup]) -> _Ready:
         """As `_ready`, in all processes of these groups or in none: what is wrong in one is an error in all of them."""
@@ -336,7 +348,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 raise
         if failure is not None:
             raise failure
-        ready = _Ready(ready.batches, [(word == READY).to(b.device) for b in ready.batches], ready.states, word)
+        ready = _Ready(ready.batches, [(word == READY).to(b.device) for b in ready.batches], ready.kept, word)
         # Otherwise the kernels look, so that nobody waits for the device.
         nothing_here = not ready.batches and not self.capturable and int(word) != READY
         if nothing_here or (ready.needs_units and int(word) == FAILED):
@@ -363,45 +375,43 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
 
     def _put_units(self, ready: _Ready) -> None:
         """The units of parameters that begin now. Of DTensors all processes that have parts of them work together."""
-        for batch, (_, new) in zip(ready.batches, ready.states, strict=True):
-            if new and batch.group["rule"].config.relative:
-                self._together[batch.number].put_units(map(unit_of, new))
+        for batch, kept in zip(ready.batches, ready.kept, strict=True):
+            if kept.new and batch.group["rule"].config.relative:
+                self._together[batch.number].put_units(map(unit_of, kept.new))
 
-    def _apply(
-        self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]], finite: Tensor | None
-    ) -> bool:
+    def _apply(self, batch: _Batch, kept: _Kept, finite: Tensor | None) -> bool:
         """One kernel call; False if it has changed nothing, because a gradient is not finite."""
-        factors = self._factors(batch, states, new)
-        units = factors.now(batch.group["rule"])
+        rule: Rule = batch.group["rule"]
+        factors = kept.factors or Factors.of(kept.entries, rule.config)
+        units = factors.now(rule)
         # The kernel checks what it is given before it changes anything, and far faster than a loop over hundreds of
         # parameters here would: only when it fails are they looked at one by one. It has refused what is not
         # contiguous; where all was, it has failed otherwise, maybe in the middle.
         try:
-            self._call(batch, states, units, finite)
+            self._call(batch, kept, units, finite)
         except RuntimeError:
             contiguous = batch.checked()
             if contiguous.is_of(batch):
                 raise
             batch = contiguous
-            self._call(batch, states, units, finite)
+            self._call(batch, kept, units, finite)
         if finite is not None and not self.capturable and has_data(finite) and not finite:
             return False
         factors.advance(finite)
-        for param, entry in new.items():
+        for param, entry in kept.new.items():
             self.state[param].update(entry)
         torch.autograd.graph.increment_version(batch.params)
         for param, work in batch.copies:
             param.copy_(work)
         return True
 
-    def _call(self, batch: _Batch, states: list[Tensor], units: Tensor | None, finite: Tensor | None) -> None:
+    def _call(self, batch: _Batch, kept: _Kept, units: Tensor | None, finite: Tensor | None) -> None:
         rule: Rule = batch.group["rule"]
-        together = self._together.get(batch.number)
         scale, decay, rate = _scales(batch.group, rule)
         self._backend(batch).step_(
             batch.params,
             batch.grads,
-            [together.state] if together is not None and together.holds(states) else states,
+            kept.states if kept.together is None else [kept.together.state],
             _weights(rule, batch.params[0]),
             rule.text,
             scale,
@@ -413,49 +423,43 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             units,
         )
 
-    def _states(self, batch: _Batch) -> tuple[list[Tensor], dict[Tensor, dict[str, Any]]]:
-        """The parameters' states, and what is to be kept, when the step is done, of those whose first one it is."""
+    def _kept(self, batch: _Batch) -> _Kept:
+        """What is kept of the parameters, with fresh states for those whose first step it is."""
         if batch.owners[0].device != batch.device:  # the rule has been moved
             batch.check()
-        entries, shapes = self._entries(batch.owners), [param.shape for param in batch.params]
+        config, entries = batch.group["rule"].config, self._entries(batch.owners)
         states: list[Any] = [entry.get(STATE) for entry in entries]
-        config = batch.group["rule"].config
-        if config.relative or config.counts_steps:
-            check_factors(entries, config)
         together = self._together.get(batch.number)
-        if together is not None and together.holds(states) and together.shapes == shapes:
-            return together.states, {}
-        for param, entry in zip(batch.params, entries, strict=True):
-            if STATE in entry:
-                check_shape(entry, param)
+        if together is not None and not together.holds(states):
+            together = None
+        factors = together.factors if together is not None and together.factors.are_of(entries, config) else None
+        if factors is None:
+            check_factors(entries, config)
+        if together is None or together.shapes != [param.shape for param in batch.params]:
+            for param, entry in zip(batch.params, entries, strict=True):
+                if STATE in entry:
+                    check_shape(entry, param)
         missing = [param for param, state in zip(batch.owners, states, strict=True) if state is None]
         if not missing:
-            return states, {}
+            return _Kept(states, entries, {}, together, factors)
+        return self._begun(batch, entries, missing)
+
+    def _begun(self, batch: _Batch, entries: Sequence[dict[str, Any]], missing: list[Tensor]) -> _Kept:
+        """The same, some of them without a state."""
         batch.check()
         if _is_captured(batch.device):
             raise RuntimeError(
                 "state: expected every parameter to have been stepped before a CUDA graph is captured, got "
                 f"{len(missing)} without; the graph would set their state to zero at every replay"
             )
-        rule = batch.group["rule"]
-        together = Together.of(rule, map(local, missing), self.state_dtype)
+        together = Together.of(batch.group["rule"], map(local, missing), self.state_dtype)
         self._together[batch.number] = together
         new = dict(zip(missing, together.entries(), strict=True))
-        fresh = iter(together.states)
-        return [next(fresh) if state is None else state for state in states], new
-
-    def _factors(self, batch: _Batch, states: list[Tensor], new: dict[Tensor, dict[str, Any]]) -> Factors:
-        """What the parameters' updates are multiplied by."""
-        config = batch.group["rule"].config
-        if not (config.relative or config.counts_steps):
-            return Factors(None, [], {})
-        entries = [
-            new.get(param) or entry for param, entry in zip(batch.owners, self._entries(batch.owners), strict=True)
-        ]
-        together = self._together.get(batch.number)
-        if together is not None and together.holds(states) and together.factors.are_of(entries, config):
-            return together.factors
-        return Factors.of(entries, config)
+        entries = [new.get(param, entry) for param, entry in zip(batch.owners, entries, strict=True)]
+        states = [entry[STATE] for entry in entries]
+        if len(missing) < len(states):  # side by side are the new ones alone
+            return _Kept(states, entries, new, None, None)
+        return _Kept(states, entries, new, together, together.factors)
 
     def _entries(self, params: list[Tensor]) -> Sequence[dict[str, Any]]:
         """What is kept of parameters. Looking does not make entries."""

@@ -309,7 +309,7 @@ class RuleConfig:
     def describe(self) -> dict[str, Any]:
         """As JSON holds it: for files, from which `from_description` reads it."""
         steps = {"relative": self.relative, "ramp": self.ramp, "decay": self.decay}
-        given = {name: value for name, value in steps.items() if value}  # older versions read what has neither
+        given = {name: value for name, value in steps.items() if value}  # older versions read what has none of them
         return {"text": self.text, "output_scale": self.output_scale, **given}
 
     @classmethod

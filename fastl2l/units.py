@@ -30,27 +30,16 @@ MOST = 3.0
 """Of a unit."""
 
 
-def unit(shape: Sequence[int], size: Tensor) -> Tensor:
-    """The unit of a parameter of this shape, a 0-d Tensor like `size`, the root mean square of its numbers at first."""
-    if not has_unit(shape):
-        return torch.ones_like(size)
-    return (size.clamp(min=LEAST / math.sqrt(math.prod(shape[1:]))) / SIZE).clamp(max=MOST)
-
-
-def has_unit(shape: Sequence[int]) -> bool:
-    """Whether a parameter of this shape has a unit of its own."""
-    return len(shape) > 1 and math.prod(shape) > 0
-
-
 def unit_of(param: Tensor) -> Tensor:
     """The unit of a parameter as it is now, 0-d. Of a DTensor all processes that have parts of it work together."""
-    if not has_unit(param.shape):
+    if param.dim() < 2 or not param.numel():
         return torch.ones((), device=param.device)
     # In float64, so that the last bit does not depend on how a parameter is dealt out to processes.
     norm = torch.linalg.vector_norm(param.detach(), dtype=torch.float64)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     # Numbers that are not finite are no size: their tensor counts as one of unit 1.
-    return unit(param.shape, (norm / math.sqrt(param.numel())).nan_to_num(nan=SIZE, posinf=SIZE))
+    size = (norm / math.sqrt(param.numel())).nan_to_num(nan=SIZE, posinf=SIZE)
+    return (size.clamp(min=LEAST / math.sqrt(math.prod(param.shape[1:]))) / SIZE).clamp(max=MOST)
 
 
 def units(theta: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:

@@ -7,22 +7,20 @@ are as before and go on when all is well again.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from process_group import main
 from small_training import small_rule
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fastl2l import FusedLSTMOptimizer, processes
+from fastl2l import FusedLSTMOptimizer
 from fastl2l.processes import ProcessError, current
 from fastl2l.rules import stepping
 from fastl2l.sharded import local
@@ -147,10 +145,4 @@ def late(folder: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    name, folder = sys.argv[1], Path(sys.argv[2])
-    with processes.joined() as group:
-        answer = globals()[name](folder)
-        (folder / f"{name}-{group.size}-{group.rank}.json").write_text(json.dumps(answer))
-        if name == "late":
-            os._exit(0)  # there is nobody to say goodbye to
+    main(globals(), ("late",))

@@ -6,8 +6,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -160,11 +162,16 @@ def silent(folder: Path) -> dict[str, object]:
     return {}
 
 
-if __name__ == "__main__":
+def main(works: Mapping[str, Any], without_others: Sequence[str]) -> None:
+    """What the work that the command line names finds, to a file of each process; some works end without the others."""
     torch.set_num_threads(1)
     work, folder = sys.argv[1], Path(sys.argv[2])
     with processes.joined() as group:
-        answer = globals()[work](folder)
+        answer = works[work](folder)
         (folder / f"{work}-{group.size}-{group.rank}.json").write_text(json.dumps(answer))
-        if work in ("lost", "silent"):
+        if work in without_others:
             os._exit(0)  # there is nobody to say goodbye to
+
+
+if __name__ == "__main__":
+    main(globals(), ("lost", "silent"))

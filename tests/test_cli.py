@@ -16,7 +16,7 @@ from fastl2l.build import locked
 from fastl2l.cli import app
 from fastl2l.experiments.experiment import Experiment, Panel
 from fastl2l.progress import Progress
-from fastl2l.rule_files import load_rule, read_recipe
+from fastl2l.rule_files import load_rule, read_recipe, save_rule
 from fastl2l.tasks import Quadratic
 
 SMALL = ["--task", "quadratic", "--horizon", "4", "--unroll", "2", "--trajectories", "2", "--epochs", "2"]
@@ -181,6 +181,11 @@ def test_reproduce_prints_the_claim_and_the_table(tmp_path, monkeypatch):
     for words in ("A figure", "The paper: it works.", "lstm ends"):
         assert words in done.stdout
     assert (tmp_path / "tiny-quick" / "figure.png").exists()
+    assert "in place of" not in done.stdout
+    save_rule(load_rule("lstm-mnist"), tmp_path / "mine.safetensors")
+    mine = f"lstm-quadratic={tmp_path / 'mine.safetensors'}"
+    done = run("reproduce", "fig4-quadratic", "--quick", "--rule", mine, "--out", tmp_path)
+    assert f"lstm-quadratic is {tmp_path / 'mine.safetensors'} here, in place of" in done.stdout
 
 
 def test_reproduce_has_its_folder_to_itself(tmp_path, monkeypatch):

@@ -139,6 +139,9 @@ def test_history_is_drawn_whole_and_empty_ones_are_refused(tmp_path, axes):
     width, height = Image.open(path).size
     assert width == 1280
     assert height > 800  # and a legend beneath
+    assert axes[0].get_lines()[1].get_label() == "validation, last step"
+    plot_history(history, tmp_path / "log.png", log_floor=1e-5)
+    assert axes[-1].get_lines()[1].get_label() == "validation, geometric mean of the last steps + 1e-05"
     with pytest.raises(ValueError, match="history: expected at least one epoch"):
         plot_history([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()

@@ -165,6 +165,11 @@ def _option(name: str, value: Any) -> str:
     return f"{word} {value}"
 
 
+def _then(before: Recipe, name: str, about: str, *, training: Mapping[str, Any], **changes: Any) -> Recipe:
+    """A further stage, which starts from the rule of the one before and is like it but for `changes`."""
+    return replace(before, name=name, about=about, training=MappingProxyType(dict(training)), init=before, **changes)
+
+
 def _lstm_mnist() -> Recipe:
     """In four stages, each of which starts from the one before: longer windows see further, but need a rule that works.
 
@@ -180,8 +185,7 @@ def _lstm_mnist() -> Recipe:
 
     def then(before: Recipe, name: str, about: str, epochs: int, seed: int, **training: float) -> Recipe:
         exact = {"schedule": "cosine", "keep": "last", "second_derivatives": True}
-        options = MappingProxyType({**training, **exact})
-        return replace(before, name=name, about=about, epochs=epochs, training=options, seed=seed, init=before)
+        return _then(before, name, about, training={**training, **exact}, epochs=epochs, seed=seed)
 
     second = then(first, "lstm-mnist-2", "The second stage of lstm-mnist.", 100, seed=1, meta_lr=1e-3)
     third = then(
@@ -202,14 +206,13 @@ def _rnnprop() -> Recipe:
         kind=RNNpropRule.kind,
         augmentation=MappingProxyType({"scaling": (3.0,), "convex": 20}),
     )
-    return replace(
+    return _then(
         first,
-        name="rnnprop",
-        about="Small networks on images, of any activation: trained as the second paper's rule is, on an MLP on MNIST.",
+        "rnnprop",
+        "Small networks on images, of any activation: trained as the second paper's rule is, on an MLP on MNIST.",
+        training={"meta_lr": 1e-3, "schedule": "cosine", "keep": "last", "validation_problems": 2},
         epochs=35,
-        training=MappingProxyType({"meta_lr": 1e-3, "schedule": "cosine", "keep": "last", "validation_problems": 2}),
         seed=1,
-        init=first,
     )
 
 
@@ -237,47 +240,33 @@ def _rnnprop_long() -> Recipe:
         kind=RNNpropRule.kind,
         augmentation=MappingProxyType({"scaling": (0.0, 1.0, 3.0), "convex": 20}),
     )
+
+    def then(before: Recipe, number: str, training: Mapping[str, Any], **changes: Any) -> Recipe:
+        name, about = f"rnnprop-long-{number}", f"Stage {number} of rnnprop-long."
+        return _then(before, name, about, training=training, **changes)
+
     longer = {**common, "horizon": (50, 2000), "unroll": 50, "log_floor": 1e-5}
-    second = replace(
-        first,
-        name="rnnprop-long-2",
-        about="The second stage of rnnprop-long.",
-        epochs=36,
-        training=MappingProxyType({**longer, "meta_lr": 8e-4, "schedule": "constant"}),
-        seed=1,
-        init=first,
-    )
-    third = replace(
-        second,
-        name="rnnprop-long-3",
-        about="The third stage of rnnprop-long.",
-        epochs=18,
-        training=MappingProxyType({**longer, "meta_lr": 6e-4, "schedule": "cosine"}),
-        seed=2,
-        init=second,
-    )
+    second = then(first, "2", {**longer, "meta_lr": 8e-4, "schedule": "constant"}, epochs=36, seed=1)
+    third = then(second, "3", {**longer, "meta_lr": 6e-4, "schedule": "cosine"}, epochs=18, seed=2)
     exact = {**longer, "horizon": (50, 1500), "second_derivatives": True}
     slow = ("sequence", "attention", "language")
-    fourth = replace(
+    fourth = then(
         third,
-        name="rnnprop-long-4",
-        about="The fourth stage of rnnprop-long.",
+        "4",
+        {**exact, "meta_lr": 5e-4, "schedule": "constant"},
         epochs=21,
-        training=MappingProxyType({**exact, "meta_lr": 5e-4, "schedule": "constant"}),
+        seed=4,
         augmentation=MappingProxyType({"scaling": (0.0, 0.0, 1.0), "convex": 20}),
         options=MappingProxyType({"kinds": tuple(kind for kind in KINDS if kind not in slow)}),
-        seed=4,
-        init=third,
         steps=MappingProxyType({"relative": True}),
     )
-    return replace(
+    return _then(
         fourth,
-        name="rnnprop-long",
-        about="Networks of your own, for some thousand steps: trained on small networks of many kinds.",
+        "rnnprop-long",
+        "Networks of your own, for some thousand steps: trained on small networks of many kinds.",
+        training={**exact, "meta_lr": 4e-4, "schedule": "cosine"},
         epochs=27,
-        training=MappingProxyType({**exact, "meta_lr": 4e-4, "schedule": "cosine"}),
         seed=6,
-        init=fourth,
         steps=MappingProxyType({"ramp": 20, "decay": 1000}),
     )
 
