@@ -64,8 +64,9 @@ def final(
     build: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     start: int,
     steps: int,
+    batch: int,
 ) -> float:
-    """The loss on what is not trained on, after so many minibatches of 64."""
+    """The loss on what is not trained on, after so many minibatches of so many examples."""
     random = torch.Generator().manual_seed(start)
     torch.manual_seed(start)
     model, (inputs, targets) = make(), data
@@ -73,7 +74,7 @@ def final(
     judged, trained = order[:JUDGED], order[JUDGED:]
     optimizer = build(list(model.parameters()))
     for _ in range(steps):
-        rows = trained[torch.randint(len(trained), (64,), generator=random)]
+        rows = trained[torch.randint(len(trained), (batch,), generator=random)]
         optimizer.zero_grad()
         loss(model(inputs[rows]), targets[rows]).backward()
         optimizer.step()
@@ -85,28 +86,34 @@ def main() -> None:
     """Rows as CSV: the network, its parameters, the optimizer, and its mean, worst and all losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rules", nargs="*", metavar="NAME=FILE", help="more rules")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--starts", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, nargs="+", default=[1.0], help="factors on the rules' steps")
     given = parser.parse_args()
     rules = {name: name for name in RULES} | dict(entry.split("=", 1) for entry in given.rules)
     builds: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
         **{
-            name: functools.partial(FusedLSTMOptimizer, rule=fastl2l.load_rule(file), nonfinite="skip")
+            name + f" lr {lr:g}" * (lr != 1): functools.partial(
+                FusedLSTMOptimizer, rule=fastl2l.load_rule(file), lr=lr, nonfinite="skip"
+            )
             for name, file in rules.items()
+            for lr in given.lr
         },
         **{f"adam {rate:g}": functools.partial(torch.optim.Adam, lr=rate) for rate in RATES},
     }
     table = csv.writer(sys.stdout)
-    table.writerow(["network", "parameters", "steps", "optimizer", "mean", "worst", "losses"])
+    table.writerow(["network", "parameters", "steps", "batch", "optimizer", "mean", "worst", "losses"])
     for network, (make, loss, read) in NETWORKS.items():
         data, parameters = read(), sum(param.numel() for param in make().parameters())
         for name, build in builds.items():
-            losses = [final(make, loss, data, build, start, given.steps) for start in range(given.starts)]
+            losses = [final(make, loss, data, build, start, given.steps, given.batch) for start in range(given.starts)]
             shown = " ".join(f"{one:.4g}" for one in losses)
             row = [
                 network,
                 parameters,
                 given.steps,
+                given.batch,
                 name,
                 f"{statistics.mean(losses):.4g}",
                 f"{max(losses):.4g}",
