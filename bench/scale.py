@@ -3,7 +3,8 @@
 Everything with one thread a process, on a machine that does nothing else; all three by default. What is compared is
 measured by turns, so that noise hits both alike. It writes bench/results/scale/NAME.csv:
 
-- processes: problems a second of meta-training, batches of 16, in one process and in two.
+- processes: problems a second of meta-training, batches of 16, in one process, in two, and in two that know nothing of
+  each other, which is what the machine itself gives.
 - group: the same in one process, in pieces, with a process group of one and without, and without pieces.
 - coordinates: bytes and nanoseconds a coordinate of a step of 3e7 coordinates under the papers' LSTM rule.
 """
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,12 +170,24 @@ def speeds(task: str, found: dict[str, float], rounds: int) -> list[Speed]:
 
 
 def measure_processes(sizes: Sizes, quick: bool) -> Sequence[Any]:
+    def problems_a_second(task: str, size: int) -> float:
+        return float(started("trained_together", task, size, quick))
+
+    def apart(task: str) -> float:
+        with ThreadPoolExecutor(2) as both:
+            return sum(both.map(lambda _: problems_a_second(task, 1), range(2)))
+
     rows = []
     for task in TASKS:
         rounds = [
-            {size: started("trained_together", task, size, quick) for size in (1, 2)} for _ in range(sizes.rounds)
+            {
+                "1 process": problems_a_second(task, 1),
+                "2 processes": problems_a_second(task, 2),
+                "2 processes, each by itself": apart(task),
+            }
+            for _ in range(sizes.rounds)
         ]
-        found = {f"{size} processes": statistics.median(one[size] for one in rounds) for size in (1, 2)}
+        found = {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
         rows += speeds(task, found, sizes.rounds)
     return rows
 
@@ -198,10 +212,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("measures", nargs="*", help=f"some of {', '.join(MEASURES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--rounds", type=int, help="of which medians are taken; 5 by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV files")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     sizes = QUICK if given.quick else FULL
+    sizes = sizes._replace(rounds=given.rounds or sizes.rounds)
     if given.part:
         part(*given.part, sizes)
         return

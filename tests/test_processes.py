@@ -138,6 +138,8 @@ def test_pieces_are_told_apart_by_checkpoints(tmp_path):
 
 # torchrun
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--monitor-interval", "0.1"]
 
 TRAIN = [
     "train",
@@ -166,10 +168,8 @@ def test_torchrun_goes_on_after_a_kill_to_the_same_bits(tmp_path):
         [sys.executable, "-m", "fastl2l", *command, "--out", tmp_path / "one"],
         env=environment(), check=True, timeout=LONGEST, capture_output=True,
     )  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--monitor-interval", "0.1"]
     running = subprocess.Popen(
-        [*torchrun, "-m", "fastl2l", *command, "--out", tmp_path / "two"],
+        [*TORCHRUN, "--max-restarts", "3", "-m", "fastl2l", *command, "--out", tmp_path / "two"],
         env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -187,6 +187,21 @@ def test_torchrun_goes_on_after_a_kill_to_the_same_bits(tmp_path):
     assert running.returncode == 0, err
     assert "going on after epoch" in out
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+def test_figures_made_under_torchrun_are_those_of_one_process(tmp_path):
+    for name, start in {"one": [sys.executable], "two": TORCHRUN}.items():
+        subprocess.run(
+            [*start, "-m", "fastl2l", "reproduce", "fig4-quadratic", "--quick", "--out", tmp_path / name],
+            env=environment(FASTL2L_CACHE=str(tmp_path / f"cache of {name}")),
+            check=True, timeout=LONGEST, capture_output=True,
+        )  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    files = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file()]
+    assert {"figure.png", "table.md"} <= {file.name for file in files}
+    assert files == [path.relative_to(two) for path in sorted(two.rglob("*")) if path.is_file()]
+    for file in files:
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
 
 
 # Sharded parameters

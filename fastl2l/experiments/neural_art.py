@@ -39,7 +39,7 @@ from fastl2l.tasks.neural_art import ArtProblem
 RULE = "lstm-neural-art"
 TRAINING_STYLE, OTHER_STYLE = "starry-night", "wassily-kandinsky-composition-viii-1923"
 STEPS = 128
-_TUNED_ON, _SEED = 4, 1
+_SEED = 1
 _QUICK_STEPS, _QUICK_TUNING = 32, 16
 _QUICK = Budget(runs=2, tuning_runs=1, tuning_steps=_QUICK_TUNING, steps=_QUICK_STEPS, piece=1)
 
@@ -72,9 +72,9 @@ TRAINED = _Setting(
     "the training style, 64 x 64",
     TRAINING_STYLE,
     64,
-    Budget(runs=100, tuning_runs=_TUNED_ON, piece=5),
+    Budget(runs=20, tuning_runs=1, piece=5),
 )
-NEW = _Setting("new", "another style, 128 x 128", OTHER_STYLE, 128, Budget(runs=40, tuning_runs=2, piece=5))
+NEW = _Setting("new", "another style, 128 x 128", OTHER_STYLE, 128, Budget(runs=10, tuning_runs=1, piece=1))
 
 
 def _panel(setting: _Setting) -> Panel:
