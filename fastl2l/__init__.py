@@ -20,7 +20,7 @@ from fastl2l.groups import parameter_groups
 from fastl2l.meta import MetaTrainer
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.rule_files import RuleFileError, load_rule, save_rule
-from fastl2l.rules import LSTMRule, RNNpropRule, Rule
+from fastl2l.rules import GACRule, LSTMRule, RNNpropRule, Rule
 from fastl2l.trajectory import Trajectory
 
 try:
@@ -31,6 +31,7 @@ except PackageNotFoundError:  # a source tree that is on the path without being 
 __all__ = [
     "Curves",
     "FusedLSTMOptimizer",
+    "GACRule",
     "LSTMRule",
     "MetaTrainer",
     "RNNpropRule",

@@ -105,6 +105,11 @@ def _numbers(name: str, text: str, kind: type[int] | type[float], example: str) 
         raise ValueError(f"{name}: expected numbers such as {example}, got {text!r}") from None
 
 
+def _averages(text: str | None) -> int | tuple[int, ...] | None:
+    numbers = None if text is None else _numbers("averages", text, int, "5 or 2,5")
+    return numbers[0] if numbers is not None and len(numbers) == 1 else numbers
+
+
 def _augmented(task: tasks.Task, scaling: str | None, convex: int) -> tasks.Task:
     ranges = () if scaling is None else _numbers("scaling", scaling, float, "0,1,3")
     return tasks.augmented(task, scaling=ranges, convex=integer("convex", convex, least=0))
@@ -169,6 +174,9 @@ def train(
     output_scale: Annotated[float | None, typer.Option(help="Factor on updates; by default the task's.")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="LSTM units a layer; 20 by default.")] = None,
     layers: Annotated[int | None, typer.Option(help="LSTM layers; 2 by default.")] = None,
+    averages: Annotated[
+        str | None, typer.Option(help="Averaged units of each layer, for gac: 5, which is the default, or 2,5.")
+    ] = None,
     relative: Annotated[
         bool, typer.Option("--relative", help="Updates in units of the size that each parameter has at first.")
     ] = False,
@@ -184,7 +192,8 @@ def train(
 
     Example: fastl2l train --task mnist --hidden 20 --epochs 100 --out runs/mnist
     """
-    changed = {"preprocess": preprocess, "output_scale": output_scale, "hidden_size": hidden_size, "num_layers": layers}
+    changed: dict[str, Any] = {"preprocess": preprocess, "output_scale": output_scale}
+    changed |= {"hidden_size": hidden_size, "num_layers": layers, "averages": _averages(averages)}
     changed = {name: value for name, value in changed.items() if value is not None}
     integer("epochs", epochs)
     if init is not None and (changed or rule != LSTMRule.kind):
@@ -611,6 +620,7 @@ def _print_rule(name: str) -> None:
         steps = ", in units of each parameter's size at first" * one.config.relative
         steps += f", in {one.config.ramp} steps to their full size" * bool(one.config.ramp)
         steps += f", from step {one.config.decay} on falling as 1/t" * bool(one.config.decay)
+        steps += f", the mean of {' and '.join(map(str, one.config.averages))} units by layer" * one.config.coupled
         _say(f"{of}{one.text}, output scale {one.config.output_scale:g}{steps}, {weights:,} weights")
     for command in recipe.pop("commands", []):
         _say(command)

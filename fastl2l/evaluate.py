@@ -424,19 +424,19 @@ def builder(name: str, optimizer: Optimizer, backend: str = "auto", *, parts: Ma
     return build
 
 
-def is_relative(optimizer: Optimizer) -> TypeGuard[Learned]:
-    """Whether it is a rule, or has one for a part, whose steps depend on the tensors that theta is made of.
+def wants_trajectory(optimizer: Optimizer) -> TypeGuard[Learned]:
+    """Whether it is a rule, or has one for a part, whose steps depend on which tensors or functions theta is made of.
 
-    Those are followed by a `Trajectory`, which knows the problem's units; a torch optimizer is given theta as vectors.
+    Those are followed by a `Trajectory`, which knows that of the problem; a torch optimizer is given theta as vectors.
     """
     if not isinstance(optimizer, Rule | Mapping):
         return False
-    return any(rule.config.relative for rule in rules_by_part(optimizer).values())
+    return any(rule.config.relative or rule.config.coupled for rule in rules_by_part(optimizer).values())
 
 
 def _descend(problem: Problem, optimizer: Optimizer, steps: int, backend: str, name: str) -> Tensor:
     """As `baselines.descend`, of any of the kinds; errors speak of `name`."""
-    if not is_relative(optimizer):
+    if not wants_trajectory(optimizer):
         return descend(problem, builder(name, optimizer, backend, parts=problem.parts), steps)
     trajectory = Trajectory(problem, optimizer, backend=backend)
     return curve([trajectory.loss, *(trajectory.advance() for _ in range(steps))])

@@ -23,7 +23,7 @@ from fastl2l import baselines, files, plots, reference
 from fastl2l.evaluate import describe_optimizer, versions
 from fastl2l.ops.layout import to_rows
 from fastl2l.progress import Progress
-from fastl2l.rules import Learned, Rule
+from fastl2l.rules import Learned, Rule, rules_by_part
 from fastl2l.tasks.base import Problem, Task, generator, integer, problem_seed
 from fastl2l.trajectory import Trajectory
 
@@ -199,6 +199,9 @@ def look(
     integer("seed", seed, least=0)
     if not isinstance(task, Task):
         raise TypeError(f"task: expected a fastl2l Task, got {type(task).__name__}")
+    for one in rules_by_part(rule).values():
+        if one.config.coupled:
+            raise ValueError(f"rule: expected one that goes coordinate by coordinate, to look at some, got {one}")
     problem = task.sample(problem_seed(seed, "test", 0))
     watched = _coordinates(coordinates, problem, seed)
     asked = _asked(at, steps)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 
 from fastl2l.files import shown
+from fastl2l.ops.coupled_group import step_of
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.optimizer_state import (
     SHAPE,
@@ -145,6 +146,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     a rule with a ramp rise over a parameter's first steps, so there is no need to warm up; those of one with a decay
     fall after many, so there is none of a schedule.
 
+    The coordinates of a `GACRule` talk to each other, over all parameters of a group that have a gradient. It wants all
+    of them in this process, and takes neither ``capturable`` nor bfloat16 states.
+
     DTensors (FSDP2, tensor parallelism) are stepped in place where they are, each process its own part, and nothing is
     gathered; a gradient that is not finite in one process is one in all. ``state_dict`` has their states as DTensors
     ``[*shape, rows]``, which torch.distributed.checkpoint loads onto any number of processes. See docs/scale.md.
@@ -224,9 +228,22 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         try:
             _check_group(param_group, self.backend)
             _check_state_dtype(self.state_dtype, param_group["rule"])
+            self._check_coupled(param_group)
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_coupled(self, group: dict[str, Any]) -> None:
+        """That a rule whose coordinates talk has all of them here, and may wait for the device."""
+        if not group["rule"].config.coupled:
+            return
+        if self.capturable:
+            raise ValueError(f"capturable: expected False with a rule whose coordinates talk, got {group['rule']}")
+        if self._agreeing or any_sharded(group["params"]):
+            got = "a DTensor" if any_sharded(group["params"]) else "a group of processes"
+            raise ValueError(
+                f"params: expected all of them in this process, for a rule whose coordinates talk, got {got}"
+            )
 
     @torch.no_grad()
     def replace_parameter(self, old: Tensor, new: Tensor, rows: Any = None) -> None:
@@ -320,9 +337,10 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         """What a step takes; with `look` all that can be wrong with it here is found."""
         batches = [_Batch.of(number, group) for number, group in enumerate(self.param_groups)]
         batches = [batch for batch in batches if batch.params]
-        # What is wrong with one group must be found before another is changed; and with one parameter, by the
-        # reference, which takes them one by one.
-        if look or len(batches) > 1 or any(self._backend(batch).name == "reference" for batch in batches):
+        # What is wrong with one group must be found before another is changed; and with one parameter, by what takes
+        # them one by one: the reference, and the steps of rules whose coordinates talk.
+        one_by_one = any(self._backend(b).name == "reference" or b.group["rule"].config.coupled for b in batches)
+        if look or len(batches) > 1 or one_by_one:
             batches = [batch.checked() for batch in batches]
         flags = self._flags(batches, look)
         return _Ready(batches, flags, [self._kept(batch) for batch in batches])  # all memory must have been had
@@ -408,7 +426,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def _call(self, batch: _Batch, kept: _Kept, units: Tensor | None, finite: Tensor | None) -> None:
         rule: Rule = batch.group["rule"]
         scale, decay, rate = _scales(batch.group, rule)
-        self._backend(batch).step_(
+        step_of(rule, self._backend(batch))(
             batch.params,
             batch.grads,
             kept.states if kept.together is None else [kept.together.state],

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastl2l.files import shown
-from fastl2l.ops.layout import TILE, from_rows, new_state, state_shape, to_rows
+from fastl2l.ops.layout import TILE, from_rows, layers_apart, new_state, state_shape, to_rows
 from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import Rule
 from fastl2l.sharded import from_saved, is_sharded, local, to_saved
@@ -277,7 +277,8 @@ def select_rows(entry: dict[str, Any], old: Tensor, new: Tensor, rows: Any) -> d
         raise ValueError(f"rows: expected at most {len(new)}, as many as new has, got {list(index.shape)}")
     kept = to_rows(entry[STATE], math.prod(shape)).unflatten(1, shape)[:, index].flatten(1)
     begun = kept.new_zeros(len(kept), new.numel() - kept.shape[1])
-    return new_entry(from_rows(torch.cat([kept, begun], 1)), new.shape)
+    state = from_rows(torch.cat([kept, begun], 1)).unflatten(1, entry[STATE].shape[1:-1])
+    return new_entry(layers_apart(state), new.shape)
 
 
 def _allocate(rule: Rule, numel: int, dtype: torch.dtype | None) -> Tensor:

@@ -145,3 +145,38 @@ def _step(
     w_out, b_out = weights[-2:]
     out = w_out @ x + b_out
     return update_scale * (out.tanh() if config.output == "tanh" else out), new_state
+
+
+# Rules whose coordinates talk
+
+
+def coupled_step(
+    gradient: Tensor, state: Tensor, weights: Sequence[Tensor], config: RuleConfig, update_scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of a rule whose coordinates talk, for all coordinates of one function.
+
+    Args:
+        gradient: [N].
+        state: [state_rows, N]; for each layer its h rows, the first of which are means, then its c rows.
+        weights: in the order of ``RuleConfig.weight_shapes``.
+        config: the rule.
+        update_scale: factor on the update.
+
+    Returns:
+        As for :func:`step`.
+    """
+    with exact(gradient.device):
+        rows = state.reshape(config.num_layers, 2, config.hidden_size, -1)
+        x, _ = features(gradient, state[:0], config.features)
+        new_rows = []
+        for layer, count in enumerate(config.averages):
+            x, c = lstm_cell(x, rows[layer, 0], rows[layer, 1], *weights[3 * layer : 3 * layer + 3])
+            x = averaged(x, count)
+            new_rows += [x, c]
+        w_out, b_out = weights[-2:]
+        return update_scale * (w_out @ x + b_out), torch.cat(new_rows)
+
+
+def averaged(h: Tensor, count: int) -> Tensor:
+    """Andrychowicz et al. 2016, App. D: the first rows of h [hidden, N] replaced by their means over coordinates."""
+    return torch.cat([h[:count].mean(1, keepdim=True).expand(-1, h.shape[1]), h[count:]])

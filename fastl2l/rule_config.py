@@ -7,6 +7,9 @@ A rule is the network of one coordinate, from its gradient to its update, and is
 
     [features] [given:rows] [projection:units] lstm:units,... output
 
+A rule whose coordinates talk (``averages``) has such a network for each layer, and what mixes coordinates lies between
+them: see ``RuleConfig.chain`` and ops/coupled.py.
+
 This text goes to the operators of every backend (``ops/schema.py``), into rule files and into messages;
 csrc/rule_text.h reads it for C++. ``reference.py`` says what each part computes.
 """
@@ -183,6 +186,8 @@ class RuleConfig:
             first steps a rule has seen signs of gradients alone.
         decay: steps after which updates fall again, at step t to decay / t of their full size. 0 for never. A rule does
             not know how long a way is, and what has been trained for some time wants ever smaller steps.
+        averages: of each layer, how many of its units, the first ones, are global averaging cells: their h is the mean
+            over all coordinates. Empty where coordinates know nothing of each other.
 
     Raises:
         ValueError: the parts do not go together or a number is out of range; the message names it.
@@ -197,6 +202,7 @@ class RuleConfig:
     relative: bool = False
     ramp: int = 0
     decay: int = 0
+    averages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.features, (*FEATURES.values(), type(None))):
@@ -218,8 +224,18 @@ class RuleConfig:
             object.__setattr__(self, name, require_int(name, getattr(self, name), 0, MOST_STEPS))
         if 0 < self.decay < self.ramp:
             raise ValueError(f"decay: expected at least as many steps as the ramp's {self.ramp}, got {self.decay}")
+        object.__setattr__(self, "averages", self._checked_averages())
 
-    @property
+    def _checked_averages(self) -> tuple[int, ...]:
+        if not isinstance(self.averages, (tuple, list)) or len(self.averages) not in (0, self.num_layers):
+            raise ValueError(f"averages: expected a number for each of {self.num_layers} layers, got {self.averages!r}")
+        averages = tuple(require_int("averages", count, 0, self.hidden_size) for count in self.averages)
+        plain = self.output == "linear" and self.projection is None and not self.given
+        if averages and (not plain or self.feature_count == 0 or self.lstm_rows < self.state_rows):
+            raise ValueError(f"averages: expected parts such as log_sign, lstm and linear with them, got {self.text}")
+        return averages
+
+    @functools.cached_property
     def text(self) -> str:
         """The rule's text, in its one canonical form; output scale, units, ramp and decay are not in it."""
         parts = [str(part) for part in (self.features,) if part is not None]
@@ -281,7 +297,27 @@ class RuleConfig:
     @property
     def takes_bfloat16_state(self) -> bool:
         """Whether the state may be rounded to bfloat16: not means, whose cost has not been measured."""
-        return self.state_rows == self.lstm_rows
+        return self.state_rows == self.lstm_rows and not self.coupled
+
+    @property
+    def coupled(self) -> bool:
+        """Whether coordinates talk to each other, so that no kernel does all of a step: see `chain`."""
+        return bool(self.averages)
+
+    @functools.cached_property
+    def chain(self) -> list[RuleConfig]:
+        """Of a coupled rule, the network of a coordinate between two means: one a layer, the last with the output."""
+        hidden, last = self.hidden_size, self.num_layers - 1
+        return [
+            RuleConfig(
+                None if layer else self.features,
+                (hidden,),
+                output=self.output if layer == last else "none",
+                given=hidden if layer else 0,
+                output_scale=self.output_scale,
+            )
+            for layer in range(self.num_layers)
+        ]
 
     @functools.cached_property
     def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -308,7 +344,7 @@ class RuleConfig:
 
     def describe(self) -> dict[str, Any]:
         """As JSON holds it: for files, from which `from_description` reads it."""
-        steps = {"relative": self.relative, "ramp": self.ramp, "decay": self.decay}
+        steps = {"relative": self.relative, "ramp": self.ramp, "decay": self.decay, "averages": list(self.averages)}
         given = {name: value for name, value in steps.items() if value}  # older versions read what has none of them
         return {"text": self.text, "output_scale": self.output_scale, **given}
 
@@ -322,7 +358,7 @@ class RuleConfig:
         description = dict(description)
         if description.keys() == {"preprocess", "p", "scale", "output_scale", "hidden_size", "num_layers"}:
             return lstm_config(**description)
-        if description.keys() - {"relative", "ramp", "decay"} != {"text", "output_scale"}:
+        if description.keys() - {"relative", "ramp", "decay", "averages"} != {"text", "output_scale"}:
             raise ValueError(f"expected text and output_scale, got {shown(sorted(map(str, description)))}")
         return dataclasses.replace(cls.parse(description.pop("text")), **description)
 

@@ -144,7 +144,7 @@ class Rule(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"{self.text!r}, output_scale={self.config.output_scale:g}" + _steps(self.config)
+        return f"{self.text!r}, output_scale={self.config.output_scale:g}" + _beside_text(self.config)
 
 
 class LSTMRule(Rule):
@@ -271,7 +271,57 @@ class RNNpropRule(Rule):
         super().__init__(dataclasses.replace(config, relative=relative, ramp=ramp, decay=decay), seed=seed, dtype=dtype)
 
 
-RULES: dict[str, type[Rule]] = {kind.kind: kind for kind in (LSTMRule, RNNpropRule)}
+class GACRule(Rule):
+    """The LSTM with global averaging cells (LSTM+GAC) of Andrychowicz et al. 2016, appendix D.
+
+    As :class:`LSTMRule`, but for the first units of each layer: their h is replaced by its mean over all coordinates of
+    the function that is optimized (all parameters of a group that have a gradient), and the mean is what the next layer
+    and the next step see. The cell c stays each coordinate's own. So coordinates can agree on a number, such as the
+    norm of the gradient.
+
+    Args:
+        averages: averaged units of each layer; one number for all of them.
+        preprocess, p, scale, output_scale, relative, ramp, decay, hidden_size, num_layers, seed, dtype: as for
+            :class:`LSTMRule`.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    kind = "gac"
+
+    def __init__(
+        self,
+        preprocess: str = "log_sign",
+        *,
+        averages: int | Sequence[int] = 5,
+        p: float = 10.0,
+        scale: float = 1.0,
+        output_scale: float = 0.1,
+        relative: bool = False,
+        ramp: int = 0,
+        decay: int = 0,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config = lstm_config(preprocess, p, scale, output_scale, hidden_size, num_layers)
+        steps: dict[str, Any] = {"relative": relative, "ramp": ramp, "decay": decay}
+        super().__init__(
+            dataclasses.replace(config, **steps, averages=_of_layers(averages, num_layers)), seed=seed, dtype=dtype
+        )
+
+
+def _of_layers(averages: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """One number a layer, at least one of which is above 0."""
+    found = tuple(averages) if isinstance(averages, Sequence) else (averages,) * num_layers
+    if not any(found):
+        raise ValueError(f"averages: expected at least one averaged unit in some layer, got {averages!r}")
+    return found
+
+
+RULES: dict[str, type[Rule]] = {kind.kind: kind for kind in (LSTMRule, RNNpropRule, GACRule)}
 """Rules that have a name, by it. All others are plain `Rule`."""
 
 
@@ -310,9 +360,10 @@ def stepping(rule: Rule, *, relative: bool | None = None, ramp: int | None = Non
     return made
 
 
-def _steps(config: RuleConfig) -> str:
+def _beside_text(config: RuleConfig) -> str:
     numbers = "".join(f", {name}={getattr(config, name)}" for name in ("ramp", "decay") if getattr(config, name))
-    return ", relative" * config.relative + numbers
+    averages = f", averages={config.averages}" * bool(config.averages)
+    return averages + ", relative" * config.relative + numbers
 
 
 def rules_by_part(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:

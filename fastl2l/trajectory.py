@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastl2l.ops.dispatch import select
-from fastl2l.ops.functional import update
-from fastl2l.ops.layout import TILE, new_state
+from fastl2l.ops.layout import TILE
 from fastl2l.rules import Rule, all_weights, rules_by_part
 from fastl2l.tasks.base import Problem, parts_of, value_and_grad
+from fastl2l.tracks import Track, make_track
 
 SECOND_MINIBATCHES = 2**40
 """From this step of a problem on are minibatches that no optimizer sees: at t steps, that of this step + t."""
@@ -79,35 +78,6 @@ def step_weights(weights: Sequence[float] | str | None, unroll: int) -> list[flo
     return numbers
 
 
-@dataclass
-class _Track:
-    """The way of one part of theta, under a rule of its own."""
-
-    rule: Rule
-    part: slice
-    state: Tensor
-    units: Tensor | None
-    """What updates are multiplied by, of a relative rule."""
-
-    def factors(self, steps: range) -> Tensor | None:
-        """What the rule's own updates of these steps, from 1 on, are multiplied by: [N], [steps, 1 or N] or None."""
-        shares = [self.rule.config.share(step) for step in steps]
-        if all(share == 1 for share in shares):
-            return self.units
-        column = self.state.new_tensor(shares).unsqueeze(1)
-        return column if self.units is None else column * self.units
-
-    def multiplied(self, updates: Tensor, steps: range) -> Tensor:
-        """The rule's own updates [steps, N] as those of theta; or gradients of these as gradients of its own."""
-        factors = self.factors(steps)
-        return updates if factors is None else updates * factors
-
-    def arguments(self) -> tuple[list[Tensor], str, float]:
-        """The operators' arguments about the rule."""
-        weights = [weight.detach() for weight in self.rule.weights()]
-        return weights, self.rule.text, self.rule.config.output_scale
-
-
 class Trajectory:
     """One problem being optimized by one rule, or by one for each of its parts.
 
@@ -120,7 +90,7 @@ class Trajectory:
     Attributes:
         theta: [N], where the optimizee is.
         rules: by part; the one rule of all of it is that of "".
-        states: the rules' states, [tiles, rows, 16] each, in the order of `rule`.
+        states: the rules' states (see ops/layout.py), in the order of `rule`.
         steps: steps done, counted from the problem's first.
         loss: 0-d Tensor, f(theta) of the minibatch of step ``steps``, the mean over the problem's functions.
 
@@ -137,17 +107,12 @@ class Trajectory:
                 f"problem: expected theta_0 in {first.dtype} on {first.device} as the rule is, "
                 f"got {theta0.dtype} on {theta0.device}"
             )
-        self._backend_name, self._backend = backend, select(backend, theta0.device)
-        self.theta, self._gradient = torch.empty_like(theta0), torch.empty_like(theta0)
-        self._tracks = [
-            _Track(
-                self.rules[name],
-                part,
-                new_state(self.rules[name], part.stop - part.start, theta0.device),
-                _units(problem, part) if self.rules[name].config.relative else None,
-            )
+        chosen = select(backend, theta0.device)
+        self._tracks: list[Track] = [
+            make_track(problem, name, self.rules[name], part, chosen)
             for name, part in _slices(problem, self.rules).items()
         ]
+        self.theta, self._gradient = torch.empty_like(theta0), torch.empty_like(theta0)
         self.restart()
 
     @property
@@ -179,7 +144,7 @@ class Trajectory:
         """Start anew at the problem's theta_0, as it is now, in the same memory."""
         self.theta.copy_(self.problem.theta0)
         for track in self._tracks:
-            track.state.zero_()
+            track.begin()
         self.steps = 0
         self.loss = self._evaluate(self._gradient)
 
@@ -195,7 +160,8 @@ class Trajectory:
         First-order (Andrychowicz et al. 2016, figure 2 without the dashed edges): since theta_{t+1} = theta_t + u_t,
         dL/du_t is the sum of w_s grad f_s(theta_s) over s > t, which the forward pass has computed already; one kernel
         takes it back through the LSTM. No graph is kept and the optimizee is not evaluated again. It takes 480 bytes
-        a coordinate at 20 steps, plus a fixed workspace a thread.
+        a coordinate at 20 steps, plus a fixed workspace a thread; of a rule whose coordinates talk, a state and more a
+        step (see ops/coupled.py).
 
         With `second_derivatives` the dependence of the gradients on the rule's weights is kept: exact, through
         Hessian-vector products of the optimizee, at the price of its graphs and of a state a step.
@@ -251,23 +217,10 @@ class Trajectory:
         """
         steps = range(self.steps - len(grads) + 1, self.steps + 1)
         found = [
-            self._window_backward(
-                track, first_state, grads[:, track.part], track.multiplied(adjoints[:, track.part], steps)
-            )
+            track.window_backward(first_state, grads, adjoints, steps)
             for track, first_state in zip(self._tracks, first_states, strict=True)
         ]
         return torch.cat(found) if len(found) > 1 else found[0]
-
-    def _window_backward(self, track: _Track, first_state: Tensor, grads: Tensor, adjoints: Tensor) -> Tensor:
-        """The gradient with respect to a rule's weights; 0 for those that are frozen."""
-        dweights, *_ = self._backend.window_backward(
-            first_state, grads.contiguous(), adjoints.contiguous(), *track.arguments(), None, False, False
-        )
-        weights = track.rule.weights()
-        for weight, part in zip(weights, dweights.split([weight.numel() for weight in weights]), strict=True):
-            if not weight.requires_grad:
-                part.zero_()
-        return dweights
 
     def _exact_window(self, to_lower: Objective) -> tuple[list[Tensor], Tensor]:
         functions, losses, rule_weights = self.problem.functions, [], all_weights(self.rules)
@@ -277,10 +230,7 @@ class Trajectory:
             theta, states, gradient = self.theta, self.states, self._gradient
             objective = theta.new_zeros(())
             for weight in to_lower.weights:
-                changes = [
-                    update(track.rule, gradient[track.part], state, backend=self._backend_name)
-                    for track, state in zip(self._tracks, states, strict=True)
-                ]
+                changes = [track.update(gradient, state) for track, state in zip(self._tracks, states, strict=True)]
                 states = [state for _, state in changes]
                 self.steps += 1
                 now = range(self.steps, self.steps + 1)
@@ -314,13 +264,7 @@ class Trajectory:
     def _propose(self, gradient: Tensor, theta: Tensor) -> None:
         """Add the rules' next updates to `theta`, and bring their states forward."""
         for track in self._tracks:
-            weights, text, scale = track.arguments()
-            scale *= track.rule.config.share(self.steps + 1)
-            mine = theta[track.part]
-            change = mine if track.units is None else torch.zeros_like(mine)
-            self._backend.step_([change], [gradient[track.part]], [track.state], weights, text, scale, 1.0)
-            if track.units is not None:
-                mine.addcmul_(change, track.units)
+            track.propose(gradient, theta, self.steps + 1)
 
     def _evaluate(self, gradient: Tensor) -> Tensor:
         """The loss at theta, whose gradient is written to `gradient`."""
@@ -340,21 +284,3 @@ def _slices(problem: Problem, rules: Mapping[str, Rule]) -> dict[str, slice]:
         raise ValueError(f"rule: expected {what} ({', '.join(parts) or 'it has none'}), got {got} for {part!r}")
     ends = dict(zip(parts, itertools.accumulate(parts.values()), strict=True))
     return {name: slice(ends[name] - parts[name], ends[name]) for name in rules}
-
-
-def _units(problem: Problem, part: slice) -> Tensor | None:
-    """Of the coordinates of a part, for a relative rule; None if all are 1.
-
-    Raises:
-        TypeError, ValueError: `problem.units` is not as `Problem` says. The message names the task.
-    """
-    units, theta0, where = problem.units, problem.theta0, f"task {problem.task!r}: units"
-    if units is None:
-        return None
-    if not isinstance(units, Tensor) or units.dtype != theta0.dtype or units.device != theta0.device:
-        got = f"a Tensor of {units.dtype} on {units.device}" if isinstance(units, Tensor) else repr(units)
-        raise TypeError(f"{where}: expected None or a Tensor of {theta0.dtype} on {theta0.device}, got {got}")
-    if units.shape != theta0.shape or not (units.isfinite() & (units > 0)).all():
-        got = "others" if units.shape == theta0.shape else f"shape {list(units.shape)}"
-        raise ValueError(f"{where}: expected {theta0.numel()} finite numbers > 0, got {got}")
-    return units.detach()[part]

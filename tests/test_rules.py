@@ -161,15 +161,15 @@ def test_rnnprop_is_made_of_its_parts():
 
 @pytest.mark.parametrize("kind", [*RULES, "rule"])
 def test_a_rule_is_made_again_from_what_it_is(kind):
-    rule = {"lstm": LSTMRule, "rnnprop": RNNpropRule}.get(kind, lambda: Rule(RNNpropRule().config))()
+    rule = RULES.get(kind, lambda: Rule(RNNpropRule().config))()
     twin = make_rule(rule.kind, rule.config)
     assert type(twin) is type(rule)
     assert (twin.kind, twin.describe()) == (kind, rule.describe())
     twin.load_weights({name: weight + 1 for name, weight in rule.named_parameters()})
     assert torch.equal(twin.weight_hh_l0, rule.weight_hh_l0 + 1)
     assert twin.fingerprint() != rule.fingerprint()
-    with pytest.raises(ValueError, match="kind: expected one of lstm, rnnprop, rule, got 'gac'"):
-        make_rule("gac", rule.config)
+    with pytest.raises(ValueError, match="kind: expected one of lstm, rnnprop, gac, rule, got 'other'"):
+        make_rule("other", rule.config)
 
 
 def test_weights_that_do_not_fit_are_named_and_change_nothing():

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fastl2l.baselines import Baseline, check_in_place, give_gradient, leaves
-from fastl2l.evaluate import builder, describe_optimizer, is_relative, json_number
+from fastl2l.evaluate import builder, describe_optimizer, json_number, wants_trajectory
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.processes import current
 from fastl2l.rules import Learned, Rule
@@ -82,7 +82,7 @@ def _kept(task: Task, optimizer: Rule | Baseline, steps: int, seed: int) -> floa
 def descend(problem: Problem, optimizer: Rule | Baseline, at: list[int]) -> list[float]:
     """Loss on all examples after these numbers of steps, which rise; inf from a loss on that is not finite."""
     found: list[float] = []
-    walk = _by_rule(problem, optimizer) if is_relative(optimizer) else _by_optimizer(problem, optimizer)
+    walk = _by_rule(problem, optimizer) if wants_trajectory(optimizer) else _by_optimizer(problem, optimizer)
     for step, theta in enumerate(itertools.islice(walk, at[-1]), start=1):
         if step == at[len(found)]:
             found.append(problem.whole_loss(theta).item() / problem.functions)

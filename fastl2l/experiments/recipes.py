@@ -12,7 +12,7 @@ from typing import Any
 
 from fastl2l import tasks
 from fastl2l.meta import MetaTrainer
-from fastl2l.rules import RULES, Learned, LSTMRule, RNNpropRule, Rule, stepping
+from fastl2l.rules import RULES, GACRule, Learned, LSTMRule, RNNpropRule, Rule, stepping
 from fastl2l.tasks.random_networks import KINDS
 
 RULE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -42,7 +42,7 @@ def fresh_rule(kind: str, task: str, *, seed: int = 0, **options: Any) -> Rule:
     for option in options:
         if option not in known:
             raise ValueError(f"{option}: expected options of {kind} ({', '.join(known)}), got one of another kind's")
-    papers = RULE_OPTIONS.get(task, {}) if kind == LSTMRule.kind else {}
+    papers = RULE_OPTIONS.get(task, {}) if kind in (LSTMRule.kind, GACRule.kind) else {}
     return RULES[kind](**{**papers, **options}, seed=seed)
 
 

@@ -60,6 +60,8 @@ def check(rule: Rule | Mapping[str, Rule], problem: Problem, *, second_derivativ
     if second_derivatives:
         raise ValueError("capture: expected first-order windows, got second_derivatives=True")
     for part in rules_by_part(rule).values():
+        if part.config.coupled:
+            raise ValueError(f"capture: expected rules that go coordinate by coordinate, got {part}")
         if part.config.counts_steps or part.config.relative:
             raise ValueError(f"capture: expected rules without ramp, decay and units of parameters, got {part}")
     _pure(problem)

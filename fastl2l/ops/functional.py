@@ -94,16 +94,18 @@ def update(
         The update [N], to be added to the parameters (zeros if the rule's output is none), and the new state.
 
     Raises:
-        ValueError: a shape or dtype is not as above.
+        ValueError: a shape or dtype is not as above, or the rule's coordinates talk (see ``ops.coupled.step``).
     """
+    if rule.config.coupled:
+        raise ValueError(f"rule: expected one that goes coordinate by coordinate, got {rule!r}; see ops.coupled.step")
     if gradient.dim() != 1 or gradient.dtype != rule.dtype:
         raise ValueError(f"gradient: expected [N] of {rule.dtype}, got {list(gradient.shape)} of {gradient.dtype}")
-    tiles, _, _ = expected = state_shape(rule, gradient.numel())
+    expected = state_shape(rule, gradient.numel())
     _check("state", state, expected, rule.dtype)
     if (given is None) != (rule.config.given == 0):
         raise ValueError(f"given: expected {rule.config.given} rows, got {'none' if given is None else 'some'}")
     if given is not None:
-        _check("given", given, (tiles, rule.config.given, TILE), rule.dtype)
+        _check("given", given, (expected[0], rule.config.given, TILE), rule.dtype)
         given = given.contiguous()
     chosen = select(backend, gradient.device)
     new: tuple[Tensor, Tensor] = _Update.apply(

@@ -38,6 +38,7 @@ class Problem(ABC):
             None or empty: all is one part.
         units: [N], the units of the parameters that theta is made of, in which relative rules take their steps
             (`fastl2l.units`). None: all are 1.
+        uneven: whether functions have different numbers of coordinates, as problems of different sizes side by side.
     """
 
     task: str
@@ -45,6 +46,7 @@ class Problem(ABC):
     functions: int = 1
     parts: Mapping[str, int] | None = None
     units: Tensor | None = None
+    uneven: bool = False
 
     @abstractmethod
     def loss(self, theta: Tensor, step: int) -> Tensor:

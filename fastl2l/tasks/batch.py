@@ -89,6 +89,7 @@ class _OneByOne(Problem):
         self.task, self.functions = problems[0].task, sum(problem.functions for problem in problems)
         self.theta0, self.parts = _side_by_side(problems, [problem.theta0 for problem in problems]), _parts(problems)
         self._sizes = _sizes(problems)
+        self.uneven = any(problem.uneven for problem in problems) or any(len(set(sizes)) > 1 for sizes in self._sizes)
 
     @cached_property
     def units(self) -> Tensor | None:  # type: ignore[override]

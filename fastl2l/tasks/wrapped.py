@@ -48,6 +48,7 @@ class _Wrapped(Problem):
         units: Callable[[Tensor], Tensor],
     ) -> None:
         self.task, self.functions, self.theta0, self.parts = problem.task, problem.functions, theta0, parts
+        self.uneven = problem.uneven
         self._problem, self._change, self._own, self._units = problem, change, own, units
 
     @cached_property

@@ -1,0 +1,141 @@
+"""One layer of a rule whose coordinates talk: a kernel, and means of its first units over the coordinates.
+
+That a unit is replaced by its mean is a symmetric projection: on the way back its adjoint is averaged likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastl2l import reference
+from fastl2l.ops.coordinates import Coordinates
+from fastl2l.ops.dispatch import Backend
+from fastl2l.ops.layout import from_rows, to_rows
+from fastl2l.rule_config import RuleConfig
+
+
+class Layer(NamedTuple):
+    """A layer's network between two means, and how many of its units are averaged."""
+
+    config: RuleConfig
+    weights: list[Tensor]
+    averages: int
+
+
+class LayerStep(NamedTuple):
+    """What a step of a layer gives."""
+
+    update: Tensor
+    """[N]; zeros of a layer without an output."""
+    state: Tensor
+    """[tiles, rows, 16], with means in it."""
+    means: Tensor
+    """[averages, functions, 1]."""
+
+
+def step(
+    layer: Layer, gradient: Tensor, state: Tensor, given: Tensor | None, where: Coordinates, scale: float,
+    backend: Backend,
+) -> LayerStep:  # fmt: skip
+    """One step of a layer, differentiable any number of times in gradient, state, given rows and weights.
+
+    Args:
+        layer: which.
+        gradient: [N].
+        state: [tiles, rows, 16].
+        given: [tiles, rows, 16], for a layer that has such inputs.
+        where: which function each coordinate belongs to.
+        scale: factor on the update.
+        backend: does the work.
+    """
+    return LayerStep(
+        *_Step.apply(layer, where, scale, backend, gradient.contiguous(), state.contiguous(), given, *layer.weights)
+    )
+
+
+@torch.no_grad()
+def step_(
+    layer: Layer, gradient: Tensor, state: Tensor, given: Tensor | None, where: Coordinates, scale: float,
+    backend: Backend,
+) -> LayerStep:  # fmt: skip
+    """The same, of tensors side by side, and in place: the state that comes back is the one that was given."""
+    update, sizes = torch.zeros_like(gradient), where.tensors
+    own = state.contiguous()  # itself, but for a state that somebody has laid out otherwise
+    params, grads = update.split(sizes), gradient.split(sizes)
+    backend.step_(params, grads, [own], layer.weights, layer.config.text, scale, 1.0, None, given)
+    means = own.new_empty(0, where.functions, 1)
+    if layer.averages:
+        means = where.means(own[:, : layer.averages])
+        own[:, : layer.averages] = where.of_each(means)
+    return LayerStep(update, own if own is state else state.copy_(own), means)
+
+
+class _Step(torch.autograd.Function):
+    """Arguments: layer, coordinates, scale, backend, gradient, state, given rows or None, weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Layer, where: Coordinates, scale: float, backend: Backend, gradient: Tensor, state: Tensor,
+        given: Tensor | None, *weights: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.layer, ctx.where, ctx.scale, ctx.backend = layer, where, scale, backend
+        ctx.save_for_backward(gradient, state, given, *weights)
+        return step_(layer._replace(weights=list(weights)), gradient, state.clone(), given, where, scale, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dupdate: Tensor, dstate: Tensor, dmeans: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[4:]
+        if torch.is_grad_enabled():  # create_graph=True
+            return (*[None] * 4, *_backward_with_graph(ctx, (dupdate, dstate, dmeans), needs))
+        gradient, state, given, *weights = ctx.saved_tensors
+        dweights, *found = ctx.backend.window_backward(
+            state,
+            gradient.unsqueeze(0),
+            dupdate.contiguous().unsqueeze(0),
+            weights,
+            ctx.layer.config.text,
+            ctx.scale,
+            _before_the_mean(dstate, dmeans, ctx.layer.averages, ctx.where),
+            needs[1],
+            needs[0],
+            None if given is None else given.unsqueeze(0),
+            needs[2],
+        )
+        dstate_first, dgrads, dgiven = found
+        split = dweights.split([weight.numel() for weight in weights])
+        first = (dgrads[0] if needs[0] else None, dstate_first, dgiven[0] if needs[2] else None)
+        rest = (part.view_as(weight) for part, weight in zip(split, weights, strict=True))
+        return (*[None] * 4, *(one if need else None for one, need in zip((*first, *rest), needs, strict=True)))
+
+
+def _before_the_mean(dstate: Tensor, dmeans: Tensor, count: int, where: Coordinates) -> Tensor:
+    """Adjoints of the state with means in it and of the means, as one of the state as the kernel has left it."""
+    if not count:
+        return dstate.contiguous()
+    found = dstate.clone(memory_format=torch.contiguous_format)
+    found[:, :count] = where.of_each(where.means(dstate[:, :count]) + dmeans / where.dim)
+    return found
+
+
+def _backward_with_graph(
+    ctx: Any, adjoints: Sequence[Tensor], needs: tuple[bool, ...]
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients that can be differentiated again, which the kernels' cannot: by reference.py."""
+    gradient, state, given, *weights = ctx.saved_tensors
+    numel, count, where = gradient.numel(), ctx.layer.averages, ctx.where
+    with reference.exact(gradient.device):
+        rows = None if given is None else to_rows(given, numel)
+        text = ctx.layer.config.text
+        update, new = reference.step(gradient, to_rows(state, numel), weights, text, ctx.scale, rows)
+        means = where.by_function(new[:count]).mean(-1, keepdim=True)
+        new = torch.cat([where.flat(means.expand(-1, -1, where.dim)), new[count:]])
+        pairs = zip((update, from_rows(new), means), adjoints, strict=True)
+        # Without an output the update, and without averaged units the means, depend on nothing.
+        outputs, dual = zip(*((output, adjoint) for output, adjoint in pairs if output.requires_grad), strict=True)
+        needed = [tensor for tensor, need in zip(ctx.saved_tensors, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(outputs, needed, dual, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,104 @@
+"""Where the coordinates of a state lie, which function each belongs to, and means over those of a function."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastl2l.ops.layout import TILE, from_rows, tiles_of, to_rows
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """All coordinates that know of each other, or several functions' side by side, each of which is by itself.
+
+    Args:
+        tensors: sizes of the tensors whose states lie one after the other, each from a tile of its own on.
+        parts: sizes of the parts that they are made of, in each of which functions lie side by side.
+        functions: how many there are, all with as many coordinates.
+
+    Raises:
+        ValueError: functions are not of one size.
+    """
+
+    tensors: tuple[int, ...]
+    parts: tuple[int, ...] = ()
+    functions: int = 1
+
+    def __post_init__(self) -> None:
+        parts = self.parts or (sum(self.tensors),)
+        if any(part % self.functions for part in parts):
+            raise ValueError(
+                f"problem: expected {self.functions} functions with as many coordinates each, got parts of "
+                f"{', '.join(map(str, parts))} coordinates"
+            )
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def numel(self) -> int:
+        """How many there are."""
+        return sum(self.tensors)
+
+    @property
+    def dim(self) -> int:
+        """How many a function has."""
+        return self.numel // self.functions
+
+    # Between tiles [tiles, rows, 16], rows [rows, N] and functions [rows, functions, dim]
+
+    def rows(self, tiles: Tensor) -> Tensor:
+        """[tiles, rows, 16] as [rows, N]."""
+        if self._filled:
+            return to_rows(tiles, self.numel)
+        return to_rows(tiles, len(tiles) * TILE)[:, _lanes(self.tensors, tiles.device)]
+
+    def tiles(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`, with zeros in lanes that are no coordinate's."""
+        if self._filled:
+            return from_rows(rows)
+        lanes = _lanes(self.tensors, rows.device)
+        return from_rows(rows.new_zeros(len(rows), sum(map(tiles_of, self.tensors)) * TILE).index_copy(1, lanes, rows))
+
+    def by_function(self, rows: Tensor) -> Tensor:
+        """[rows, N] as [rows, functions, dim]."""
+        pieces = [part.unflatten(-1, (self.functions, -1)) for part in rows.split(self.parts, -1)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+    def flat(self, functions: Tensor) -> Tensor:
+        """The inverse of :meth:`by_function`."""
+        pieces = functions.split([part // self.functions for part in self.parts], -1)
+        return torch.cat([piece.flatten(-2) for piece in pieces], -1) if len(pieces) > 1 else pieces[0].flatten(-2)
+
+    # Means
+
+    def means(self, tiles: Tensor) -> Tensor:
+        """The means of rows [tiles, rows, 16] over each function's coordinates, [rows, functions, 1].
+
+        They are summed in float64, so that they hardly depend on where and in how many threads that is done.
+        """
+        rows = self.by_function(self.rows(tiles))
+        return (rows.sum(-1, keepdim=True, dtype=torch.float64) / self.dim).to(tiles.dtype)
+
+    def of_each(self, means: Tensor) -> Tensor:
+        """[rows, functions, 1] as what each coordinate has of it: something that can be expanded to its tiles."""
+        if self.functions == 1:
+            return means.view(1, -1, 1)
+        return self.tiles(self.flat(means.expand(-1, -1, self.dim)))
+
+    @property
+    def _filled(self) -> bool:
+        """Whether no tile but the last has lanes that are no coordinate's."""
+        return not any(size % TILE for size in self.tensors[:-1])
+
+
+@functools.lru_cache(maxsize=64)
+def _lanes(tensors: tuple[int, ...], device: torch.device) -> Tensor:
+    """[N]: which of all lanes are coordinates."""
+    starts, place = [], 0
+    for size in tensors:
+        starts.append(torch.arange(place, place + size))
+        place += tiles_of(size) * TILE
+    return torch.cat(starts).to(device)
