@@ -20,7 +20,7 @@ from fastl2l.groups import parameter_groups
 from fastl2l.meta import MetaTrainer
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.rule_files import RuleFileError, load_rule, save_rule
-from fastl2l.rules import GACRule, LSTMRule, RNNpropRule, Rule
+from fastl2l.rules import GACRule, LSTMRule, NTMRule, RNNpropRule, Rule
 from fastl2l.trajectory import Trajectory
 
 try:
@@ -34,6 +34,7 @@ __all__ = [
     "GACRule",
     "LSTMRule",
     "MetaTrainer",
+    "NTMRule",
     "RNNpropRule",
     "Rule",
     "RuleFileError",

@@ -621,6 +621,7 @@ def _print_rule(name: str) -> None:
         steps += f", in {one.config.ramp} steps to their full size" * bool(one.config.ramp)
         steps += f", from step {one.config.decay} on falling as 1/t" * bool(one.config.decay)
         steps += f", the mean of {' and '.join(map(str, one.config.averages))} units by layer" * one.config.coupled
+        steps += f", {one.config.memory}" * (one.config.memory is not None)
         _say(f"{of}{one.text}, output scale {one.config.output_scale:g}{steps}, {weights:,} weights")
     for command in recipe.pop("commands", []):
         _say(command)

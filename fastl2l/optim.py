@@ -17,17 +17,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 
 from fastl2l.files import shown
-from fastl2l.ops.coupled_group import step_of
+from fastl2l.ops.coupled_group import MEMORY, ROWS, STEP, step_of
 from fastl2l.ops.dispatch import Backend, select
+from fastl2l.ops.memory import check_size
 from fastl2l.optimizer_state import (
     SHAPE,
     STATE,
-    STEP,
     UNIT,
     WHOLE,
     Factors,
     Together,
     check_factors,
+    check_memory,
     check_saved,
     check_shape,
     has_data,
@@ -147,7 +148,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     fall after many, so there is none of a schedule.
 
     The coordinates of a `GACRule` talk to each other, over all parameters of a group that have a gradient. It wants all
-    of them in this process, and takes neither ``capturable`` nor bfloat16 states.
+    of them in this process, and takes neither ``capturable`` nor bfloat16 states. So does an `NTMRule`, whose memory is
+    of all parameters of a group: each must have a gradient at every step.
 
     DTensors (FSDP2, tensor parallelism) are stepped in place where they are, each process its own part, and nothing is
     gathered; a gradient that is not finite in one process is one in all. ``state_dict`` has their states as DTensors
@@ -244,6 +246,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"params: expected all of them in this process, for a rule whose coordinates talk, got {got}"
             )
+        if (config := group["rule"].config.memory) is not None:
+            check_size(config, 1, sum(param.numel() for param in group["params"]), group["rule"].dtype.itemsize)
 
     @torch.no_grad()
     def replace_parameter(self, old: Tensor, new: Tensor, rows: Any = None) -> None:
@@ -275,6 +279,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         }
         if any_sharded([old, new]):
             raise ValueError("old, new: expected parameters that are whole in this process, got a DTensor")
+        if any(group["rule"].config.memory is not None for group in self.param_groups if _has(group, old)):
+            raise ValueError("old: expected a parameter whose rule has no memory, which is of all coordinates, got one")
         if old not in places:
             raise ValueError("old: expected a parameter of this optimizer, got another")
         if not isinstance(new, Tensor) or not new.is_leaf or (new is not old and new in places):
@@ -426,7 +432,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def _call(self, batch: _Batch, kept: _Kept, units: Tensor | None, finite: Tensor | None) -> None:
         rule: Rule = batch.group["rule"]
         scale, decay, rate = _scales(batch.group, rule)
-        step_of(rule, self._backend(batch))(
+        whole = kept.together.memory_of(kept.entries) if kept.together is not None else None
+        step_of(rule, self._backend(batch), kept.entries, whole)(
             batch.params,
             batch.grads,
             kept.states if kept.together is None else [kept.together.state],
@@ -446,6 +453,11 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if batch.owners[0].device != batch.device:  # the rule has been moved
             batch.check()
         config, entries = batch.group["rule"].config, self._entries(batch.owners)
+        if config.memory is not None and len(entries) < len(batch.group["params"]):
+            raise RuntimeError(
+                "gradient: expected one for every parameter of a group whose rule has a memory, which is of all of "
+                f"them, got {len(entries)} of {len(batch.group['params'])}"
+            )
         states: list[Any] = [entry.get(STATE) for entry in entries]
         together = self._together.get(batch.number)
         if together is not None and not together.holds(states):
@@ -469,6 +481,10 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "state: expected every parameter to have been stepped before a CUDA graph is captured, got "
                 f"{len(missing)} without; the graph would set their state to zero at every replay"
+            )
+        if batch.group["rule"].config.memory is not None and len(missing) < len(entries):
+            raise RuntimeError(
+                f"state: expected one of every parameter or of none, as they share a memory, got {len(missing)} without"
             )
         together = Together.of(batch.group["rule"], map(local, missing), self.state_dtype)
         self._together[batch.number] = together
@@ -580,8 +596,11 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             }
             for param, (key, entry) in found.items():
                 check_saved(key, entry, rule, local(param), self.state_dtype or rule.dtype)
+            kept = [entry for _, entry in found.values()]
+            check_memory(index, kept, group["params"], rule)
             together = Together.of(rule, map(local, found), self.state_dtype)
-            together.take_factors([entry for _, entry in found.values()])
+            together.take_factors(kept)
+            together.take_memory(kept)
             for copy, (_, entry) in zip(together.states, found.values(), strict=True):
                 copy.copy_(entry[STATE].detach())
             loaded.append(_Loaded(rule, same, list(found), together))
@@ -725,6 +744,10 @@ def _name(group: dict[str, Any], number: int, index: int) -> str:
     return f"parameter {names[index]}" if names else f"parameter {index} of group {number}"
 
 
+def _has(group: dict[str, Any], param: Tensor) -> bool:
+    return any(one is param for one in group["params"])
+
+
 def _is_stepped(entry: Any) -> bool:
     """Whether a state is among what is kept of a parameter, or under another key."""
     return isinstance(entry, dict) and (STATE in entry or WHOLE in entry)
@@ -735,6 +758,7 @@ def _without_state(entry: Any, config: RuleConfig | None) -> Any:
     if config is None or not _is_stepped(entry):
         return entry
     own = {STATE, WHOLE, SHAPE, *[UNIT] * config.relative, *[STEP] * config.counts_steps}
+    own |= {MEMORY, ROWS} if config.memory is not None else set()
     return {name: value for name, value in entry.items() if name not in own}
 
 

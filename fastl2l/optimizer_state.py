@@ -13,7 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastl2l.files import shown
+from fastl2l.ops import memory
+from fastl2l.ops.coordinates import Coordinates
+from fastl2l.ops.coupled_group import MEMORY, ROWS, STEP, of_each
 from fastl2l.ops.layout import TILE, from_rows, layers_apart, new_state, state_shape, to_rows
+from fastl2l.ops.remembering import Remembered
 from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import Rule
 from fastl2l.sharded import from_saved, is_sharded, local, to_saved
@@ -24,9 +28,6 @@ WHOLE = "lstm_state_rows"
 """In what is saved of a sharded parameter, its place: that of all coordinates, as a DTensor [*shape, rows]."""
 UNIT = "unit"
 """The one that holds what updates of a relative rule are multiplied by, 0-d: see units.py."""
-STEP = "step"
-"""The one that holds how many steps a parameter has had, 0-d, float32 as torch's optimizers have it: of rules with a
-ramp or decay."""
 SHAPE = "shape"
 """The one that holds the shape, as sizes by number: of what is not a tensor, distributed checkpoints take numbers and
 dictionaries of them."""
@@ -96,6 +97,8 @@ class Together(NamedTuple):
     state: Tensor
     places: list[int]  # in memory, of the state and of its parts
     factors: Factors
+    remembered: Remembered | None
+    """Of a rule with a memory."""
 
     @classmethod
     def of(cls, rule: Rule, params: Iterable[Tensor], dtype: torch.dtype | None) -> Together:
@@ -106,7 +109,10 @@ class Together(NamedTuple):
         shapes = [param.shape for param in params]
         tiles = [state_shape(rule, shape.numel())[0] for shape in shapes]
         state = _allocate(rule, sum(tiles) * TILE, dtype)
-        together = cls(list(state.split(tiles)), shapes, state, [], Factors.fresh(rule, len(shapes)))
+        remembered = None
+        if rule.config.memory is not None and shapes:
+            remembered = Remembered.new(rule, Coordinates(tuple(shape.numel() for shape in shapes)), state.device)
+        together = cls(list(state.split(tiles)), shapes, state, [], Factors.fresh(rule, len(shapes)), remembered)
         if not torch.compiler.is_compiling() and has_data(state):
             together.places.extend(together._places())
         return together
@@ -120,6 +126,29 @@ class Together(NamedTuple):
         _fill(self.factors.units, (entry[UNIT] for entry in entries))
         for steps in self.factors.steps:
             _fill(steps, (entry[STEP] for entry in entries))
+
+    def take_memory(self, entries: Sequence[dict[str, Any]]) -> None:
+        """What was saved of each parameter's part."""
+        for own, entry in zip(self._parts(), entries, strict=True):
+            for name, part in own.items():
+                part.copy_(entry[name])
+
+    def _parts(self) -> list[dict[str, Tensor]]:
+        """Of the memory, for each parameter."""
+        if self.remembered is None:
+            return [{} for _ in self.shapes]
+        return of_each(self.remembered, [shape.numel() for shape in self.shapes])
+
+    def memory_of(self, entries: Sequence[dict[str, Any]]) -> Remembered | None:
+        """The memory, if these are parts of it still: somebody may have put others there."""
+        if self.remembered is None:
+            return None
+        same = all(
+            part.data_ptr() == entry[name].data_ptr()
+            for own, entry in zip(self._parts(), entries, strict=True)
+            for name, part in own.items()
+        )
+        return self.remembered if same else None
 
     def holds(self, states: Sequence[Tensor | None]) -> bool:
         """Whether these are the states, and still parts of this memory: somebody may have given them other data."""
@@ -136,6 +165,8 @@ class Together(NamedTuple):
         for name, numbers in self.factors.kept.items():
             for entry, number in zip(entries, numbers, strict=True):
                 entry[name] = number
+        for entry, parts in zip(entries, self._parts(), strict=True):
+            entry.update(parts)
         return entries
 
 
@@ -231,6 +262,33 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
         raise ValueError(
             f"state of parameter {key}: expected {list(expected)} of {dtype}, got {list(found.shape)} of {found.dtype}"
         )
+
+
+def check_memory(number: int, entries: Sequence[dict[str, Any]], params: Sequence[Tensor], rule: Rule) -> None:
+    """That the saved states of a group are those of all its parameters, whose memory they have parts of, or none.
+
+    Raises:
+        ValueError: they are not, or are parts of the memory of another number of coordinates.
+    """
+    config = rule.config.memory
+    if config is None or not entries:
+        return
+    if len(entries) != len(params):
+        raise ValueError(
+            f"state of group {number}: expected the states of all parameters of a group, which share a memory, got "
+            f"{len(entries)} of {len(params)}"
+        )
+    numel = sum(param.numel() for param in params)
+    for entry, param in zip(entries, params, strict=True):
+        shapes = {ROWS: (config.rows, 1, numel), MEMORY: memory.shape(config, 1, numel)}
+        for name, shape in shapes.items():
+            expected, found = (*shape[:-1], param.numel()), entry.get(name)
+            if not isinstance(found, Tensor) or tuple(found.shape) != expected or found.dtype != rule.dtype:
+                got = f"{list(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else shown(found)
+                raise ValueError(
+                    f"state of group {number}: expected {name} of {list(expected)} of {rule.dtype}, as {numel} "
+                    f"coordinates in all have it, got {got}"
+                )
 
 
 def _is_number(found: object, dtype: torch.dtype) -> bool:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastl2l.memory_config import MemoryConfig
 from fastl2l.rule_config import Adam, Features, LogAndSign, LogSign, Raw, RuleConfig
 
 
@@ -153,7 +155,7 @@ def _step(
 def coupled_step(
     gradient: Tensor, state: Tensor, weights: Sequence[Tensor], config: RuleConfig, update_scale: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One step of a rule whose coordinates talk, for all coordinates of one function.
+    """One step of a rule with averaged units, for all coordinates of one function.
 
     Args:
         gradient: [N].
@@ -166,17 +168,138 @@ def coupled_step(
         As for :func:`step`.
     """
     with exact(gradient.device):
-        rows = state.reshape(config.num_layers, 2, config.hidden_size, -1)
         x, _ = features(gradient, state[:0], config.features)
-        new_rows = []
-        for layer, count in enumerate(config.averages):
-            x, c = lstm_cell(x, rows[layer, 0], rows[layer, 1], *weights[3 * layer : 3 * layer + 3])
-            x = averaged(x, count)
-            new_rows += [x, c]
-        w_out, b_out = weights[-2:]
-        return update_scale * (w_out @ x + b_out), torch.cat(new_rows)
+        _, h, new_state = _averaging_layers(config, x, state, weights, lambda h: h[:0])
+        return update_scale * (weights[-2] @ h + weights[-1]), new_state
 
 
 def averaged(h: Tensor, count: int) -> Tensor:
     """Andrychowicz et al. 2016, App. D: the first rows of h [hidden, N] replaced by their means over coordinates."""
     return torch.cat([h[:count].mean(1, keepdim=True).expand(-1, h.shape[1]), h[count:]])
+
+
+def _averaging_layers(
+    config: RuleConfig,
+    x: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    between: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From inputs to h of the first layer and of the last, and the new state; the second layer sees `between` too."""
+    rows = state.reshape(config.num_layers, 2, config.hidden_size, -1)
+    all_h, new_rows = [], []
+    for layer, count in enumerate(config.averages):
+        x = torch.cat([x, between(x)]) if layer == 1 else x
+        h, c = lstm_cell(x, rows[layer, 0], rows[layer, 1], *weights[3 * layer : 3 * layer + 3])
+        x = averaged(h, count)
+        all_h.append(x)
+        new_rows += [x, c]
+    return all_h[0], all_h[-1], torch.cat(new_rows)
+
+
+class Remembering(NamedTuple):
+    """What a rule with a memory knows of one function's coordinates.
+
+    Attributes:
+        lstm: [state_rows, N].
+        gradient, update: [N], of the step before, the gradient times ``MemoryConfig.scale``.
+        reads: [reads, N], results that came too late for that step.
+        writes: all that has been written so far, [steps, 2, writes, N].
+        matrix: M, [N, N]; of pairs it is what their sum is.
+    """
+
+    lstm: Tensor
+    gradient: Tensor
+    update: Tensor
+    reads: Tensor
+    writes: Tensor
+    matrix: Tensor
+
+    @classmethod
+    def first(cls, config: RuleConfig, memory: MemoryConfig, n: int) -> Remembering:
+        """At the start of a trajectory, in float64."""
+        zero = torch.zeros(n, dtype=torch.float64)
+        identity = memory.initial * torch.eye(n, dtype=torch.float64)
+        reads, writes = zero.expand(memory.reads, n), zero.expand(0, 2, memory.writes, n)
+        return cls(zero.expand(config.state_rows, n), zero, zero, reads, writes, identity)
+
+
+def remembering_step(
+    gradient: Tensor,
+    state: Remembering,
+    weights: Mapping[str, Tensor],
+    config: RuleConfig,
+    memory: MemoryConfig,
+    update_scale: float,
+) -> tuple[Tensor, Remembering]:
+    """One step of a rule with a memory, for all coordinates of one function; weights are by name."""
+    n, size = len(gradient), _rms(state.update)
+    g = memory.scale * gradient
+    s, y = (vector / size if size > 0 else 0.0 * vector for vector in (state.update, g - state.gradient))
+    y = _within(y, memory.read_bound)
+
+    def read(h: Tensor, matrix: Tensor) -> Tensor:
+        vectors = torch.stack([g, y]) if memory.multiply else _heads(weights, "read", h)
+        most: list[float | Tensor | None] = [memory.read_bound] * memory.reads
+        if memory.multiply and memory.read_bound is not None:
+            most[0] = memory.read_bound * _rms(g)
+        return torch.stack([_within(matrix @ r, bound) for r, bound in zip(vectors, most, strict=True)])
+
+    seen, result = [], state.reads
+    x, _ = features(gradient, state.lstm[:0], config.features)
+    seen += [s, y, s * y] if memory.differences else []
+    seen += [] if memory.inside else list(state.reads)
+
+    def between(h: Tensor) -> Tensor:
+        nonlocal result
+        if not memory.inside:
+            return h[:0]
+        result = read(h, state.matrix)
+        return torch.cat([result, (y * result[1])[None]]) if memory.multiply else result
+
+    _, h, lstm = _averaging_layers(config, torch.cat([x, *(one[None] for one in seen)]), state.lstm,
+                                   list(weights.values()), between)  # fmt: skip
+    out = weights["weight_out"] @ h + weights["bias_out"]
+    if memory.multiply:
+        out = out + (weights["weight_step"] @ h + weights["bias_step"]) * result[0]
+    if memory.update_bound is not None:
+        out = out.clamp(-memory.update_bound, memory.update_bound)
+    written = _heads(weights, "write", h).view(2, memory.writes, memory.terms, n)
+    if memory.multiply:
+        written = written * torch.stack([s, result[1]])
+    written = written.sum(2) * torch.tensor([0.1, 1.0], dtype=h.dtype).view(2, 1, 1) / math.sqrt(n)
+    writes = torch.cat([state.writes, written[None]])
+    matrix = memory_matrix(memory, state.matrix, writes)
+    late = state.reads if memory.inside else read(h, matrix)
+    update = update_scale * out
+    return update, Remembering(lstm, g, update, late, writes, matrix)
+
+
+def memory_matrix(memory: MemoryConfig, before: Tensor, writes: Tensor) -> Tensor:
+    """M after the last of these writes [steps, 2, writes, N], of what it was before it."""
+    n, kept = before.shape[0], 1 - memory.forget
+    identity = memory.initial * torch.eye(n, dtype=before.dtype)
+    if memory.kind == "matrix":
+        new = kept * before + memory.forget * identity + writes[-1, 0].T @ writes[-1, 1]
+        bound = None if memory.memory_bound is None else memory.memory_bound * math.sqrt(n)
+        return new if bound is None or new.norm() <= bound else new * (bound / new.norm())
+    total, norms = torch.zeros_like(before), 0.0
+    for age, (left, right) in enumerate(writes.flip(0)[: memory.pairs]):
+        total = total + kept**age * left.T @ right
+        norms = norms + kept**age * (left.norm(dim=1) * right.norm(dim=1)).sum()
+    if memory.memory_bound is not None and norms > memory.memory_bound * math.sqrt(n):
+        total = total * (memory.memory_bound * math.sqrt(n) / norms)
+    return identity + total
+
+
+def _heads(weights: Mapping[str, Tensor], name: str, h: Tensor) -> Tensor:
+    return weights[f"weight_{name}"] @ h + weights[f"bias_{name}"].unsqueeze(1)
+
+
+def _rms(vector: Tensor) -> Tensor:
+    return vector.square().mean().sqrt()
+
+
+def _within(vector: Tensor, most: float | Tensor | None) -> Tensor:
+    """As it is, or shorter, so that its root mean square is at most this."""
+    return vector if most is None or _rms(vector) <= most else vector * (most / _rms(vector))

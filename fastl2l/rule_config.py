@@ -7,8 +7,8 @@ A rule is the network of one coordinate, from its gradient to its update, and is
 
     [features] [given:rows] [projection:units] lstm:units,... output
 
-A rule whose coordinates talk (``averages``) has such a network for each layer, and what mixes coordinates lies between
-them: see ``RuleConfig.chain`` and ops/coupled.py.
+A rule whose coordinates talk (``averages``, ``memory``) has such a network for each layer, and what mixes coordinates
+lies between them: see ``RuleConfig.chain`` and ops/coupled.py.
 
 This text goes to the operators of every backend (``ops/schema.py``), into rule files and into messages;
 csrc/rule_text.h reads it for C++. ``reference.py`` says what each part computes.
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastl2l.files import shown
+from fastl2l.memory_config import MemoryConfig
 
 MOST_UNITS = 1 << 15
 MOST_LAYERS = 64
@@ -188,6 +189,7 @@ class RuleConfig:
             not know how long a way is, and what has been trained for some time wants ever smaller steps.
         averages: of each layer, how many of its units, the first ones, are global averaging cells: their h is the mean
             over all coordinates. Empty where coordinates know nothing of each other.
+        memory: that coordinates read from and write to, or None. It goes with averages, which may be 0.
 
     Raises:
         ValueError: the parts do not go together or a number is out of range; the message names it.
@@ -203,6 +205,7 @@ class RuleConfig:
     ramp: int = 0
     decay: int = 0
     averages: tuple[int, ...] = ()
+    memory: MemoryConfig | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.features, (*FEATURES.values(), type(None))):
@@ -225,6 +228,7 @@ class RuleConfig:
         if 0 < self.decay < self.ramp:
             raise ValueError(f"decay: expected at least as many steps as the ramp's {self.ramp}, got {self.decay}")
         object.__setattr__(self, "averages", self._checked_averages())
+        self._check_memory()
 
     def _checked_averages(self) -> tuple[int, ...]:
         if not isinstance(self.averages, (tuple, list)) or len(self.averages) not in (0, self.num_layers):
@@ -234,6 +238,19 @@ class RuleConfig:
         if averages and (not plain or self.feature_count == 0 or self.lstm_rows < self.state_rows):
             raise ValueError(f"averages: expected parts such as log_sign, lstm and linear with them, got {self.text}")
         return averages
+
+    def _check_memory(self) -> None:
+        if self.memory is None:
+            return
+        if not isinstance(self.memory, MemoryConfig):
+            raise ValueError(f"memory: expected a MemoryConfig, got {shown(self.memory)}")
+        if not self.averages:
+            object.__setattr__(self, "averages", (0,) * self.num_layers)
+            self._checked_averages()
+        if self.memory.inside and self.num_layers < 2:
+            raise ValueError("inside: expected a second layer, which sees what is read after the first, got one layer")
+        if self.relative or self.ramp or self.decay:
+            raise ValueError("memory: expected updates as they are, which it is told of, got relative, ramp or decay")
 
     @functools.cached_property
     def text(self) -> str:
@@ -286,8 +303,8 @@ class RuleConfig:
 
     @property
     def counts_steps(self) -> bool:
-        """Whether updates depend on how many steps there have been."""
-        return bool(self.ramp or self.decay)
+        """Whether updates, or the place that is written next, depend on how many steps there have been."""
+        return bool(self.ramp or self.decay or self.memory is not None)
 
     def share(self, step: int) -> float:
         """Of its full size, what the update of this step, counted from 1, has."""
@@ -304,6 +321,10 @@ class RuleConfig:
         """Whether coordinates talk to each other, so that no kernel does all of a step: see `chain`."""
         return bool(self.averages)
 
+    def _remembered(self, layer: int) -> int:
+        """Rows that a layer is given of a memory."""
+        return 0 if self.memory is None else self.memory.inputs(layer)
+
     @functools.cached_property
     def chain(self) -> list[RuleConfig]:
         """Of a coupled rule, the network of a coordinate between two means: one a layer, the last with the output."""
@@ -313,7 +334,7 @@ class RuleConfig:
                 None if layer else self.features,
                 (hidden,),
                 output=self.output if layer == last else "none",
-                given=hidden if layer else 0,
+                given=(hidden if layer else 0) + self._remembered(layer),
                 output_scale=self.output_scale,
             )
             for layer in range(self.num_layers)
@@ -329,12 +350,13 @@ class RuleConfig:
             width = self.projection.units
         for layer in range(self.num_layers):
             shapes += [
-                (f"weight_ih_l{layer}", (4 * hidden, width)),
+                (f"weight_ih_l{layer}", (4 * hidden, width + self._remembered(layer))),
                 (f"weight_hh_l{layer}", (4 * hidden, hidden)),
                 (f"bias_l{layer}", (4 * hidden,)),
             ]
             width = hidden
-        return shapes if self.output == "none" else [*shapes, ("weight_out", (hidden,)), ("bias_out", ())]
+        heads = [] if self.memory is None else self.memory.weight_shapes(hidden)
+        return shapes if self.output == "none" else [*shapes, ("weight_out", (hidden,)), ("bias_out", ()), *heads]
 
     @property
     def constants(self) -> dict[str, float]:
@@ -346,7 +368,8 @@ class RuleConfig:
         """As JSON holds it: for files, from which `from_description` reads it."""
         steps = {"relative": self.relative, "ramp": self.ramp, "decay": self.decay, "averages": list(self.averages)}
         given = {name: value for name, value in steps.items() if value}  # older versions read what has none of them
-        return {"text": self.text, "output_scale": self.output_scale, **given}
+        memory = {} if self.memory is None else {"memory": self.memory.describe()}
+        return {"text": self.text, "output_scale": self.output_scale, **given, **memory}
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> RuleConfig:
@@ -358,8 +381,10 @@ class RuleConfig:
         description = dict(description)
         if description.keys() == {"preprocess", "p", "scale", "output_scale", "hidden_size", "num_layers"}:
             return lstm_config(**description)
-        if description.keys() - {"relative", "ramp", "decay", "averages"} != {"text", "output_scale"}:
+        if description.keys() - {"relative", "ramp", "decay", "averages", "memory"} != {"text", "output_scale"}:
             raise ValueError(f"expected text and output_scale, got {shown(sorted(map(str, description)))}")
+        if "memory" in description:
+            description["memory"] = MemoryConfig.from_description(description["memory"])
         return dataclasses.replace(cls.parse(description.pop("text")), **description)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from fastl2l.memory_config import MemoryConfig
 from fastl2l.rule_config import RuleConfig, lstm_config, require_int, rnnprop_config
 
 DTYPES = (torch.float32, torch.float64)
@@ -61,10 +62,13 @@ class Rule(nn.Module):
         hidden = self.config.hidden_size
         widths = {name: shape[-1] for name, shape in self.config.weight_shapes if name.startswith("weight_ih")}
         for name, weight in self.named_parameters():
-            if name in ("bias_in", "bias_out"):
+            if name in ("bias_in", "bias_out", "bias_read"):
                 weight.zero_()
                 continue
-            if name in ("weight_in", "weight_out"):
+            if name in _FIRST_BIASES:
+                weight.fill_(_FIRST_BIASES[name])
+                continue
+            if not name.startswith(("weight_ih", "weight_hh", "bias_l")):
                 fan_in = weight.shape[-1]
             else:
                 fan_in = widths[f"weight_ih_l{name.rpartition('_l')[2]}"] + hidden
@@ -74,6 +78,9 @@ class Rule(nn.Module):
             weight.copy_(fresh)
             if name.startswith("bias_l"):
                 weight[hidden : 2 * hidden] += 1
+        if (memory := self.config.memory) is not None:
+            for name in ("weight_write", "bias_write"):  # no left vectors, so that M stays as it is at first
+                self.get_parameter(name)[: memory.writes * memory.terms] = 0
 
     def weights(self) -> list[Tensor]:
         """The weights in the order of ``config.weight_shapes``."""
@@ -308,20 +315,80 @@ class GACRule(Rule):
     ) -> None:
         config = lstm_config(preprocess, p, scale, output_scale, hidden_size, num_layers)
         steps: dict[str, Any] = {"relative": relative, "ramp": ramp, "decay": decay}
-        super().__init__(
-            dataclasses.replace(config, **steps, averages=_of_layers(averages, num_layers)), seed=seed, dtype=dtype
-        )
+        units = _of_layers(averages, num_layers)
+        if not any(units):
+            raise ValueError(f"averages: expected at least one averaged unit in some layer, got {averages!r}")
+        super().__init__(dataclasses.replace(config, **steps, averages=units), seed=seed, dtype=dtype)
 
 
 def _of_layers(averages: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """One number a layer, at least one of which is above 0."""
-    found = tuple(averages) if isinstance(averages, Sequence) else (averages,) * num_layers
-    if not any(found):
-        raise ValueError(f"averages: expected at least one averaged unit in some layer, got {averages!r}")
-    return found
+    """One number a layer."""
+    return tuple(averages) if isinstance(averages, Sequence) else (averages,) * num_layers
 
 
-RULES: dict[str, type[Rule]] = {kind.kind: kind for kind in (LSTMRule, RNNpropRule, GACRule)}
+class NTMRule(Rule):
+    """LSTM+GAC with a memory: NTM-BFGS and NTM-L-BFGS of Andrychowicz et al. 2016, appendix D.
+
+    The coordinates of a function share a memory M. A read head gives each coordinate a number, so all of them a vector
+    r, and gets M r, a number for each; a write head gives two vectors, and M becomes M + a b^T. One read head, three
+    write heads and two averaged units are what BFGS takes. With the options as they are by default it is the paper's
+    architecture: linear heads on the last layer, and what is read is there for the next step, the writes of this one
+    included. See docs/coupled.md for what helps.
+
+    Args:
+        memory: ``"matrix"``, of N x N numbers and at most 2 GiB; or ``"pairs"``, the last vectors a and b.
+        pairs: of pairs: steps whose vectors are kept, of each write head.
+        reads, writes: heads.
+        initial: M_0 is this times the identity.
+        inside, differences, multiply, forget, memory_bound, read_bound, update_bound: see
+            :class:`fastl2l.memory_config.MemoryConfig`.
+        averages: averaged units of each layer, which may be 0; one number for all of them.
+        preprocess, p, output_scale, hidden_size, num_layers, seed, dtype: as for :class:`LSTMRule`.
+        scale: constant of raw, and of the gradients that the memory is concerned with.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    kind = "ntm"
+
+    def __init__(
+        self,
+        memory: str = "matrix",
+        *,
+        pairs: int = 0,
+        reads: int = 1,
+        writes: int = 3,
+        initial: float = 1.0,
+        inside: bool = False,
+        differences: bool = False,
+        multiply: bool = False,
+        forget: float = 0.0,
+        memory_bound: float | None = None,
+        read_bound: float | None = None,
+        update_bound: float | None = None,
+        averages: int | Sequence[int] = 2,
+        preprocess: str = "log_sign",
+        p: float = 10.0,
+        scale: float = 1.0,
+        output_scale: float = 0.1,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config = lstm_config(preprocess, p, scale, output_scale, hidden_size, num_layers)
+        remembers = MemoryConfig(
+            memory, pairs, reads, writes, initial, inside, differences, multiply, forget, memory_bound, read_bound,
+            update_bound, scale,
+        )  # fmt: skip
+        averages = _of_layers(averages, num_layers)
+        super().__init__(dataclasses.replace(config, averages=averages, memory=remembers), seed=seed, dtype=dtype)
+
+
+_FIRST_BIASES = {"bias_write": 0.5, "bias_step": -0.3}
+"""Of heads: of right vectors, and of how far to go along M g."""
+RULES: dict[str, type[Rule]] = {kind.kind: kind for kind in (LSTMRule, RNNpropRule, GACRule, NTMRule)}
 """Rules that have a name, by it. All others are plain `Rule`."""
 
 
@@ -363,6 +430,7 @@ def stepping(rule: Rule, *, relative: bool | None = None, ramp: int | None = Non
 def _beside_text(config: RuleConfig) -> str:
     numbers = "".join(f", {name}={getattr(config, name)}" for name in ("ramp", "decay") if getattr(config, name))
     averages = f", averages={config.averages}" * bool(config.averages)
+    averages += f", {config.memory}" * (config.memory is not None)
     return averages + ", relative" * config.relative + numbers
 
 

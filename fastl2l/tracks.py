@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, zeros_like
+import torch
+from torch import Tensor
 
 from fastl2l.ops import coupled
 from fastl2l.ops.coordinates import Coordinates
@@ -24,7 +26,8 @@ class Track:
     units: Tensor | None
     """What updates are multiplied by, of a relative rule."""
     backend: Backend
-    state: Tensor
+    state: Any
+    """As the operators have it: see ops/layout.py, and ops/coupled.py of rules whose coordinates talk."""
 
     def begin(self) -> None:
         """Be at the start of a trajectory."""
@@ -37,14 +40,14 @@ class Track:
         if self.units is None:
             self._step(mine, gradient[self.part], scale)
             return
-        change = zeros_like(mine)
+        change = torch.zeros_like(mine)
         self._step(change, gradient[self.part], scale)
         mine.addcmul_(change, self.units)
 
     def _step(self, mine: Tensor, gradient: Tensor, scale: float) -> None:
         self.backend.step_([mine], [gradient], [self.state], self._weights(), self.rule.text, scale, 1.0)
 
-    def update(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, gradient: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The rule's own update and its state after it, for autograd."""
         return update(self.rule, gradient[self.part], state, backend=self.backend.name)
 
@@ -53,7 +56,7 @@ class Track:
         shares = [self.rule.config.share(step) for step in steps]
         if all(share == 1 for share in shares):
             return self.units
-        column = self.state.new_tensor(shares).unsqueeze(1)
+        column = torch.tensor(shares, dtype=self.rule.dtype, device=self.rule.device).unsqueeze(1)
         return column if self.units is None else column * self.units
 
     def multiplied(self, updates: Tensor, steps: range) -> Tensor:
@@ -61,7 +64,7 @@ class Track:
         factors = self.factors(steps)
         return updates if factors is None else updates * factors
 
-    def window_backward(self, first_state: Tensor, grads: Tensor, adjoints: Tensor, steps: range) -> Tensor:
+    def window_backward(self, first_state: Any, grads: Tensor, adjoints: Tensor, steps: range) -> Tensor:
         """The gradient of a window of these steps with respect to the rule's weights; 0 for those that are frozen.
 
         Args:
@@ -78,7 +81,7 @@ class Track:
                 part.zero_()
         return dweights
 
-    def _window_backward(self, first_state: Tensor, grads: Tensor, adjoints: Tensor) -> Tensor:
+    def _window_backward(self, first_state: Any, grads: Tensor, adjoints: Tensor) -> Tensor:
         scale = self.rule.config.output_scale
         return self.backend.window_backward(
             first_state, grads, adjoints, self._weights(), self.rule.text, scale, None, False, False
@@ -97,10 +100,10 @@ class CoupledTrack(Track):
     def _step(self, mine: Tensor, gradient: Tensor, scale: float) -> None:
         mine.add_(coupled.step_(self.rule, gradient, self.state, self.where, scale, self.backend))
 
-    def update(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, gradient: Tensor, state: Any) -> tuple[Tensor, Any]:
         return coupled.step(self.rule, gradient[self.part], state, self.where, backend=self.backend.name)
 
-    def _window_backward(self, first_state: Tensor, grads: Tensor, adjoints: Tensor) -> Tensor:
+    def _window_backward(self, first_state: Any, grads: Tensor, adjoints: Tensor) -> Tensor:
         return coupled.window_backward(self.rule, first_state, grads, adjoints, self.where, self.backend)
 
 
@@ -116,14 +119,15 @@ def make_track(problem: Problem, name: str, rule: Rule, part: slice, backend: Ba
 
     Raises:
         TypeError, ValueError: the problem's units are not as `Problem` says, or its functions are not of one size and
-            the rule wants means over each of them. The message names the task. Nothing has been allocated then.
+            the rule wants means over each of them, or a memory of them would be too large. The message names the task
+            or the memory. Nothing has been allocated then.
     """
     units = _units(problem, part) if rule.config.relative else None
     numel = part.stop - part.start
     if not rule.config.coupled:
         return Track(rule, part, units, backend, new_state(rule, numel, problem.theta0.device))
     where = _coordinates(problem, name, numel)
-    return CoupledTrack(rule, part, units, backend, new_state(rule, numel, problem.theta0.device), where)
+    return CoupledTrack(rule, part, units, backend, coupled.begin(rule, where, problem.theta0.device), where)
 
 
 def _coordinates(problem: Problem, name: str, numel: int) -> Coordinates:

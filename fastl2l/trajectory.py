@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class Trajectory:
     Attributes:
         theta: [N], where the optimizee is.
         rules: by part; the one rule of all of it is that of "".
-        states: the rules' states (see ops/layout.py), in the order of `rule`.
+        states: the rules' states (see ops/layout.py and ops/coupled.py), in the order of `rule`.
         steps: steps done, counted from the problem's first.
         loss: 0-d Tensor, f(theta) of the minibatch of step ``steps``, the mean over the problem's functions.
 
@@ -116,11 +116,11 @@ class Trajectory:
         self.restart()
 
     @property
-    def states(self) -> list[Tensor]:
+    def states(self) -> list[Any]:
         return [track.state for track in self._tracks]
 
     @property
-    def state(self) -> Tensor:
+    def state(self) -> Any:
         """The state of the only rule."""
         (state,) = self.states
         return state
@@ -207,7 +207,7 @@ class Trajectory:
         else:
             torch.mul(gradient, (loss >= 0) / (loss.clamp(min=0) + objective.log_floor), out=judged)
 
-    def _backward(self, first_states: Sequence[Tensor], grads: Tensor, adjoints: Tensor) -> Tensor:
+    def _backward(self, first_states: Sequence[Any], grads: Tensor, adjoints: Tensor) -> Tensor:
         """The gradient with respect to all rules' weights, of the window that ends here.
 
         Args:

@@ -1,0 +1,187 @@
+"""A step of a rule with a memory (Andrychowicz et al. 2016, appendix D): what is between its layers and after them.
+
+All that is not a kernel's is here as plain torch on [rows, functions, dim]: what the memory is asked for and told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastl2l.memory_config import MemoryConfig
+from fastl2l.ops import memory
+from fastl2l.ops.averaged_layer import LayerStep
+from fastl2l.ops.coordinates import Coordinates
+from fastl2l.ops.coupled_network import Network
+from fastl2l.ops.layout import new_state
+from fastl2l.rules import Rule
+
+LEFT, RIGHT = 0.1, 1.0
+"""Of written vectors, over the root of the number of coordinates: so that what all of them do is of one size."""
+
+
+@dataclass
+class Remembered:
+    """The state of a rule with a memory.
+
+    Attributes:
+        layers: of each layer, [tiles, rows, 16].
+        rows: what is kept of each coordinate besides, [rows, functions, dim]: gradient and update, results of reads.
+        memory: see ops/memory.py.
+        steps: how many there have been.
+    """
+
+    config: MemoryConfig
+    layers: Sequence[Tensor]
+    rows: Tensor
+    memory: Tensor
+    steps: int = 0
+
+    @classmethod
+    def new(cls, rule: Rule, where: Coordinates, device: torch.device) -> Remembered:
+        """At the start of a trajectory.
+
+        Raises:
+            ValueError: the memory would be too large. Nothing has been allocated then.
+        """
+        config = rule.config.memory
+        if config is None:
+            raise ValueError(f"rule: expected one with a memory, got {rule}")
+        memory.check_size(config, where.functions, where.dim, rule.dtype.itemsize)
+        numbers: dict[str, Any] = {"dtype": rule.dtype, "device": device}
+        made = torch.empty(memory.shape(config, where.functions, where.dim), **numbers)
+        rows = torch.zeros(config.rows, where.functions, where.dim, **numbers)
+        return cls(config, new_state(rule, where.numel, device).unbind(1), rows, memory.begin_(config, made))
+
+    def zero_(self) -> Remembered:
+        """Be at the start of a trajectory again, in the same memory."""
+        for tensor in (*self.layers, self.rows):
+            tensor.zero_()
+        memory.begin_(self.config, self.memory)
+        self.steps = 0
+        return self
+
+    def clone(self) -> Remembered:
+        layers = [layer.clone() for layer in self.layers]
+        return Remembered(self.config, layers, self.rows.clone(), self.memory.clone(), self.steps)
+
+    def detach(self) -> Remembered:
+        layers = [layer.detach() for layer in self.layers]
+        return Remembered(self.config, layers, self.rows.detach(), self.memory.detach(), self.steps)
+
+
+def step(network: Network, gradient: Tensor, state: Remembered) -> tuple[Tensor, Remembered]:
+    """From the gradient [N] to the update [N] and the state after it, for autograd."""
+    told = _Step(network, gradient, state)
+    new = memory.write(told.config, state.memory, told.pairs, state.steps)
+    return told.update, Remembered(told.config, told.layers, told.rows(new), new, state.steps + 1)
+
+
+def step_(network: Network, gradient: Tensor, state: Remembered) -> Tensor:
+    """The same, in place."""
+    told = _Step(network, gradient, state)
+    memory.write_(told.config, state.memory, told.pairs, state.steps)
+    state.rows.copy_(told.rows(state.memory))
+    state.steps += 1
+    return told.update
+
+
+class _Step:
+    """What is done before anything is written; afterwards `rows` says what is to be kept of the coordinates."""
+
+    def __init__(self, network: Network, gradient: Tensor, state: Remembered) -> None:
+        self.config, self._network, self._state = state.config, network, state
+        self._where = network.where
+        self._g = self.config.scale * self._by_function(gradient)
+        self._reads = state.rows[2 * self.config.differences :]
+        if self.config.differences:
+            self._s, self._y = self._differences()
+        update, steps = network.run(gradient, state.layers, self._extra)
+        self.layers = [one.state for one in steps]
+        self._h = network.units(steps[-1])
+        self._move = self._along_reads(self._by_function(update))
+        self.update = self._where.flat(self._move)
+        self.pairs = self._written()
+
+    def rows(self, new: Tensor) -> Tensor:
+        """What the next step is to have of the coordinates, from the memory after this one."""
+        kept = [self._g.unsqueeze(0), self._move.unsqueeze(0)] if self.config.differences else []
+        if not self.config.inside:
+            kept.append(self._read(new, self._h, self._state.steps + 1))
+        return torch.cat(kept) if kept else self._state.rows
+
+    def _differences(self) -> tuple[Tensor, Tensor]:
+        """The last update and the change of the gradient in units of that update's root mean square."""
+        before, update = self._state.rows[:2]
+        size = rms(update)
+        moved = size > 0
+        safe = torch.where(moved, size, torch.ones_like(size))
+        s, y = (torch.where(moved, vector / safe, torch.zeros_like(vector)) for vector in (update, self._g - before))
+        return s, limited(y, self.config.read_bound)
+
+    def _extra(self, number: int, before: LayerStep | None) -> Tensor | None:
+        """What layers are given: differences and results for the first, what this step reads for the second."""
+        rows: list[Tensor] = []
+        if number == 0 and self.config.differences:
+            rows += [self._s, self._y, self._s * self._y]
+        if number == 0 and not self.config.inside:
+            rows += self._reads.unbind()
+        if number == 1 and self.config.inside and before is not None:
+            self._reads = self._read(self._state.memory, self._network.units(before), self._state.steps)
+            rows += self._reads.unbind()
+            rows += [self._y * self._reads[1]] if self.config.multiply else []
+        return torch.stack(rows) if rows else None
+
+    def _read(self, from_memory: Tensor, h: Tensor, steps: int) -> Tensor:
+        """Results of reads, [reads, functions, dim]."""
+        config = self.config
+        vectors = torch.stack([self._g, self._y]) if config.multiply else self._heads("read", h)
+        found = memory.read(config, from_memory, vectors, steps)
+        if config.read_bound is None:
+            return found
+        most = torch.full_like(found[..., :1], config.read_bound)
+        if config.multiply:  # M g is a step's direction, and is to fall with the gradient
+            most = torch.cat([config.read_bound * rms(vectors[:1]), most[1:]])
+        return limited(found, most)
+
+    def _along_reads(self, update: Tensor) -> Tensor:
+        """The update [functions, dim], with the network's multiple of M g, and bounded."""
+        scale, bound = self._network.scale, self.config.update_bound
+        if self.config.multiply:
+            update = update + scale * self._heads("step", self._h)[0] * self._reads[0]
+        return update if bound is None else update.clamp(-bound * scale, bound * scale)
+
+    def _written(self) -> Tensor:
+        """[2, writes, functions, dim]: left vectors, and right ones."""
+        config = self.config
+        found = self._heads("write", self._h).unflatten(0, (2, config.writes, config.terms))
+        if config.multiply:
+            found = found * torch.stack([self._s, self._reads[1]])
+        sizes = found.new_tensor([LEFT, RIGHT]) / self._where.dim**0.5
+        return found.sum(2) * sizes.view(2, 1, 1, 1)
+
+    def _heads(self, name: str, h: Tensor) -> Tensor:
+        """Linear outputs of a layer's units [units, N]: [heads, functions, dim]."""
+        weight, bias = (self._network.weights[f"{kind}_{name}"] for kind in ("weight", "bias"))
+        return self._where.by_function(weight.view(-1, len(h)) @ h + bias.view(-1, 1))
+
+    def _by_function(self, vector: Tensor) -> Tensor:
+        return self._where.by_function(vector.unsqueeze(0))[0]
+
+
+def rms(vectors: Tensor) -> Tensor:
+    """Root mean square over the coordinates of each function, [..., 1]; through that of 0 nothing goes back."""
+    return memory.root(vectors.square().mean(-1, keepdim=True))
+
+
+def limited(vectors: Tensor, most: Tensor | float | None) -> Tensor:
+    """Vectors made smaller where their root mean square is above `most`."""
+    if most is None:
+        return vectors
+    size = rms(vectors)
+    above = size > most
+    return vectors * torch.where(above, most / torch.where(above, size, torch.ones_like(size)), torch.ones_like(size))
