@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
+from fastl2l.heap import tidily
 from fastl2l.processes import current
 from fastl2l.tasks.base import (
     Problem,
@@ -164,7 +165,7 @@ def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimi
     if isinstance(optimizer, torch.optim.LBFGS):
         evaluations(problem, build, steps + 1, lambda loss, theta: losses.append(loss))
         return torch.stack(losses).cpu().double().nan_to_num(nan=math.inf, posinf=math.inf).cummin(0).values
-    for step in range(steps):
+    for step in tidily(range(steps)):
         loss, gradient = value_and_grad(problem, theta, step)
         give_gradient(parts, gradient)
         losses.append(loss / problem.functions)

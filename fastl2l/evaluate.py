@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastl2l.baselines import Baseline, curve, descend, tune
 from fastl2l.files import open_tensors, read_record, shown, write_record, write_tensors, write_text
+from fastl2l.heap import tidily
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.processes import current, versions
 from fastl2l.progress import Progress
@@ -439,7 +440,7 @@ def _descend(problem: Problem, optimizer: Optimizer, steps: int, backend: str, n
     if not wants_trajectory(optimizer):
         return descend(problem, builder(name, optimizer, backend, parts=problem.parts), steps)
     trajectory = Trajectory(problem, optimizer, backend=backend)
-    return curve([trajectory.loss, *(trajectory.advance() for _ in range(steps))])
+    return curve([trajectory.loss, *(trajectory.advance() for _ in tidily(range(steps)))])
 
 
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:

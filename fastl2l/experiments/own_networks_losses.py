@@ -18,6 +18,7 @@ from torch import Tensor
 from fastl2l.baselines import Baseline, check_in_place, give_gradient, leaves
 from fastl2l.evaluate import builder, describe_optimizer, json_number, wants_trajectory
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
+from fastl2l.heap import tidily
 from fastl2l.processes import current
 from fastl2l.rules import Learned, Rule
 from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
@@ -83,7 +84,7 @@ def descend(problem: Problem, optimizer: Rule | Baseline, at: list[int]) -> list
     """Loss on all examples after these numbers of steps, which rise; inf from a loss on that is not finite."""
     found: list[float] = []
     walk = _by_rule(problem, optimizer) if wants_trajectory(optimizer) else _by_optimizer(problem, optimizer)
-    for step, theta in enumerate(itertools.islice(walk, at[-1]), start=1):
+    for step, theta in enumerate(tidily(itertools.islice(walk, at[-1])), start=1):
         if step == at[len(found)]:
             found.append(problem.whole_loss(theta).item() / problem.functions)
             if not math.isfinite(found[-1]):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import itertools
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastl2l.build import locked
+from fastl2l.heap import give_back, tidily
 from fastl2l.meta import capture as capture_module
 from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.meta.imitation import Imitation, TaughtTrajectory
@@ -362,7 +361,7 @@ class MetaTrainer:
                 self._current, self._adam_state = current, adam_state
                 self._save()
                 shown.advance(f"validation {epoch.validation_loss:.4g}, best {self.best_loss:.4g}")
-                _return_freed_memory()
+                give_back()
 
     def _epochs_since_best(self) -> int:
         losses = [epoch.validation_loss for epoch in self.history]
@@ -478,7 +477,7 @@ class MetaTrainer:
         """The sum over at most `size` validation problems, from number `first` on."""
         count = min(size, self.validation_problems - first)
         trajectory = Trajectory(self._problems("validation", first, count), self._ordered, backend=self.backend)
-        losses = [trajectory.advance() for _ in range(self.validation_horizon)]
+        losses = [trajectory.advance() for _ in tidily(range(self.validation_horizon))]
         if self.log_floor is None:
             return losses[-1].item() * count
         last = torch.stack(losses[-math.ceil(self.validation_horizon / 10) :]).double()
@@ -610,12 +609,6 @@ def _mean(rows: Tensor) -> Tensor:
     for row in rows[1:]:
         total = total + row
     return total / len(rows)
-
-
-def _return_freed_memory() -> None:
-    """Give glibc's free pages back: it keeps those between what is in use, some MB more after every exact window."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def _summary_writer(folder: str | os.PathLike[str]) -> Any:
