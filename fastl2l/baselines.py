@@ -318,6 +318,7 @@ def tune(
 
     # In a process group the first process alone reads and writes, and its word is everybody's.
     path, processes = cache_file("tuning", request, ".json"), current()
+    processes.check_same(lambda: {"tune": request, "cache": cache})
 
     def read(path: Path) -> dict[str, Any]:
         return processes.first(lambda: _read(path, request))

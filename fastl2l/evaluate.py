@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastl2l.baselines import Baseline, curve, descend, tune
 from fastl2l.files import open_tensors, read_record, shown, write_record, write_tensors, write_text
 from fastl2l.heap import tidily
+from fastl2l.ops.dispatch import select
 from fastl2l.optim import FusedLSTMOptimizer
 from fastl2l.processes import current, versions
 from fastl2l.progress import Progress
@@ -252,7 +253,9 @@ def evaluate(
     """
     processes = current()
     processes.everyone(lambda: check(task, optimizers, steps=steps, runs=runs, seed=seed, backend=backend))
-    processes.check_same(lambda: describe(task, optimizers, steps=steps, runs=runs, seed=seed, backend=backend))
+    processes.check_same(
+        lambda: describe(task, optimizers, steps=steps, runs=runs, seed=seed, backend=backend) | kernels(backend)
+    )
     tuned = _tuned(task, optimizers, steps, progress)
     metadata = describe(task, tuned, steps=steps, runs=runs, seed=seed, backend=backend)
     mine = processes.share(runs)
@@ -324,6 +327,11 @@ def describe(
         "versions": versions(),
         "optimizers": {name: describe_optimizer(optimizer) for name, optimizer in optimizers.items()},
     }
+
+
+def kernels(backend: str) -> dict[str, str]:
+    """What a backend is on this machine's CPU: for a comparison of processes."""
+    return {"kernels": select(backend, torch.device("cpu")).name}
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ import math
 import numbers
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ from fastl2l.optimizer_state import (
 from fastl2l.processes import ProcessError
 from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import Rule, upgraded
-from fastl2l.sharded import FAILED, READY, agree, any_sharded, groups_of, local
+from fastl2l.sharded import FAILED, READY, agree, any_sharded, groups_of, local, with_gradients
 from fastl2l.sharded import check as check_sharding
 from fastl2l.units import unit_of
 
@@ -320,7 +320,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         ready = self._ready_together(groups) if groups else self._ready(look=False)
         self._put_units(ready)
         for batch, kept, finite in zip(ready.batches, ready.kept, ready.flags, strict=True):
-            if not self._apply(batch, kept, finite):
+            if _only_begins(batch, kept):
+                self._keep(kept)
+            elif not self._apply(batch, kept, finite):
                 self._refuse(ready)
                 break
         if self.capturable and ready.flags and ready.flags[0] is not None:
@@ -337,7 +339,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         first = list(self._agreeing.values())
         if not any(any_sharded(group["params"]) for group in self.param_groups):
             return first
-        return groups_of((param for group in self.param_groups for param in group["params"]), first)
+        return groups_of(_params(self.param_groups), first)
 
     def _ready(self, look: bool) -> _Ready:
         """What a step takes; with `look` all that can be wrong with it here is found."""
@@ -366,12 +368,19 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         except Exception as error:
             failure = error
         try:
-            agree(word, groups)
+            word, alike = agree(word, groups, with_gradients(_params(self.param_groups)))
         except ProcessError:
             if failure is None:
                 raise
         if failure is not None:
             raise failure
+        if self.capturable:
+            word = torch.where(alike, word, FAILED)
+        elif not alike and int(word) != FAILED:
+            raise RuntimeError(
+                "gradients: expected those of the same parameters in all processes that have parts of them, got others "
+                "in another process; nothing was changed"
+            )
         ready = _Ready(ready.batches, [(word == READY).to(b.device) for b in ready.batches], ready.kept, word)
         # Otherwise the kernels look, so that nobody waits for the device.
         nothing_here = not ready.batches and not self.capturable and int(word) != READY
@@ -422,12 +431,15 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if finite is not None and not self.capturable and has_data(finite) and not finite:
             return False
         factors.advance(finite)
-        for param, entry in kept.new.items():
-            self.state[param].update(entry)
+        self._keep(kept)
         torch.autograd.graph.increment_version(batch.params)
         for param, work in batch.copies:
             param.copy_(work)
         return True
+
+    def _keep(self, kept: _Kept) -> None:
+        for param, entry in kept.new.items():
+            self.state[param].update(entry)
 
     def _call(self, batch: _Batch, kept: _Kept, units: Tensor | None, finite: Tensor | None) -> None:
         rule: Rule = batch.group["rule"]
@@ -634,6 +646,21 @@ def _is_captured(device: torch.device) -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def _params(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
+    return (param for group in groups for param in group["params"])
+
+
+def _only_begins(batch: _Batch, kept: _Kept) -> bool:
+    """Whether a step is torch's way to have states made, which are to be those of no step at all.
+
+    `torch.distributed.checkpoint.state_dict` takes one with a rate and gradients of 0 if there are no states yet.
+    """
+    if len(kept.new) < len(batch.params) or torch.compiler.is_compiling() or _is_captured(batch.device):
+        return False
+    at_rest = all(map(has_data, batch.grads)) and float(batch.group["lr"]) == 0
+    return at_rest and not any(bool(grad.any()) for grad in batch.grads)
+
+
 def _scales(group: dict[str, Any], rule: Rule) -> tuple[float, float, Tensor | None]:
     """What multiplies the update, what is taken off the parameters, and a rate on the device that multiplies both.
 
@@ -690,6 +717,11 @@ def _check_group(group: dict[str, Any], backend: str) -> None:
             )
     if len(set(group["params"])) < len(group["params"]):
         raise ValueError("params: expected every parameter once, got one twice in a group")
+    if rule.config.relative and any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
+        raise ValueError(
+            "params: expected whole tensors or DTensors for a relative rule, whose units are of tensors, got "
+            "FullyShardedDataParallel's flat pieces of some; fully_shard makes DTensors"
+        )
     select(backend, rule.device)
 
 

@@ -13,7 +13,7 @@ import importlib.metadata
 import os
 import pickle
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +23,9 @@ from torch import Tensor
 
 TIMEOUT = 1800.0
 """Seconds that processes which `joined` has put together wait for each other, unless FASTL2L_TIMEOUT says otherwise."""
+
+STARTED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""Environment variables by which torchrun tells a process of the others."""
 
 T = TypeVar("T")
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
@@ -62,6 +65,8 @@ class Processes(NamedTuple):
             raise error
         for rank, (_, theirs) in enumerate(outcomes):
             if theirs is not None:
+                if not isinstance(theirs, BaseException):  # what it was packed as is none
+                    theirs = ProcessError(f"raised what cannot be sent, {_short(theirs)}")
                 raise theirs from ProcessError(f"raised in process {rank} of {self.size}")
         return [one for one, _ in outcomes]
 
@@ -86,17 +91,20 @@ class Processes(NamedTuple):
         return torch.cat(self.everyone(sent)).to(device)
 
     def check_same(self, of: Callable[[], dict[str, Any]]) -> None:
-        """That `of` gives the same in every process. Raises ValueError in all of them, which names what differs."""
+        """That `of` gives the same in every process, in the same order where it gives dicts.
+
+        Raises ValueError in all of them, which names what differs.
+        """
         if self.size == 1:
             return
         found = self.everyone(lambda: versions() | of())
         for rank, other in enumerate(found[1:], 1):
             for name in sorted(found[0].keys() | other.keys()):
-                mine, theirs = found[0].get(name), other.get(name)
-                if mine != theirs:
+                if (differ := _difference(found[0].get(name), other.get(name))) is not None:
+                    mine, theirs = differ
                     raise ValueError(
-                        f"{name}: expected the same in every process, got {_short(mine)} in process 0 and "
-                        f"{_short(theirs)} in process {rank}"
+                        f"{name}: expected the same in every process, got {mine} in process 0 and {theirs} in process "
+                        f"{rank}"
                     )
 
     def _exchange(self, mine: bytes, error: Exception | None) -> list[bytes]:
@@ -134,13 +142,13 @@ def alone() -> Iterator[None]:
 def joined() -> Iterator[Processes]:
     """In a group with those that torchrun, or whoever sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, has started.
 
-    Without these, or in a group already, nothing is done.
+    Without all of these, or in a group already, nothing is done.
 
     Raises:
         ValueError: FASTL2L_TIMEOUT is no number of seconds > 0.
         ProcessError: the others do not come within the time-out.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or not dist.is_available() or dist.is_initialized():
+    if not os.environ.keys() >= STARTED or not dist.is_available() or dist.is_initialized():
         yield current()
         return
     seconds = _timeout()
@@ -152,7 +160,13 @@ def joined() -> Iterator[Processes]:
     except (RuntimeError, ValueError) as error:
         raise ProcessError(f"the other processes were not there within {seconds:g} s: {error}") from error
     try:
-        yield current()
+        try:
+            yield current()
+        except SystemExit as ending:  # which a command that has done its work ends with
+            if ending.code:
+                raise
+            dist.barrier()
+            raise
         dist.barrier()  # nobody leaves while another still listens
     finally:
         dist.destroy_process_group()
@@ -191,10 +205,24 @@ def _packed(value: Any, error: Exception | None) -> bytes:
             pickle.loads(packed)  # some exceptions can be packed and not unpacked
     except Exception as failure:
         reason = failure if error is None else error
-        return pickle.dumps((None, ProcessError(f"{type(reason).__name__}: {reason}")))
+        return pickle.dumps((None, ProcessError(f"{type(reason).__name__}: {_short(reason, str)}")))
     return packed
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def _difference(mine: Any, theirs: Any) -> tuple[str, str] | None:
+    """What differs between two values, in words: in dicts the first entry that does, or else their order."""
+    if not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
+        return None if mine == theirs else (_short(mine), _short(theirs))
+    for key in [*mine, *(key for key in theirs if key not in mine)]:
+        if (differ := _difference(mine.get(key), theirs.get(key))) is not None:
+            first, second = differ
+            return f"{key}: {first}", f"{key}: {second}"
+    return None if list(mine) == list(theirs) else (_short(list(mine)), _short(list(theirs)))
+
+
+def _short(value: object, text: Callable[[Any], str] = repr) -> str:
+    try:
+        found = text(value)
+    except Exception:  # of whatever it is
+        return f"something of type {type(value).__name__}"
+    return found if len(found) <= 200 else f"{found[:200]}..."

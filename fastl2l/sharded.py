@@ -7,7 +7,9 @@ things alone: whether all gradients are finite, and means over coordinates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ def check(param: Any, name: str) -> None:
         got = f"{list(grad.placements)} on {grad.device_mesh}" if is_sharded(grad) else "a tensor that is no DTensor"
         raise RuntimeError(
             f"gradient of {name}: expected it sharded as the parameter is, {list(param.placements)} on "
-            f"{param.device_mesh}, got {got}"
+            f"{param.device_mesh}, got {got}; let it be redistributed first"
         )
 
 
@@ -77,21 +79,47 @@ READY, NOT_FINITE, FAILED = 1, 0, -1
 """What a process says of a step; of several the least counts."""
 
 
-def agree(word: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+def agree(
+    word: Tensor, groups: Sequence[dist.ProcessGroup], digests: Mapping[Any, int] = MappingProxyType({})
+) -> tuple[Tensor, Tensor]:
     """The least word [1] (int32) of all processes of all these groups. Each takes what the ones before it have found.
+
+    Args:
+        word: what this process says.
+        groups: of processes, in the same order everywhere.
+        digests: what `with_gradients` gave.
+
+    Returns:
+        The word, and whether the digests were the same in all processes of each mesh [1].
 
     Raises:
         ProcessError: another process has ended, or has said nothing for as long as its group's time-out is.
     """
+    # The least of numbers, and of the numbers below 0, are opposite if all are the same.
+    least = {mesh: word.new_tensor([digest, -digest]) for mesh, digest in digests.items()}
     for group in groups:
+        meshes = [mesh for mesh in least if group in mesh.get_all_groups()]
+        said = torch.cat([word, *(least[mesh] for mesh in meshes)])
         try:
-            dist.all_reduce(word, dist.ReduceOp.MIN, group=group)
+            dist.all_reduce(said, dist.ReduceOp.MIN, group=group)
         except RuntimeError as error:
             raise ProcessError(
                 "step: expected all processes that have parts of the parameters to take it, but another has ended, or "
                 f"said nothing until the time-out ({str(error)[:200]}); nothing was changed"
             ) from error
-    return word
+        word, *found = said.split([1] + [2] * len(meshes))
+        least |= zip(meshes, found, strict=True)
+    ends = torch.cat([word.new_zeros(2), *least.values()]).view(-1, 2)
+    return word, (ends[:, 0] == -ends[:, 1]).all().reshape(1)
+
+
+def with_gradients(params: Iterable[Tensor]) -> dict[Any, int]:
+    """For each mesh of processes a digest of which of its parameters have a gradient here."""
+    flags: dict[Any, list[bool]] = {}
+    for param in params:
+        if is_sharded(param):
+            flags.setdefault(param.device_mesh, []).append(param.grad is not None)  # type: ignore[attr-defined]
+    return {mesh: zlib.crc32(bytes(found)) >> 1 for mesh, found in flags.items()}
 
 
 def mean_over(values: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:

@@ -18,6 +18,7 @@ from process_group import main
 from small_training import small_rule
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastl2l import FusedLSTMOptimizer
@@ -82,6 +83,24 @@ def sparse_gradient(param, elsewhere: Callable[[], None] = lambda: None) -> Iter
 
 
 @contextlib.contextmanager
+def no_gradient(param) -> Iterator[None]:
+    if is_last():
+        param.grad = None
+    yield
+    set_gradient(param)
+
+
+def flat_pieces() -> str:
+    """Of FullyShardedDataParallel, of which a relative rule cannot tell the tensors."""
+    wrapped = FullyShardedDataParallel(nn.Linear(3, 4), use_orig_params=True, device_id=torch.device("cpu"))
+    try:
+        FusedLSTMOptimizer(wrapped.parameters(), stepping(small_rule(), relative=True))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@contextlib.contextmanager
 def other_data(param) -> Iterator[None]:
     before = param.data
     if is_last():
@@ -125,6 +144,9 @@ def one(folder: Path) -> dict[str, list[object]]:
     found["shape"] = outcome(optimizer, param, other_data(param), good_steps=1)
     optimizer, param = of_a_group()
     found["no gradient elsewhere"] = outcome(optimizer, param, sparse_gradient(param, optimizer.zero_grad))
+    optimizer, param = sharded()
+    found["no gradient"] = outcome(optimizer, param, no_gradient(param))
+    found["flat pieces"] = [flat_pieces()]
     return found
 
 

@@ -113,6 +113,7 @@ def gradient_elsewhere() -> None:
 def errors(folder: Path) -> dict[str, str]:
     """What each of these raises here."""
     rank = current().rank
+    optimizers = {"a": baselines.SGD(0.1), "b": baselines.SGD(0.2)}
     cases = {
         "undivided": lambda: trainer(),
         "pieces": lambda: trainer(**BATCH, pieces=3),
@@ -121,6 +122,11 @@ def errors(folder: Path) -> dict[str, str]:
         "kinds": lambda: trainer(**BATCH, rule=small_rule(hidden_size=4 + rank)),
         "tasks": lambda: trainer(Quadratic(dim=3 + rank, batch=4), **BATCH),
         "evaluate": lambda: evaluate(Quadratic(dim=3 + rank, batch=4), {"sgd": baselines.SGD(0.1)}, steps=2, runs=4),
+        "order": lambda: evaluate(TASK, dict(sorted(optimizers.items(), reverse=rank > 0)), steps=2, runs=4),
+        "tuning": lambda: baselines.tune(Quadratic(dim=3 + rank, batch=4), baselines.SGD(), 2, runs=2),
+        "keep": lambda: trainer(**BATCH, keep=("best", "last")[rank]),
+        "no checkpoint": lambda: trainer(**BATCH, checkpoint=folder / "mine.pt" if rank == 0 else None),
+        "epochs": lambda: trainer(**BATCH).fit(1 + rank, progress=False),
         "versions": other_versions,
         "one problem": lambda: trainer(FailsOnce(dim=3, batch=4, number=6), **BATCH).fit(1, progress=False),
         "checkpoint": lambda: seen_by_one(folder),

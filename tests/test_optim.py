@@ -23,6 +23,7 @@ from fastl2l.ops import dispatch
 from fastl2l.ops import reference as reference_operators
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.layout import from_rows, new_state, to_rows
+from fastl2l.rules import stepping
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = ((3, 5), (17,), (), (2, 1, 4, 3), (0, 2))
@@ -1037,6 +1038,31 @@ def test_distributed_checkpoints_hold_it_to_the_bit(rule, flat):
     for param, twin in zip(params, twins, strict=True):
         twin.data.copy_(param)
     assert same(run(restored, twins, [2, 3]), run(optimizer, params, [2, 3]))
+
+
+@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_state_that_is_asked_for_before_the_first_step_is_that_of_no_step(relative, lr):
+    from torch.distributed.checkpoint import state_dict as checkpoints
+
+    rule = stepping(rule_of(RNNPROP, seed=3), relative=relative, ramp=5)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    twin = copy.deepcopy(model)
+    params, twins = list(model.parameters()), list(twin.parameters())
+    optimizer, undisturbed = (FusedLSTMOptimizer(of, rule, lr=lr) for of in (params, twins))
+    saved = checkpoints.get_optimizer_state_dict(model, optimizer)
+    assert not any(entry["lstm_state"].any() for entry in saved["state"].values())
+    assert not any(entry["step"] for entry in saved["state"].values())
+    assert same(run(optimizer, params, range(3)), run(undisturbed, twins, range(3)))
+
+
+def test_a_first_step_at_rate_0_with_gradients_is_a_step(rule):
+    params, twins = parameters(), parameters()
+    optimizer, other = FusedLSTMOptimizer(params, rule, lr=0.0), FusedLSTMOptimizer(twins, rule)
+    run(optimizer, params, [0])
+    run(other, twins, [0])
+    for param, twin in zip(params, twins, strict=True):
+        assert torch.equal(optimizer.state[param]["lstm_state"], other.state[twin]["lstm_state"])
 
 
 def test_a_restored_optimizer_forgets_what_it_had(rule):

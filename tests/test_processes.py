@@ -93,6 +93,11 @@ def test_bad_input_is_an_error_in_every_process(tmp_path):
         "kinds": ("ValueError: rule: expected the same in every process",) * 2,
         "tasks": ("ValueError: task: expected the same in every process",) * 2,
         "evaluate": ("ValueError: task: expected the same in every process",) * 2,
+        "order": ("ValueError: optimizers: expected the same in every process, got ['a', 'b'] in process 0 and [",) * 2,
+        "tuning": ("ValueError: tune: expected the same in every process, got task: dim: 3 in process 0",) * 2,
+        "keep": ("ValueError: keep: expected the same in every process, got 'best' in process 0 and 'last'",) * 2,
+        "no checkpoint": ("ValueError: checkpoint: expected the same in every process, got True in process 0",) * 2,
+        "epochs": ("ValueError: epochs: expected the same in every process, got 1 in process 0 and 2",) * 2,
         "versions": ("ValueError: torch: expected the same in every process, got '0.0' in process 0 and '0.1'",) * 2,
         "one problem": ("ValueError: there is no such problem",) * 2,
         "checkpoint": ("of-0/checkpoint.pt: expected a folder that all", "of-1/checkpoint.pt: expected a folder that"),
@@ -229,6 +234,11 @@ def test_what_goes_wrong_with_a_step_in_one_process_is_an_error_in_all_and_chang
         "shape": "RuntimeError: state of a parameter of shape [3, 3]: expected shape [2, 3]",
         "no gradient elsewhere": "RuntimeError: gradient of a parameter of shape [2, 3]: expected a dense tensor",
     }
+    for found in (first, last):
+        told, *rest = found.pop("no gradient")
+        assert "gradients: expected those of the same parameters in all processes" in told
+        assert rest == [True, True]
+        assert "FullyShardedDataParallel's flat pieces" in found.pop("flat pieces")[0]
     theirs = "RuntimeError: step: expected every process to take it, got an error in another process"
     assert (first.pop("skipped"), last.pop("skipped")) == ([1], [0])
     assert first.keys() == last.keys() == own.keys()

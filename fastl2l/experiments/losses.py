@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastl2l import baselines
 from fastl2l.baselines import Baseline
-from fastl2l.evaluate import Curves, describe, describe_optimizer, follow
+from fastl2l.evaluate import Curves, describe, describe_optimizer, follow, kernels
 from fastl2l.files import FileError, cache_file, cached, open_tensors, parse_json, plain, shown, write_tensors
 from fastl2l.processes import current
 from fastl2l.rules import Learned
@@ -58,7 +58,13 @@ def curves(
     for_last = max(1, last * for_steps // steps)
     tuned: dict[str, Any] = {}
     losses, processes = {}, current()
-    processes.check_same(lambda: describe(task, optimizers, steps=steps, runs=runs, seed=seed, backend="auto"))
+    processes.check_same(
+        lambda: (
+            describe(task, optimizers, steps=steps, runs=runs, seed=seed, backend="auto")
+            | kernels("auto")
+            | {"piece": piece, "tuning": [tuning_runs, for_steps, for_last]}
+        )
+    )
 
     def mine(optimizer: Learned | Baseline, name: str) -> Tensor:
         """Of the pieces that are this process's."""

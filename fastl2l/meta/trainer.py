@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import itertools
 import math
 import os
@@ -190,8 +191,9 @@ class MetaTrainer:
         self._current = self._best = self._copy_weights()
         self._adam_state = self._copy_adam()
         self._first, self._identity = _fingerprint(self._current), _identity(self._rules)
-        self._processes.check_same(lambda: self.settings() | {"weights": self._first})
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        others = {"keep": keep, "checkpoint": checkpoint is not None, "tensorboard": tensorboard is not None}
+        self._processes.check_same(lambda: self.settings() | {"weights": self._first} | others)
         self._take_up()
         self._writer: Any = None
         if tensorboard is not None:
@@ -297,7 +299,8 @@ class MetaTrainer:
 
         Returns:
             ``history``. When it is stopped (Ctrl-C) the rule has the weights that it would have ended with after the
-            last finished epoch; another call goes on from there.
+            last finished epoch; another call goes on from there. Not so in a group of processes, which are stopped in
+            different places: start them again.
 
         Raises:
             RuntimeError: another run is at this checkpoint.
@@ -313,6 +316,8 @@ class MetaTrainer:
                 f"rule: expected {self._identity} with the same weights to train as when the trainer was made, got "
                 f"{_identity(self._rules)}"
             )
+        done = len(self.history)
+        self._processes.check_same(lambda: {"epochs": epochs, "patience": patience, "epochs that are done": done})
         with self._alone():
             self._take_up()
             self._check_schedule(epochs)
@@ -380,7 +385,7 @@ class MetaTrainer:
         self._processes.check_same(lambda: {"weights": _fingerprint(self._copy_weights())})
         train_loss = losses.mean().item() if len(losses) else math.nan
         epoch = Epoch(number + 1, train_loss, self.validate(), meta_lr, skipped)
-        self._log(epoch)
+        self._processes.first(lambda: self._log(epoch))
         return epoch
 
     def _scheduled_lr(self, number: int, epochs: int) -> float:
@@ -555,7 +560,7 @@ class MetaTrainer:
         def read() -> str | None:
             if path.exists():
                 found.update(checkpoint_module.load(path, self.settings(), named_weights(self._rules), Epoch))
-            return _fingerprint(found["current"]) if found else None
+            return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if found else None
 
         seen = self._processes.everyone(read)
         if len(set(seen)) > 1:
