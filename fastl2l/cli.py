@@ -21,6 +21,7 @@ from fastl2l import baselines, environment, experiments, files, import_rules, pl
 from fastl2l.build import locked
 from fastl2l.evaluate import Curves, check, comparisons, evaluate
 from fastl2l.inside import look
+from fastl2l.memory_config import memory_options
 from fastl2l.meta import Imitation, MetaTrainer, search_meta_lr
 from fastl2l.processes import current, joined
 from fastl2l.progress import plain_console
@@ -175,7 +176,10 @@ def train(
     hidden_size: Annotated[int | None, typer.Option(help="LSTM units a layer; 20 by default.")] = None,
     layers: Annotated[int | None, typer.Option(help="LSTM layers; 2 by default.")] = None,
     averages: Annotated[
-        str | None, typer.Option(help="Averaged units of each layer, for gac: 5, which is the default, or 2,5.")
+        str | None, typer.Option(help="Averaged units of each layer, for gac and ntm: 5, or 2,5.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="For ntm, with its options: matrix, or pairs,pairs=20,inside,forget=0.05.")
     ] = None,
     relative: Annotated[
         bool, typer.Option("--relative", help="Updates in units of the size that each parameter has at first.")
@@ -195,6 +199,7 @@ def train(
     changed: dict[str, Any] = {"preprocess": preprocess, "output_scale": output_scale}
     changed |= {"hidden_size": hidden_size, "num_layers": layers, "averages": _averages(averages)}
     changed = {name: value for name, value in changed.items() if value is not None}
+    changed |= {} if memory is None else memory_options(memory)
     integer("epochs", epochs)
     if init is not None and (changed or rule != LSTMRule.kind):
         raise ValueError(f"{next(iter(changed), 'rule')}: expected none beside init, whose rule has its own")

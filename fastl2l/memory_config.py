@@ -130,6 +130,25 @@ class MemoryConfig:
         return cls(**description)
 
 
+def memory_options(text: str) -> dict[str, Any]:
+    """Arguments of `NTMRule` from a text such as matrix,inside,reads=2,forget=0.05: a kind, switches and numbers.
+
+    Raises:
+        ValueError: there is no such option, or it is no number.
+    """
+    known = [field.name for field in dataclasses.fields(MemoryConfig) if field.name != "kind"]
+    kind, *words = text.split(",")
+    found: dict[str, Any] = {"memory": kind}
+    for name, equals, value in (word.partition("=") for word in words):
+        if name not in known:
+            raise ValueError(f"memory: expected options such as {', '.join(known)}, got {name!r}")
+        try:
+            found[name] = (int(value) if value.isdecimal() else float(value)) if equals else True
+        except ValueError:
+            raise ValueError(f"{name}: expected a number such as 2 or 0.5, got {value!r}") from None
+    return found
+
+
 def _require_count(name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{name}: expected an integer of at least {least} and at most {most}, got {shown(value)}")

@@ -111,7 +111,8 @@ class Together(NamedTuple):
         state = _allocate(rule, sum(tiles) * TILE, dtype)
         remembered = None
         if rule.config.memory is not None and shapes:
-            remembered = Remembered.new(rule, Coordinates(tuple(shape.numel() for shape in shapes)), state.device)
+            where = Coordinates(tuple(shape.numel() for shape in shapes))
+            remembered = Remembered.new(rule, where, state.device, state.unbind(1))
         together = cls(list(state.split(tiles)), shapes, state, [], Factors.fresh(rule, len(shapes)), remembered)
         if not torch.compiler.is_compiling() and has_data(state):
             together.places.extend(together._places())

@@ -135,10 +135,10 @@ class Trajectory:
         return [track.part.stop - track.part.start for track in self._tracks]
 
     def at(self, coordinate: int) -> tuple[Rule, Tensor]:
-        """The rule of a coordinate of theta, and a copy of its state [rows]."""
+        """The rule of a coordinate of theta, and a copy of its state [rows], but for a memory's."""
         track = next(one for one in self._tracks if one.part.start <= coordinate < one.part.stop)
         tile, lane = divmod(coordinate - track.part.start, TILE)
-        return track.rule, track.state[tile, :, lane].clone()
+        return track.rule, track.state[tile, ..., lane].flatten().clone()
 
     def restart(self) -> None:
         """Start anew at the problem's theta_0, as it is now, in the same memory."""

@@ -15,6 +15,7 @@ from fastl2l import MetaTrainer, RNNpropRule, cli, experiments, tasks
 from fastl2l.build import locked
 from fastl2l.cli import app
 from fastl2l.experiments.experiment import Experiment, Panel
+from fastl2l.memory_config import MemoryConfig
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule, read_recipe, save_rule
 from fastl2l.tasks import Quadratic
@@ -70,6 +71,34 @@ def test_training_may_start_from_a_rule(trained, tmp_path):
     for weight, other in zip(load_rule(first).weights(), load_rule(again / "rule.safetensors").weights(), strict=True):
         torch.testing.assert_close(weight, other, rtol=0, atol=1e-6)
         assert not torch.equal(weight, other)
+
+
+def test_rules_whose_coordinates_talk_are_trained_and_described(tmp_path):
+    assert run("train", *SMALL, "--rule", "gac", "--averages", "2,3", "--out", tmp_path / "gac").exit_code == 0
+    assert "the mean of 2 and 3 units by layer" in run("rules", tmp_path / "gac" / "rule.safetensors").stdout
+    options = "pairs,pairs=4,inside,differences,multiply,reads=2,forget=0.05"
+    told = run("train", *SMALL, "--rule", "ntm", "--memory", options, "--averages", "1", "--out", tmp_path / "ntm")
+    assert told.exit_code == 0
+    memory = load_rule(tmp_path / "ntm" / "rule.safetensors").config.memory
+    expected = {"pairs": 4, "inside": True, "differences": True, "multiply": True, "reads": 2, "forget": 0.05}
+    assert memory == MemoryConfig("pairs", **expected)
+    assert str(memory) in run("rules", tmp_path / "ntm" / "rule.safetensors").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rule", "ntm", "--memory", "matrix,sizes=3"], "memory: expected options such as pairs, reads, writes"),
+        (["--rule", "ntm", "--memory", "matrix,forget=half"], "forget: expected a number such as 2 or 0.5, got 'half'"),
+        (["--rule", "ntm", "--memory", "tape"], "memory: expected one of matrix, pairs, got 'tape'"),
+        (["--memory", "matrix"], "memory: expected options of lstm"),
+        (["--rule", "gac", "--averages", "few"], "averages: expected numbers such as 5 or 2,5, got 'few'"),
+        (["--rule", "gac", "--averages", "21"], "averages: expected an integer of at least 0 and at most 20, got 21"),
+    ],
+)
+def test_bad_options_of_such_rules_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run("train", *SMALL, *options, "--out", tmp_path)
 
 
 class Halves(Quadratic):
@@ -340,7 +369,7 @@ def test_help_shows_an_example(command):
         (["evaluate", "--rule", "lstm-mnist", "--baseline", "adam,adam"], "expected another name for each, got 'adam'"),
         (["reproduce", "fig5", *["--rule", "lstm-mnist=lstm-mnist"] * 2], "rule: expected another name for each"),
         (["train", "--task", "quadratic", "--epochs", "0"], "epochs: expected an integer >= 1, got 0"),
-        (["train", "--task", "quadratic", "--rule", "gac"], "rule: expected one of lstm, rnnprop, got 'gac'"),
+        (["train", "--task", "quadratic", "--rule", "other"], "rule: expected one of lstm, rnnprop, gac, ntm, got"),
         (
             ["train", "--task", "quadratic", "--rule", "rnnprop", "--preprocess", "raw"],
             "preprocess: expected options of",

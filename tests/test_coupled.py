@@ -482,6 +482,27 @@ def test_parameters_of_half_precision_are_rounded_once(dtype):
     torch.testing.assert_close(params[0].detach(), expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("shapes", [((3, 7), (0,), (5,)), ((0,), (2, 0))])
+def test_parameters_may_be_empty(shapes):
+    rule = gac()
+    params, optimizer = optimizer_of(rule, *shapes)
+    give(params, 0)
+    n = sum(param.numel() for param in params)
+    theta = torch.cat([param.detach().reshape(-1) for param in params])
+    change, _ = truth(rule, torch.cat([param.grad.reshape(-1) for param in params]), torch.zeros(20, n, dtype=F64))
+    optimizer.step()
+    torch.testing.assert_close(torch.cat([param.detach().reshape(-1) for param in params]), theta + change)
+
+
+def test_a_trajectory_says_where_a_coordinate_is():
+    rule, problem = gac(), Bowl()
+    trajectory = Trajectory(problem, rule)
+    trajectory.advance()
+    its, state = trajectory.at(17)
+    assert its is rule
+    assert torch.equal(state, to_rows(trajectory.state, 36)[:, 17])
+
+
 def test_strides_make_no_difference():
     rule = gac()
     (param,), optimizer = optimizer_of(rule, (5, 7))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -11,9 +12,9 @@ from helpers import random_rule
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastl2l import MetaTrainer, baselines, cli, evaluate, experiments, files
+from fastl2l import MetaTrainer, NTMRule, baselines, cli, evaluate, experiments, files, tasks
 from fastl2l.evaluate import Curves
-from fastl2l.experiments import andrychowicz2016, experiment, losses, neural_art, recipes
+from fastl2l.experiments import andrychowicz2016, appendix_d, experiment, losses, neural_art, recipes
 from fastl2l.experiments.experiment import Budget, Experiment, Panel, Study
 from fastl2l.meta import Epoch
 from fastl2l.tasks import Digits, Quadratic
@@ -353,6 +354,7 @@ def test_neural_art_wants_its_rule(name, tmp_path, monkeypatch):
 
 SHIPPED = ["lstm-mnist", "lstm-quadratic", "rnnprop", "rnnprop-long"]
 ABLATIONS = ["rnnprop-tricks", "lstm-no-tricks", "rnnprop-no-convex-100"]
+TALKING = ["gac-quadratic", "ntm-quadratic", "ntm-paper-ill-conditioned", "ntm-pairs-quadratic"]
 
 
 def test_the_recipe_of_neural_art_is_the_papers(tmp_path, monkeypatch, pictures, tiny_vgg):
@@ -361,7 +363,29 @@ def test_the_recipe_of_neural_art_is_the_papers(tmp_path, monkeypatch, pictures,
     assert (rule.text, rule.config.output_scale) == ("log_sign:10 lstm:20,20 linear", 1.0)
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, *ABLATIONS])
+def test_rules_whose_coordinates_talk_have_recipes():
+    assert appendix_d.AppendixD().rules <= recipes.RECIPES.keys()
+
+
+def test_appendix_d_tells_how_final_losses_are_distributed(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
+    panel = Panel("one", "one", partial(tasks.IllConditioned, dim=3, batch=1), {"ntm": "ntm"}, 5, baselines=["adam"],
+                  full=Budget(20, 1, piece=10))  # fmt: skip
+    one = Experiment("small", "Small", "nothing.", [panel])
+    monkeypatch.setattr(appendix_d.AppendixD, "experiment", one)
+    rule = NTMRule("pairs", pairs=3, preprocess="raw", hidden_size=4)
+    told = appendix_d.AppendixD().run(tmp_path, rules={"ntm": rule}, quick=False, progress=False)
+    written = (tmp_path / "small" / "distribution.md").read_text()
+    assert told[1] in written
+    losses = Curves.load(tmp_path / "small" / "one").losses
+    rows = appendix_d.distribution(Curves(losses | {"lost": losses["ntm"].clone().fill_(float("inf"))}))
+    assert rows[0] == ["optimizer", "mean", "median", "99th percentile", "diverged"]
+    assert rows[-1] == ["lost", "inf", "inf", "inf", "100.00%"]
+    final = losses["adam"][:, -1].sort().values
+    assert ["adam", f"{final.mean():.3g}", f"{final[10]:.3g}", f"{final[19]:.3g}", "0.00%"] in rows
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, *ABLATIONS, *TALKING])
 def test_the_commands_of_a_recipe_do_what_the_recipe_does(name, tmp_path, monkeypatch):
     recipe, made = recipes.RECIPES[name], []
 

@@ -224,7 +224,7 @@ def test_a_constant_that_is_no_number_of_the_weights_dtype_is_refused(tmp_path):
         ({"format": "other"}, "expected format 'fastl2l-rule', got 'other'"),
         ({"format": None}, "expected format 'fastl2l-rule', got None"),
         ({"format_version": "4"}, "expected format version 2 or 3, got 4"),
-        ({"rule": "gac"}, "expected a rule of kind lstm, rnnprop or rule, got 'gac'"),
+        ({"rule": "other"}, "expected a rule of kind lstm, rnnprop, gac, ntm or rule, got 'other'"),
         ({"config": None}, "its configuration cannot be used"),
         ({"config": "{"}, "its configuration cannot be used"),
         ({"config": "[]"}, "its configuration cannot be used"),

@@ -168,7 +168,7 @@ def test_a_rule_is_made_again_from_what_it_is(kind):
     twin.load_weights({name: weight + 1 for name, weight in rule.named_parameters()})
     assert torch.equal(twin.weight_hh_l0, rule.weight_hh_l0 + 1)
     assert twin.fingerprint() != rule.fingerprint()
-    with pytest.raises(ValueError, match="kind: expected one of lstm, rnnprop, gac, rule, got 'other'"):
+    with pytest.raises(ValueError, match="kind: expected one of lstm, rnnprop, gac, ntm, rule, got 'other'"):
         make_rule("other", rule.config)
 
 

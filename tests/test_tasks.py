@@ -73,6 +73,7 @@ def custom(make=small_net, **options):
 
 ALL = {
     "quadratic": lambda: tasks.Quadratic(dim=4, batch=3),
+    "ill-conditioned": lambda: tasks.IllConditioned(dim=4, batch=3),
     "digits": lambda: tasks.Digits(batch_size=32),
     "mnist": lambda: tasks.MNIST(hidden=(5, 4), activation="elu"),
     "digits, convolutions": lambda: tasks.Digits((5,), "softplus", 8, convolutions=(1, 2), dtype=torch.float64),
@@ -221,6 +222,35 @@ def test_quadratic_is_the_paper_s_function():
     residuals = [problem.w[i] @ theta[4 * i : 4 * i + 4] - problem.y[i, :, 0] for i in range(3)]
     torch.testing.assert_close(loss, sum(r @ r for r in residuals))
     torch.testing.assert_close(grad, torch.cat([2 * problem.w[i].T @ residuals[i] for i in range(3)]))
+
+
+def test_ill_conditioned_functions_have_a_spectrum_each_and_a_minimum_of_0():
+    problem = tasks.IllConditioned(dim=6, condition=1e4, batch=500, dtype=torch.float64).sample(0)
+    spectra = torch.linalg.svdvals(problem.w).square()
+    assert (spectra <= 1 + 1e-12).all()
+    assert (spectra >= 1e-4 * (1 - 1e-9)).all()
+    logs = spectra.log10()
+    assert abs(logs.mean() + 2) < 4 * (4 / 3**0.5 / 2) / 3000**0.5  # uniform on [-4, 0]
+    assert len(logs.flatten().unique()) == 3000
+    best = torch.linalg.solve(problem.w, problem.y)
+    assert abs(best.var() - 1) < 0.2
+    loss, gradient = value_and_grad(problem, best.flatten(), 3)
+    assert loss < 1e-18
+    assert gradient.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"condition": 0.5}, ValueError, "condition: expected a finite number >= 1, got 0.5"),
+        ({"condition": float("inf")}, ValueError, "condition: expected a finite number >= 1, got inf"),
+        ({"condition": "high"}, TypeError, "condition: expected a number >= 1, got 'high'"),
+        ({"dim": 0}, ValueError, "dim: expected an integer >= 1, got 0"),
+    ],
+)
+def test_ill_conditioned_functions_that_cannot_be_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        tasks.IllConditioned(**options)
 
 
 def test_quadratic_is_drawn_from_the_standard_normal():

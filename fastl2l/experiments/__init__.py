@@ -1,6 +1,7 @@
 """Every figure and table of the papers, one declarative entry each, and the recipes of the rules that they show."""
 
 from fastl2l.experiments import andrychowicz2016, lv2017, neural_art
+from fastl2l.experiments.appendix_d import AppendixD
 from fastl2l.experiments.experiment import (
     Experiment,
     Reproducible,
@@ -20,6 +21,7 @@ ALL: dict[str, Reproducible] = {
         *neural_art.EXPERIMENTS,
         *lv2017.EXPERIMENTS,
         OwnNetworks(),
+        AppendixD(),
     )
 }
 """By name."""

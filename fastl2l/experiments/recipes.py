@@ -11,13 +11,15 @@ from types import MappingProxyType
 from typing import Any
 
 from fastl2l import tasks
+from fastl2l.memory_config import memory_options
 from fastl2l.meta import MetaTrainer
-from fastl2l.rules import RULES, GACRule, Learned, LSTMRule, RNNpropRule, Rule, stepping
+from fastl2l.rules import RULES, GACRule, Learned, LSTMRule, NTMRule, RNNpropRule, Rule, stepping
 from fastl2l.tasks.random_networks import KINDS
 
 RULE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "quadratic": MappingProxyType({"preprocess": "raw", "output_scale": 1.0}),
+        "ill-conditioned": MappingProxyType({"preprocess": "raw", "output_scale": 1.0}),
         "neural-art": MappingProxyType({"output_scale": 1.0}),
     }
 )
@@ -42,7 +44,7 @@ def fresh_rule(kind: str, task: str, *, seed: int = 0, **options: Any) -> Rule:
     for option in options:
         if option not in known:
             raise ValueError(f"{option}: expected options of {kind} ({', '.join(known)}), got one of another kind's")
-    papers = RULE_OPTIONS.get(task, {}) if kind in (LSTMRule.kind, GACRule.kind) else {}
+    papers = RULE_OPTIONS.get(task, {}) if kind in (LSTMRule.kind, GACRule.kind, NTMRule.kind) else {}
     return RULES[kind](**{**papers, **options}, seed=seed)
 
 
@@ -101,6 +103,7 @@ class Recipe:
         seed: of the first weights and of all problems.
         init: how the rule is trained that this one starts from; fresh weights by default.
         steps: relative, ramp and decay, as for `first_rules`.
+        rule: arguments of the rule's class, with those of a memory as one text (`memory_options`).
     """
 
     name: str
@@ -114,6 +117,7 @@ class Recipe:
     seed: int = 0
     init: Recipe | None = None
     steps: Mapping[str, Any] = field(default_factory=dict)
+    rule: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def commands(self) -> list[str]:
@@ -130,7 +134,7 @@ class Recipe:
             options["init"] = f"runs/{self.init.name}/rule.safetensors"
         elif self.kind != LSTMRule.kind:
             options["rule"] = self.kind
-        options |= self.steps
+        options |= {**self.rule, **self.steps}
         options["out"] = f"runs/{self.name}"
         words = [_option(name, value) for name, value in options.items()]
         return [*(self.init.commands if self.init is not None else []), " ".join(["fastl2l train", *words])]
@@ -148,7 +152,9 @@ class Recipe:
         before = None if self.init is None else self.init.train(folder, quick=quick, progress=progress)
         checkpoint = Path(folder) / f"{self.name}{'-quick' * quick}.pt"
         task = tasks.by_name(self.task, **self.options)
-        rule = first_rules(task, kind=self.kind, init=before, seed=self.seed, **self.steps)
+        own = dict(self.rule)
+        own |= memory_options(own.pop("memory")) if "memory" in own else {}
+        rule = first_rules(task, kind=self.kind, init=before, seed=self.seed, **self.steps, **own)
         task = tasks.augmented(task, **self.augmentation)
         trainer = MetaTrainer(rule, task, seed=self.seed, checkpoint=checkpoint, **self.training)
         trainer.fit(max(1, self.epochs // 10) if quick else self.epochs, progress=progress)
@@ -170,18 +176,22 @@ def _then(before: Recipe, name: str, about: str, *, training: Mapping[str, Any],
     return replace(before, name=name, about=about, training=MappingProxyType(dict(training)), init=before, **changes)
 
 
-def _lstm_mnist() -> Recipe:
-    """In four stages, each of which starts from the one before: longer windows see further, but need a rule that works.
-
-    Windows of 20 steps, first-order and then exact, then trajectories of 200 steps in windows of 100 and in one.
-    """
-    first = Recipe(
+def _lstm_mnist_first() -> Recipe:
+    return Recipe(
         "lstm-mnist-1",
         "The first stage of lstm-mnist.",
         task="mnist",
         epochs=100,
         training=MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine"}),
     )
+
+
+def _lstm_mnist() -> Recipe:
+    """In four stages, each of which starts from the one before: longer windows see further, but need a rule that works.
+
+    Windows of 20 steps, first-order and then exact, then trajectories of 200 steps in windows of 100 and in one.
+    """
+    first = _lstm_mnist_first()
 
     def then(before: Recipe, name: str, about: str, epochs: int, seed: int, **training: float) -> Recipe:
         exact = {"schedule": "cosine", "keep": "last", "second_derivatives": True}
@@ -298,6 +308,40 @@ def _lstm_neural_art() -> Recipe:
     )
 
 
+def _talking(scale: float) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Kinds and arguments of what appendix D of the first paper is compared on (docs/coupled.md), by name.
+
+    `scale` brings gradients of the task to about 1, where a memory is concerned with them.
+    """
+    helps = f"inside,differences,multiply,reads=2,forget=0.05,update_bound=3,scale={scale:g}"
+    return {
+        "lstm": (LSTMRule.kind, {}),
+        "gac": (GACRule.kind, {"averages": 5}),
+        "ntm-paper": (NTMRule.kind, {"averages": 2, "memory": f"matrix,scale={scale:g}"}),
+        "ntm": (NTMRule.kind, {"averages": 2, "memory": f"matrix,{helps},memory_bound=20,read_bound=5"}),
+        "ntm-pairs": (NTMRule.kind, {"averages": 2, "memory": f"pairs,pairs=5,{helps},memory_bound=10,read_bound=3"}),
+    }
+
+
+def _appendix_d() -> Iterator[Recipe]:
+    """Rules that differ in what their coordinates know of each other alone, at as many trajectories."""
+    exact = MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine", "second_derivatives": True})
+    of_tasks = {"quadratic": ("Random quadratic functions", 0.02), "ill-conditioned": ("Ill-conditioned ones", 0.5)}
+    for task, (words, scale) in of_tasks.items():
+        for name, (kind, rule) in _talking(scale).items():
+            if (name, task) == ("lstm", "quadratic"):
+                continue  # which is shipped
+            about = f"{words} of 10 coordinates, for 100 steps: {name}."
+            yield Recipe(f"{name}-{task}", about, task, 60, exact, kind, rule=MappingProxyType(rule))
+    yield replace(
+        _lstm_mnist_first(),
+        name="gac-mnist",
+        about="The first stage of lstm-mnist, of a rule with averaged units.",
+        kind=GACRule.kind,
+        rule=MappingProxyType({"averages": 5}),
+    )
+
+
 def _ablations() -> Iterator[Recipe]:
     """Rules that differ in how they are trained alone (Lv et al. 2017, section 5): with and without each trick."""
     tricks: dict[str, dict[str, Any]] = {
@@ -325,6 +369,8 @@ RECIPES = {
         _rnnprop(),
         _rnnprop_long(),
         *_ablations(),
+        _lstm_mnist_first(),
+        *_appendix_d(),
         _lstm_neural_art(),
         Recipe(
             "lstm-quadratic",

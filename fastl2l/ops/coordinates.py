@@ -64,7 +64,8 @@ class Coordinates:
 
     def by_function(self, rows: Tensor) -> Tensor:
         """[rows, N] as [rows, functions, dim]."""
-        pieces = [part.unflatten(-1, (self.functions, -1)) for part in rows.split(self.parts, -1)]
+        sizes = [(self.functions, part // self.functions) for part in self.parts]
+        pieces = [part.unflatten(-1, size) for part, size in zip(rows.split(self.parts, -1), sizes, strict=True)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
     def flat(self, functions: Tensor) -> Tensor:

@@ -42,8 +42,10 @@ class Remembered:
     steps: int = 0
 
     @classmethod
-    def new(cls, rule: Rule, where: Coordinates, device: torch.device) -> Remembered:
-        """At the start of a trajectory.
+    def new(
+        cls, rule: Rule, where: Coordinates, device: torch.device, layers: Sequence[Tensor] | None = None
+    ) -> Remembered:
+        """At the start of a trajectory; `layers` are fresh states, in place of its own.
 
         Raises:
             ValueError: the memory would be too large. Nothing has been allocated then.
@@ -55,7 +57,8 @@ class Remembered:
         numbers: dict[str, Any] = {"dtype": rule.dtype, "device": device}
         made = torch.empty(memory.shape(config, where.functions, where.dim), **numbers)
         rows = torch.zeros(config.rows, where.functions, where.dim, **numbers)
-        return cls(config, new_state(rule, where.numel, device).unbind(1), rows, memory.begin_(config, made))
+        layers = new_state(rule, where.numel, device).unbind(1) if layers is None else layers
+        return cls(config, layers, rows, memory.begin_(config, made))
 
     def zero_(self) -> Remembered:
         """Be at the start of a trajectory again, in the same memory."""

@@ -11,6 +11,7 @@ from fastl2l.tasks.batch import batch
 from fastl2l.tasks.classification import CIFAR10, MNIST, Digits, FashionMNIST
 from fastl2l.tasks.convex import WithConvex
 from fastl2l.tasks.custom import from_module
+from fastl2l.tasks.ill_conditioned import IllConditioned
 from fastl2l.tasks.mixture import Mixture
 from fastl2l.tasks.neural_art import NeuralArt
 from fastl2l.tasks.parts import conv_and_fc
@@ -25,6 +26,7 @@ __all__ = [
     "MNIST",
     "Digits",
     "FashionMNIST",
+    "IllConditioned",
     "Mixture",
     "NeuralArt",
     "Problem",
@@ -44,10 +46,8 @@ __all__ = [
     "names",
 ]
 
-_TASKS: dict[str, type[Task]] = {
-    task.name: task
-    for task in (Quadratic, MNIST, FashionMNIST, Digits, CIFAR10, Sine, Table, RandomNetworks, NeuralArt)
-}
+_ALL = (Quadratic, IllConditioned, MNIST, FashionMNIST, Digits, CIFAR10, Sine, Table, RandomNetworks, NeuralArt)
+_TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
 
 
 def names() -> list[str]:
