@@ -276,7 +276,9 @@ def test_rules_that_are_not_there_are_named_before_anything_is_done(tmp_path, fo
 
 
 @pytest.mark.parametrize(
-    "one", [one for one in experiments.ALL.values() if isinstance(one, Experiment)], ids=lambda one: one.name
+    "one",
+    [*(one for one in experiments.ALL.values() if isinstance(one, Experiment)), appendix_d.AppendixD().experiment],
+    ids=lambda one: one.name,
 )
 def test_entries_are_whole(one, tmp_path, cifar10, pictures, tiny_vgg):
     for name in ("MNIST", "FashionMNIST"):  # whose files are alike
