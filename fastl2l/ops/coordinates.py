@@ -82,8 +82,8 @@ class Coordinates:
         """
         if self.functions == 1 and self._filled:  # where they are, which spares a copy
             whole, rest = divmod(self.numel, TILE)
-            pieces = tiles[:whole], tiles[whole:, :, :rest]
-            total = sum(piece.sum((0, 2), dtype=torch.float64) for piece in pieces)
+            total = tiles[:whole].sum((0, 2), dtype=torch.float64)
+            total = total + tiles[whole:, :, :rest].sum((0, 2), dtype=torch.float64)
             return (total / self.dim).to(tiles.dtype).view(-1, 1, 1)
         rows = self.by_function(self.rows(tiles))
         return (rows.sum(-1, keepdim=True, dtype=torch.float64) / self.dim).to(tiles.dtype)
