@@ -657,8 +657,12 @@ def _only_begins(batch: _Batch, kept: _Kept) -> bool:
     """
     if len(kept.new) < len(batch.params) or torch.compiler.is_compiling() or _is_captured(batch.device):
         return False
-    at_rest = all(map(has_data, batch.grads)) and float(batch.group["lr"]) == 0
-    return at_rest and not any(bool(grad.any()) for grad in batch.grads)
+    lr = batch.group["lr"]
+    if isinstance(lr, Tensor):  # on the CPU, where torch puts its 0, nobody waits for it
+        at_rest = lr.device.type == "cpu" and has_data(lr) and not lr.detach().numpy().any()
+    else:
+        at_rest = lr == 0
+    return at_rest and all(has_data(grad) and not bool(grad.any()) for grad in batch.grads)
 
 
 def _scales(group: dict[str, Any], rule: Rule) -> tuple[float, float, Tensor | None]:
