@@ -39,7 +39,7 @@ from fastl2l.optimizer_state import (
 from fastl2l.processes import ProcessError
 from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import Rule, upgraded
-from fastl2l.sharded import FAILED, READY, agree, any_sharded, groups_of, local, with_gradients
+from fastl2l.sharded import FAILED, READY, agree, any_sharded, groups_between, groups_of, local, with_gradients
 from fastl2l.sharded import check as check_sharding
 from fastl2l.units import unit_of
 
@@ -147,9 +147,10 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     a rule with a ramp rise over a parameter's first steps, so there is no need to warm up; those of one with a decay
     fall after many, so there is none of a schedule.
 
-    The coordinates of a `GACRule` talk to each other, over all parameters of a group that have a gradient. It wants all
-    of them in this process, and takes neither ``capturable`` nor bfloat16 states. So does an `NTMRule`, whose memory is
-    of all parameters of a group: each must have a gradient at every step.
+    The coordinates of a `GACRule` talk to each other, over all parameters of a group that have a gradient, also where
+    these are DTensors, all sharded over the same dimensions of a mesh. It takes neither ``capturable`` nor bfloat16
+    states. Nor does an `NTMRule`, whose memory is of all parameters of a group: each must be whole, and have a gradient
+    at every step.
 
     DTensors (FSDP2, tensor parallelism) are stepped in place where they are, each process its own part, and nothing is
     gathered; a gradient that is not finite in one process is one in all. ``state_dict`` has their states as DTensors
@@ -241,11 +242,11 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             return
         if self.capturable:
             raise ValueError(f"capturable: expected False with a rule whose coordinates talk, got {group['rule']}")
-        if self._agreeing or any_sharded(group["params"]):
-            got = "a DTensor" if any_sharded(group["params"]) else "a group of processes"
-            raise ValueError(
-                f"params: expected all of them in this process, for a rule whose coordinates talk, got {got}"
-            )
+        if self._agreeing:
+            raise ValueError("group: expected none with a rule whose coordinates talk, got one; it takes DTensors")
+        groups = groups_between(group["params"])
+        if groups and group["rule"].config.memory is not None:
+            raise ValueError("params: expected whole ones for a rule with a memory, got DTensors that are sharded")
         if (config := group["rule"].config.memory) is not None:
             check_size(config, 1, sum(param.numel() for param in group["params"]), group["rule"].dtype.itemsize)
 
@@ -445,7 +446,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         rule: Rule = batch.group["rule"]
         scale, decay, rate = _scales(batch.group, rule)
         whole = kept.together.memory_of(kept.entries) if kept.together is not None else None
-        step_of(rule, self._backend(batch), kept.entries, whole)(
+        groups = groups_between(batch.owners) if rule.config.coupled else ()
+        step_of(rule, self._backend(batch), kept.entries, whole, groups)(
             batch.params,
             batch.grads,
             kept.states if kept.together is None else [kept.together.state],

@@ -235,7 +235,9 @@ def local_entry(key: object, entry: dict[str, Any], rule: Rule, param: Tensor) -
     except ValueError as error:
         raise ValueError(f"state of parameter {key}: {error}") from error
     rest = {name: value for name, value in entry.items() if name != WHOLE}
-    return {**rest, **new_entry(state, local(param).shape)}
+    here = local(param)
+    layers = state.unflatten(1, state_shape(rule, here.numel())[1:-1])
+    return {**rest, **new_entry(layers_apart(layers), here.shape)}
 
 
 def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """Parameters that are in parts on several processes, as FSDP2 and tensor parallelism make them (DTensor).
 
-A rule goes coordinate by coordinate, so each process steps the coordinates that it has. Processes need to agree on two
-things alone: whether all gradients are finite, and means over coordinates.
+Each process steps the coordinates that it has. Processes need to agree on two things alone: whether they take a step,
+and means over coordinates, of rules whose coordinates talk.
 """
 
 from __future__ import annotations
@@ -122,15 +122,26 @@ def with_gradients(params: Iterable[Tensor]) -> dict[Any, int]:
     return {mesh: zlib.crc32(bytes(found)) >> 1 for mesh, found in flags.items()}
 
 
-def mean_over(values: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
-    """The mean of `values` [..., n] over their last dimension and over the processes of `groups`, [...].
+def groups_between(params: Sequence[Tensor]) -> tuple[dist.ProcessGroup, ...]:
+    """The groups whose processes have different coordinates of these, all of them alike: none if they are whole.
 
-    Sums and counts are reduced, so that processes may have different numbers of coordinates, and some none.
+    Raises:
+        ValueError: some are sharded otherwise than others.
     """
-    total = torch.cat([values.double().sum(-1).reshape(-1), values.new_full((1,), values.shape[-1]).double()])
-    for group in groups:
-        dist.all_reduce(total, group=group)
-    return (total[:-1] / total[-1]).reshape(values.shape[:-1]).to(values.dtype)
+    kinds = {_mesh_and_shards(param) for param in params}
+    if len(kinds) > 1:
+        raise ValueError(
+            "params: expected all of a group sharded over the same dimensions of one mesh, for a rule whose "
+            f"coordinates talk, got {len(kinds)} kinds"
+        )
+    mesh, shards = kinds.pop() if kinds else (None, ())
+    return tuple(group for group, shard in zip(mesh.get_all_groups(), shards, strict=True) if shard) if mesh else ()
+
+
+def _mesh_and_shards(param: Any) -> tuple[Any, tuple[bool, ...]]:
+    if not is_sharded(param):
+        return None, ()
+    return param.device_mesh, tuple(not placement.is_replicate() for placement in param.placements)
 
 
 # States, as they are saved
@@ -141,7 +152,7 @@ def to_saved(state: Tensor, param: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     shape = tuple(local(param).shape)
-    rows = to_rows(state, math.prod(shape)).reshape(state.shape[1], *shape).movedim(0, -1).contiguous()
+    rows = to_rows(state, math.prod(shape)).unflatten(1, shape).movedim(0, -1).contiguous()
     whole = torch.Size((*param.shape, rows.shape[-1]))
     stride = torch.empty(whole, device="meta").stride()
     saved: Tensor = DTensor.from_local(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import RNNPROP, rule_of
+from helpers import RNNPROP, randomized, rule_of
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,9 +25,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from fastl2l import FusedLSTMOptimizer, processes
+from fastl2l import FusedLSTMOptimizer, GACRule, NTMRule, processes
+from fastl2l.ops.coordinates import mean_of
 from fastl2l.rules import stepping
-from fastl2l.sharded import mean_over
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -126,6 +126,51 @@ def sharded(folder: Path, *, save: bool) -> dict[str, bool]:
     return found
 
 
+def talking(folder: Path, *, save: bool) -> dict[str, bool]:
+    """Under a rule whose coordinates talk to those of other processes, through means summed in another order."""
+    rule, found = randomized(GACRule(averages=(2, 3), hidden_size=6, output_scale=0.3, ramp=3)), {}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def close(one, other) -> bool:
+        pairs = zip(whole(one), whole(other), strict=True)
+        return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+
+    def fsdp():
+        net = model()
+        fully_shard(net, mesh=mesh)
+        return net, FusedLSTMOptimizer(net.named_parameters(), rule)
+
+    plain, (net, of_net), (other, of_other) = model(), fsdp(), fsdp()
+    optimizer = FusedLSTMOptimizer(plain.parameters(), rule)
+    run(optimizer, plain, range(3))
+    run(of_net, net, range(3))
+    found["talking"] = close(net, plain) and not close(net, model())
+    saved = {"model": get_model_state_dict(net), "optim": get_optimizer_state_dict(net, of_net)}
+    if save:
+        dcp.save(saved, checkpoint_id=folder / "talking")
+    saved = {"model": get_model_state_dict(other), "optim": get_optimizer_state_dict(other, of_other)}
+    dcp.load(saved, checkpoint_id=folder / "talking")
+    set_model_state_dict(other, saved["model"])
+    set_optimizer_state_dict(other, of_other, saved["optim"])
+    run(optimizer, plain, (3, 4))
+    run(of_other, other, (3, 4))
+    found["talking, loaded"] = close(other, plain)
+    net = model()
+    parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for name, one in {"sharded and replicated": rule, "with a memory": NTMRule("pairs", pairs=2)}.items():
+        params = net.named_parameters() if one is rule else other.named_parameters()
+        found[f"refused, {name}"] = refused(params, one)
+    return found
+
+
+def refused(params, rule) -> bool:
+    try:
+        FusedLSTMOptimizer(params, rule)
+    except ValueError as error:
+        return str(error).startswith("params: expected")
+    return False
+
+
 def in_parallel() -> dict[str, bool]:
     """Tensor parallelism, DDP and ZeRO."""
     rule, found, size = rule_of(RNNPROP), {}, dist.get_world_size()
@@ -158,7 +203,7 @@ def in_parallel() -> dict[str, bool]:
     found["ZeRO, not finite"] = refuses(zero, net, lambda: owned[0].grad.fill_(torch.nan))
 
     mine = torch.arange(10.0).split([3, 7])[dist.get_rank()].repeat(2, 1)
-    found["means"] = mean_over(mine, [dist.group.WORLD]).tolist() == [4.5, 4.5]
+    found["means"] = mean_of(mine.sum(1), mine.shape[1], [dist.group.WORLD]).tolist() == [4.5, 4.5]
     return found
 
 
@@ -166,7 +211,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     name, folder = sys.argv[1], Path(sys.argv[2])
     with processes.joined() as group:
-        answer = sharded(folder, save=name == "save")
+        answer = sharded(folder, save=name == "save") | talking(folder, save=name == "save")
         if name == "save":
             answer |= in_parallel()
         (folder / f"{name}-{group.size}-{group.rank}.json").write_text(json.dumps(answer))

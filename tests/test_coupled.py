@@ -606,10 +606,11 @@ def test_captured_windows_and_looks_inside_refuse_it(monkeypatch):
         MetaTrainer(rule, task, capture=True, trajectories=2)
 
 
-def test_parameters_in_parts_on_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("fastl2l.optim.any_sharded", lambda params: True)
-    with pytest.raises(ValueError, match=r"params: expected all of them in this process, .* got a DTensor"):
-        FusedLSTMOptimizer([torch.zeros(3, requires_grad=True)], gac())
+def test_a_group_of_processes_with_parameters_of_their_own_is_refused():
+    rule, param = gac(), torch.zeros(3, requires_grad=True, dtype=F64)
+    optimizer = FusedLSTMOptimizer([param], LSTMRule(dtype=F64), group=object())
+    with pytest.raises(ValueError, match="group: expected none with a rule whose coordinates talk"):
+        optimizer.add_param_group({"params": [torch.zeros(3, requires_grad=True, dtype=F64)], "rule": rule})
 
 
 def test_a_file_keeps_it(tmp_path):

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fastl2l import MetaTrainer, processes
+from fastl2l.ops.coordinates import mean_of
 from fastl2l.processes import Processes
 from fastl2l.rule_files import load_rule
-from fastl2l.sharded import mean_over
 
 HERE = Path(__file__).parent
 LONGEST = 300
@@ -214,7 +214,7 @@ def test_figures_made_under_torchrun_are_those_of_one_process(tmp_path):
 
 def test_means_over_one_process_are_means():
     values = torch.arange(12.0).reshape(3, 4)
-    assert torch.equal(mean_over(values, []), values.mean(1))
+    assert torch.equal(mean_of(values.sum(1), 4, []), values.mean(1))
 
 
 def test_sharded_parameters_are_stepped_as_whole_ones_and_saved_for_any_number_of_processes(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastl2l.ops.layout import TILE, from_rows, tiles_of, to_rows
@@ -19,6 +21,7 @@ class Coordinates:
         tensors: sizes of the tensors whose states lie one after the other, each from a tile of its own on.
         parts: sizes of the parts that they are made of, in each of which functions lie side by side.
         functions: how many there are, all with as many coordinates.
+        groups: of processes that have other coordinates of the one function; each of them takes every mean together.
 
     Raises:
         ValueError: functions are not of one size.
@@ -27,6 +30,7 @@ class Coordinates:
     tensors: tuple[int, ...]
     parts: tuple[int, ...] = ()
     functions: int = 1
+    groups: tuple[dist.ProcessGroup, ...] = ()
 
     def __post_init__(self) -> None:
         parts = self.parts or (sum(self.tensors),)
@@ -84,9 +88,10 @@ class Coordinates:
             whole, rest = divmod(self.numel, TILE)
             total = tiles[:whole].sum((0, 2), dtype=torch.float64)
             total = total + tiles[whole:, :, :rest].sum((0, 2), dtype=torch.float64)
-            return (total / self.dim).to(tiles.dtype).view(-1, 1, 1)
+            return mean_of(total, self.dim, self.groups).to(tiles.dtype).view(-1, 1, 1)
         rows = self.by_function(self.rows(tiles))
-        return (rows.sum(-1, keepdim=True, dtype=torch.float64) / self.dim).to(tiles.dtype)
+        total = rows.sum(-1, keepdim=True, dtype=torch.float64)
+        return mean_of(total, self.dim, self.groups).to(tiles.dtype)
 
     def of_each(self, means: Tensor) -> Tensor:
         """[rows, functions, 1] as what each coordinate has of it: something that can be expanded to its tiles."""
@@ -98,6 +103,19 @@ class Coordinates:
     def _filled(self) -> bool:
         """Whether no tile but the last has lanes that are no coordinate's."""
         return not any(size % TILE for size in self.tensors[:-1])
+
+
+def mean_of(total: Tensor, count: int, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """The means of so many numbers here, whose sums are `total`, and of those in the other processes of `groups`.
+
+    Sums and counts are reduced, so that processes may have different numbers of coordinates, and some none.
+    """
+    if not groups:
+        return total / count
+    sums = torch.cat([total.reshape(-1), total.new_full((1,), count)])
+    for group in groups:
+        dist.all_reduce(sums, group=group)
+    return (sums[:-1] / sums[-1]).view_as(total)
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastl2l.memory_config import MemoryConfig
 from fastl2l.ops import coupled
@@ -25,7 +26,9 @@ MEMORY = "memory"
 Entries = Sequence[Mapping[str, Any]]
 
 
-def step_of(rule: Rule, backend: Backend, entries: Entries, whole: Remembered | None) -> Callable[..., None]:
+def step_of(
+    rule: Rule, backend: Backend, entries: Entries, whole: Remembered | None, groups: tuple[ProcessGroup, ...] = ()
+) -> Callable[..., None]:
     """What steps parameters: the backend's step_, or for a coupled rule what takes the same arguments (schema.py).
 
     Args:
@@ -33,13 +36,16 @@ def step_of(rule: Rule, backend: Backend, entries: Entries, whole: Remembered | 
         backend: does the work.
         entries: what is kept of each parameter, by name.
         whole: of a rule with a memory, that of which these are parts, if they are parts of one.
+        groups: of processes that have other coordinates of the parameters.
     """
-    return _StepOf(rule, backend, entries, whole) if rule.config.coupled else backend.step_
+    return _StepOf(rule, backend, entries, whole, groups) if rule.config.coupled else backend.step_
 
 
 class _StepOf:
-    def __init__(self, rule: Rule, backend: Backend, entries: Entries, whole: Remembered | None) -> None:
-        self._rule, self._backend, self._entries, self._whole = rule, backend, entries, whole
+    def __init__(
+        self, rule: Rule, backend: Backend, entries: Entries, whole: Remembered | None, groups: tuple[ProcessGroup, ...]
+    ) -> None:
+        self._rule, self._backend, self._entries, self._whole, self._groups = rule, backend, entries, whole, groups
 
     @torch.no_grad()
     def __call__(
@@ -64,7 +70,7 @@ class _StepOf:
         if rate is not None:  # what a memory is told of are the steps as they are
             update_scale, decay = update_scale * float(rate), decay * float(rate)
         sizes = tuple(param.numel() for param in params)
-        where, dtype = Coordinates(sizes), self._rule.dtype
+        where, dtype = Coordinates(sizes, groups=self._groups), self._rule.dtype
         gradient = torch.cat([grad.reshape(-1).to(dtype) for grad in grads]) * grad_scale
         state = states[0] if len(states) == 1 else layers_apart(torch.cat(list(states)))
         now = self._with_memory(state) if self._rule.config.memory is not None else state
