@@ -52,5 +52,5 @@ def test_a_rule_is_ahead_on_what_it_was_trained_for(name, task, best):
 
 def test_a_name_is_only_a_name():
     assert isinstance(load_rule("lstm-mnist"), LSTMRule)
-    with pytest.raises(FileNotFoundError, match=r"lstm-cifar: expected a rule file or one of lstm-mnist, lstm-quad"):
+    with pytest.raises(FileNotFoundError, match=r"lstm-cifar: expected a rule file or one of lstm-mnist, lstm-neural"):
         load_rule("lstm-cifar")
