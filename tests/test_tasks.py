@@ -884,6 +884,7 @@ def test_non_finite_losses_pass_through_evaluation():
 def test_by_name():
     expected = [
         "quadratic",
+        "ill-conditioned",
         "mnist",
         "fashion-mnist",
         "digits",
