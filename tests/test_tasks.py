@@ -898,7 +898,7 @@ def test_by_name():
     assert tasks.by_name("quadratic", dim=3) == tasks.Quadratic(dim=3)
     assert tasks.by_name("digits", hidden=[8]) == tasks.Digits(hidden=(8,))
     assert tasks.by_name("table", table="iris") == tasks.Table("iris")
-    with pytest.raises(ValueError, match=r"name: expected one of quadratic, ill-conditioned, .*, neural-art, got 'cifar'"):
+    with pytest.raises(ValueError, match=r"name: expected one of quadratic, ill-conditioned, .*, neural-art, got"):
         tasks.by_name("cifar")
     with pytest.raises(ValueError, match=r"options of task 'quadratic': expected some of dim, batch.*, got 'hidden'"):
         tasks.by_name("quadratic", hidden=(3,))
