@@ -11,8 +11,9 @@ from fastl2l.tasks import Digits, Quadratic
 
 
 @pytest.fixture
-def given_back(monkeypatch):
+def given_back(monkeypatch, tmp_path):
     times = []
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(heap, "give_back", lambda: times.append(1))
     return times
 
