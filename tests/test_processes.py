@@ -129,10 +129,20 @@ def test_a_process_that_says_nothing_is_an_error_after_the_time_out(tmp_path):
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
 def test_time_outs_that_are_none_are_refused(text, monkeypatch):
     monkeypatch.setenv("FASTL2L_TIMEOUT", text)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    started = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="FASTL2L_TIMEOUT: expected a number of seconds"), processes.joined():
         pass
+
+
+@pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_ADDR"])
+def test_without_all_that_torchrun_sets_there_is_no_group(missing, monkeypatch):
+    for name in processes.STARTED - {missing}:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv(missing, raising=False)
+    with processes.joined() as alone:
+        assert alone == Processes()
 
 
 def test_pieces_are_told_apart_by_checkpoints(tmp_path):
