@@ -168,6 +168,11 @@ def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
+def digest(path: Path) -> str:
+    """Of what is in a file, whatever it is: 32 characters."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
 # Records: JSON with a digest
 
 
@@ -197,11 +202,11 @@ def read_record(
         raise FileError(f"{path}: expected a record with a format, got {shown(record)}")
     if record["format"] != version:
         raise FileError(f"{path}: expected format {version}, got {shown(record['format'])}")
-    digest = record.pop("digest", None)
-    if digest is None and record.keys() == set(unsealed):
+    kept = record.pop("digest", None)
+    if kept is None and record.keys() == set(unsealed):
         return record
-    if digest != _digest(record):
-        raise FileError(f"{path}: {_DAMAGED if digest else _UNSEALED}")
+    if kept != _digest(record):
+        raise FileError(f"{path}: {_DAMAGED if kept else _UNSEALED}")
     return record
 
 
@@ -312,13 +317,13 @@ def _damaged(path: str | os.PathLike[str], reason: object) -> FileError:
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Of all that a file holds. Safetensors has none of its own, and a wrong bit in a number is not seen otherwise."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name in sorted(metadata.keys() - {"checksum"}):
-        digest.update(f"{name} {metadata[name]}\n".encode())
+        found.update(f"{name} {metadata[name]}\n".encode())
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 # The cache

@@ -398,6 +398,26 @@ def give(params, seed, scale=1.0):
 SHAPES = [(3, 7), (16,), (), (2, 5)]
 
 
+def loaded(params, optimizer, rule, path):
+    """Parameters and an optimizer of a file that these were saved in."""
+    torch.save({"params": params, "optimizer": optimizer.state_dict()}, path)
+    saved = torch.load(path, weights_only=True)
+    others = [param.detach().requires_grad_() for param in saved["params"]]
+    other = FusedLSTMOptimizer(others, rule)
+    other.load_state_dict(saved["optimizer"])
+    return others, other
+
+
+def go_on_alike(one, other, seeds):
+    """Two pairs of parameters and their optimizer, to the bit."""
+    for seed in seeds:
+        for params, optimizer in (one, other):
+            give(params, seed)
+            optimizer.step()
+    for param, same in zip(one[0], other[0], strict=True):
+        assert torch.equal(param, same)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_optimizer_averages_over_all_parameters_of_a_group(backend):
     rule = gac((2, 3))
@@ -438,17 +458,8 @@ def test_a_saved_state_goes_on_to_the_same_bits(options, dtype, tmp_path):
     for seed in range(3):
         give(params, seed)
         optimizer.step()
-    torch.save({"params": params, "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
-    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
-    others = [param.detach().requires_grad_() for param in saved["params"]]
-    other = FusedLSTMOptimizer(others, rule)
-    other.load_state_dict(saved["optimizer"])
-    for seed in range(3, 6):
-        for mine, its in ((params, optimizer), (others, other)):
-            give(mine, seed)
-            its.step()
-    for param, same in zip(params, others, strict=True):
-        assert torch.equal(param, same)
+    others, other = loaded(params, optimizer, rule, tmp_path / "saved.pt")
+    go_on_alike((params, optimizer), (others, other), range(3, 6))
 
 
 def test_parameters_without_a_gradient_are_left_alone_and_out_of_the_means():

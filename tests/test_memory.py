@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import errors, random_gradients
-from test_coupled import Bowl, give, optimizer_of
+from test_coupled import SHAPES, Bowl, give, go_on_alike, loaded, optimizer_of
 
 from fastl2l import FusedLSTMOptimizer, MetaTrainer, NTMRule, Trajectory, evaluate, load_rule, reference, save_rule
 from fastl2l.memory_config import MemoryConfig
@@ -275,8 +275,6 @@ def test_rules_with_pairs_that_are_all_kept_take_the_matrix_s_steps(way):
 
 # In an optimizer
 
-SHAPES = [(3, 7), (16,), (), (2, 5)]
-
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["paper", "what helps, bounded"])
@@ -305,17 +303,8 @@ def test_a_saved_state_goes_on_to_the_same_bits(kind, copied, tmp_path):
     if copied == "deepcopy":
         others, other = copy.deepcopy((params, optimizer))
     else:
-        torch.save({"params": params, "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
-        saved = torch.load(tmp_path / "saved.pt", weights_only=True)
-        others = [param.detach().requires_grad_() for param in saved["params"]]
-        other = FusedLSTMOptimizer(others, rule)
-        other.load_state_dict(saved["optimizer"])
-    for seed in range(4, 9):
-        for mine, its in ((params, optimizer), (others, other)):
-            give(mine, seed)
-            its.step()
-    for param, same in zip(params, others, strict=True):
-        assert torch.equal(param, same)
+        others, other = loaded(params, optimizer, rule, tmp_path / "saved.pt")
+    go_on_alike((params, optimizer), (others, other), range(4, 9))
 
 
 def stepped(rule, *shapes):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import itertools
 import math
 import os
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastl2l.build import locked
+from fastl2l.files import digest
 from fastl2l.heap import give_back, tidily
 from fastl2l.meta import capture as capture_module
 from fastl2l.meta import checkpoint as checkpoint_module
@@ -560,7 +560,7 @@ class MetaTrainer:
         def read() -> str | None:
             if path.exists():
                 found.update(checkpoint_module.load(path, self.settings(), named_weights(self._rules), Epoch))
-            return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if found else None
+            return digest(path) if found else None
 
         seen = self._processes.everyone(read)
         if len(set(seen)) > 1:

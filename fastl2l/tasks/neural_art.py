@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastl2l import images
+from fastl2l.files import digest
 from fastl2l.tasks import vgg
 from fastl2l.tasks.base import PureProblem, Task, floating, generator, integer, normal
 from fastl2l.tasks.datasets import data_folder
@@ -336,11 +337,6 @@ def shares(name: str, given: Sequence[float], count: int) -> tuple[float, ...]:
     if len(found) != count or not any(found):
         raise ValueError(f"{name}: expected a weight for each of {count} styles, not all 0, got {given!r}")
     return found
-
-
-def digest(path: Path) -> str:
-    """Of what is in a file."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _names(name: str, given: object) -> tuple[str, ...]:
