@@ -1,7 +1,8 @@
 """What many processes and many coordinates cost: python bench/scale.py [processes] [group] [coordinates] [--quick].
 
 Everything with one thread a process, on a machine that does nothing else; all three by default. What is compared is
-measured by turns, so that noise hits both alike. It writes bench/results/scale/NAME.csv:
+measured by turns of a few seconds, since cores of shared machines change their speed by half from one minute to the
+next, and what is told is the median of each turn's ratio. It writes bench/results/scale/NAME.csv:
 
 - processes: problems a second of meta-training, batches of 16, in one process, in two, and in two that know nothing of
   each other, which is what the machine itself gives.
@@ -22,11 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from rows import write_rows
 
 from fastl2l import FusedLSTMOptimizer, LSTMRule, MetaTrainer, processes, tasks
@@ -42,13 +43,12 @@ class Sizes(NamedTuple):
     """How much is measured."""
 
     rounds: int
-    epochs: int
     trajectories: int
     coordinates: int
     steps: int
 
 
-FULL, QUICK = Sizes(5, 3, 32, 30_000_000, 5), Sizes(1, 1, 16, 30_000, 2)
+FULL, QUICK = Sizes(15, 32, 30_000_000, 5), Sizes(1, 16, 30_000, 2)
 
 
 class Speed(NamedTuple):
@@ -76,35 +76,51 @@ class Step(NamedTuple):
 
 
 def trainer(task: str, sizes: Sizes, pieces: int = 4) -> MetaTrainer:
-    few = {"validation_problems": 4, "validation_horizon": 20}
-    return MetaTrainer(LSTMRule(), TASKS[task](), trajectories=sizes.trajectories, batch=BATCH, pieces=pieces, **few)
+    short = {"validation_problems": BATCH, "validation_horizon": 20}
+    return MetaTrainer(LSTMRule(), TASKS[task](), trajectories=sizes.trajectories, batch=BATCH, pieces=pieces, **short)
 
 
 def speed(trained: MetaTrainer, sizes: Sizes) -> float:
-    """Problems a second, of some further epochs."""
+    """Problems a second, of a further epoch."""
     began = time.perf_counter()
-    trained.fit(len(trained.history) + sizes.epochs, progress=False)
-    return sizes.epochs * sizes.trajectories / (time.perf_counter() - began)
+    trained.fit(len(trained.history) + 1, progress=False)
+    return sizes.trajectories / (time.perf_counter() - began)
 
 
 # In processes of their own
 
-
-def trained_together(task: str, sizes: Sizes) -> float:
-    """By all processes of the group; the first epoch is not counted."""
-    made = trainer(task, sizes)
-    made.fit(1, progress=False)
-    return speed(made, sizes)
+Turns = list[dict[str, float]]
+"""Problems a second, by what has worked, of each turn."""
 
 
-def in_a_group_of_one(task: str, sizes: Sizes) -> dict[str, float]:
+def in_a_group_of_two(task: str, sizes: Sizes) -> Turns:
+    """The first process while the other one waits, both together, and both as if there were no other."""
+    with processes.alone():
+        alone, apart = trainer(task, sizes), trainer(task, sizes)
+    together, group = trainer(task, sizes), processes.current()
+    for one in (alone, apart, together):  # what is done once
+        one.fit(1, progress=False)
+
+    def turn() -> dict[str, float]:
+        first = group.first(lambda: speed(alone, sizes))
+        both = speed(together, sizes)
+        dist.barrier()
+        return {
+            "1 process": first,
+            "2 processes": both,
+            "2 processes, each by itself": sum(group.everyone(lambda: speed(apart, sizes))),
+        }
+
+    return [turn() for _ in range(sizes.rounds)]
+
+
+def in_a_group_of_one(task: str, sizes: Sizes) -> Turns:
     with processes.alone():
         made = {"no group": trainer(task, sizes), "no group, in one piece": trainer(task, sizes, 1)}
     made["group of one"] = trainer(task, sizes)
     for one in made.values():
         one.fit(1, progress=False)
-    speeds = [{what: speed(one, sizes) for what, one in made.items()} for _ in range(sizes.rounds)]
-    return {what: statistics.median(one[what] for one in speeds) for what in made}
+    return [{what: speed(one, sizes) for what, one in made.items()} for _ in range(sizes.rounds)]
 
 
 def resident(name: str) -> int:
@@ -164,36 +180,23 @@ def processor() -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.ops.fastl2l.cpu_isa()}"
 
 
-def speeds(task: str, found: dict[str, float], rounds: int) -> list[Speed]:
-    first = next(iter(found.values()))
-    return [Speed(task, what, round(one, 2), round(one / first, 3), rounds, processor()) for what, one in found.items()]
+def speeds(task: str, turns: Turns) -> list[Speed]:
+    first = next(iter(turns[0]))
+
+    def row(what: str) -> Speed:
+        middle = statistics.median(turn[what] for turn in turns)
+        times = statistics.median(turn[what] / turn[first] for turn in turns)
+        return Speed(task, what, round(middle, 2), round(times, 3), len(turns), processor())
+
+    return [row(what) for what in turns[0]]
 
 
 def measure_processes(sizes: Sizes, quick: bool) -> Sequence[Any]:
-    def problems_a_second(task: str, size: int) -> float:
-        return float(started("trained_together", task, size, quick))
-
-    def apart(task: str) -> float:
-        with ThreadPoolExecutor(2) as both:
-            return sum(both.map(lambda _: problems_a_second(task, 1), range(2)))
-
-    rows = []
-    for task in TASKS:
-        rounds = [
-            {
-                "1 process": problems_a_second(task, 1),
-                "2 processes": problems_a_second(task, 2),
-                "2 processes, each by itself": apart(task),
-            }
-            for _ in range(sizes.rounds)
-        ]
-        found = {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
-        rows += speeds(task, found, sizes.rounds)
-    return rows
+    return [row for task in TASKS for row in speeds(task, started("in_a_group_of_two", task, 2, quick))]
 
 
 def measure_group(sizes: Sizes, quick: bool) -> Sequence[Any]:
-    return [row for task in TASKS for row in speeds(task, started("in_a_group_of_one", task, 1, quick), sizes.rounds)]
+    return [row for task in TASKS for row in speeds(task, started("in_a_group_of_one", task, 1, quick))]
 
 
 def measure_coordinates(sizes: Sizes, quick: bool) -> Sequence[Any]:

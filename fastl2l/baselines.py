@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastl2l.bfgs import BFGS as ScipyBFGS
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.heap import tidily
 from fastl2l.processes import current
@@ -110,12 +111,20 @@ class Adadelta(Baseline):
     name, optimizer = "adadelta", torch.optim.Adadelta
 
 
-class LBFGS(Baseline):
-    """L-BFGS with a line search (strong Wolfe conditions), the habit of those who paint by optimization.
+class LineSearch(Baseline):
+    """What needs several evaluations of the function for an iteration, and whose steps are counted by these.
 
-    It needs several evaluations of the function for an iteration, and these are what its steps are counted by. "tune"
-    means 1: the line search finds the length of a step.
+    "tune" means 1: the line search finds the length of a step.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr == "tune":
+            object.__setattr__(self, "lr", 1.0)
+
+
+class LBFGS(LineSearch):
+    """L-BFGS with a line search (strong Wolfe conditions), the habit of those who paint by optimization."""
 
     name, optimizer = "lbfgs", torch.optim.LBFGS
     # It stops when `evaluations` are spent, not by itself.
@@ -128,17 +137,18 @@ class LBFGS(Baseline):
         "tolerance_change": 0.0,
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lr == "tune":
-            object.__setattr__(self, "lr", 1.0)
+
+class BFGS(LineSearch):
+    """BFGS with a line search, as scipy has it, for at most 10,000 coordinates."""
+
+    name, optimizer = "bfgs", ScipyBFGS
 
 
 ALL: dict[str, type[Baseline]] = {
-    baseline.name: baseline for baseline in (SGD, RMSprop, NAG, Adam, Momentum, Adagrad, Adadelta, LBFGS)
+    baseline.name: baseline for baseline in (SGD, RMSprop, NAG, Adam, Momentum, Adagrad, Adadelta, LBFGS, BFGS)
 }
-"""The baselines of the papers, and L-BFGS, by name."""
-FIRST_ORDER = tuple(name for name in ALL if name != LBFGS.name)
+"""The baselines of the papers, and those that search along lines, by name."""
+FIRST_ORDER = tuple(name for name, baseline in ALL.items() if not issubclass(baseline, LineSearch))
 """Names of the papers' own, which take a step for an evaluation."""
 DEFAULT = ("sgd", "rmsprop", "nag", "adam")
 """Names of those that a rule is compared with where nothing else is said: the ones of both papers."""
@@ -155,14 +165,14 @@ def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimi
     """Follow an optimizer on a problem: the losses f_t(theta_t) / functions at t = 0 .. steps, float64 [steps + 1].
 
     `build` gets a list of the problem's parts; of all of theta, if it has none. From the first non-finite loss on, all
-    are inf. Of L-BFGS, t counts evaluations of f and its gradient, line search included, and a loss is the lowest so
-    far: what it would give if it were stopped there.
+    are inf. Of L-BFGS and BFGS, t counts evaluations of f and its gradient, line search included, and a loss is the
+    lowest so far: what it would give if it were stopped there.
     """
     theta = problem.theta0.clone()
     parts = leaves(problem, theta)
     optimizer = build(parts)
     losses: list[Tensor] = []
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if isinstance(optimizer, (torch.optim.LBFGS, ScipyBFGS)):
         evaluations(problem, build, steps + 1, lambda loss, theta: losses.append(loss))
         return torch.stack(losses).cpu().double().nan_to_num(nan=math.inf, posinf=math.inf).cummin(0).values
     for step in tidily(range(steps)):

@@ -69,6 +69,7 @@ Scaling = Annotated[
     str | None, typer.Option(help="Random scaling of coordinates: 3, or 0,1,3 for one of these ranges a problem.")
 ]
 Convex = Annotated[int, typer.Option(help="Coordinates of a convex function that is added to each problem.")]
+Spikes = Annotated[float, typer.Option(help="Share of the steps whose gradients are 100 times too large.")]
 Kind = Annotated[str, typer.Option("--rule", help=f"What is trained: {' or '.join(RULES)}.")]
 
 
@@ -111,9 +112,9 @@ def _averages(text: str | None) -> int | tuple[int, ...] | None:
     return numbers[0] if numbers is not None and len(numbers) == 1 else numbers
 
 
-def _augmented(task: tasks.Task, scaling: str | None, convex: int) -> tasks.Task:
+def _augmented(task: tasks.Task, scaling: str | None, convex: int, spikes: float) -> tasks.Task:
     ranges = () if scaling is None else _numbers("scaling", scaling, float, "0,1,3")
-    return tasks.augmented(task, scaling=ranges, convex=integer("convex", convex, least=0))
+    return tasks.augmented(task, scaling=ranges, convex=integer("convex", convex, least=0), spikes=spikes)
 
 
 def _imitation(teachers: str | None, share: float | None) -> Imitation | None:
@@ -159,6 +160,7 @@ def train(
     ] = False,
     scaling: Scaling = None,
     convex: Convex = 0,
+    spikes: Spikes = 0.0,
     step_weights: Annotated[str | None, typer.Option(help="Of a window's losses: 'last', or a number a step.")] = None,
     log_floor: Annotated[float | None, typer.Option(help="Train on log(loss + this) in place of the loss.")] = None,
     second_minibatch: Annotated[
@@ -218,7 +220,7 @@ def train(
     trained = experiments.first_rules(problems, **start | changed)
     trainer = MetaTrainer(
         trained,
-        _augmented(problems, scaling, convex),
+        _augmented(problems, scaling, convex, spikes),
         horizon=steps[0] if len(steps) == 1 else steps,
         unroll=unroll,
         meta_lr=meta_lr,

@@ -64,27 +64,30 @@ class Track:
         factors = self.factors(steps)
         return updates if factors is None else updates * factors
 
-    def window_backward(self, first_state: Any, grads: Tensor, adjoints: Tensor, steps: range) -> Tensor:
-        """The gradient of a window of these steps with respect to the rule's weights; 0 for those that are frozen.
+    def begin_window(self) -> None:
+        """From here on are the steps of a window, which ends with its way back."""
+        self._first_state = self.state.clone()
+
+    def window_backward(self, grads: Tensor, adjoints: Tensor, steps: range) -> Tensor:
+        """The gradient of the window that ends here with respect to the rule's weights; 0 for those that are frozen.
 
         Args:
-            first_state: before it.
             grads: what was seen of all of theta, [steps, N].
             adjoints: dL/dupdate, of all of theta.
             steps: from 1 on.
         """
         own = self.multiplied(adjoints[:, self.part], steps)
-        dweights = self._window_backward(first_state, grads[:, self.part].contiguous(), own.contiguous())
+        dweights = self._window_backward(grads[:, self.part].contiguous(), own.contiguous())
         weights = self.rule.weights()
         for weight, part in zip(weights, dweights.split([weight.numel() for weight in weights]), strict=True):
             if not weight.requires_grad:
                 part.zero_()
         return dweights
 
-    def _window_backward(self, first_state: Any, grads: Tensor, adjoints: Tensor) -> Tensor:
+    def _window_backward(self, grads: Tensor, adjoints: Tensor) -> Tensor:
         scale = self.rule.config.output_scale
         return self.backend.window_backward(
-            first_state, grads, adjoints, self._weights(), self.rule.text, scale, None, False, False
+            self._first_state, grads, adjoints, self._weights(), self.rule.text, scale, None, False, False
         )[0]
 
     def _weights(self) -> list[Tensor]:
@@ -97,14 +100,28 @@ class CoupledTrack(Track):
 
     where: Coordinates
 
+    def begin(self) -> None:
+        super().begin()
+        self._recording: coupled.Recording | None = None
+
+    def begin_window(self) -> None:
+        self._recording = coupled.Recording(self.rule, self.state, self.where, self.backend)
+
     def _step(self, mine: Tensor, gradient: Tensor, scale: float) -> None:
-        mine.add_(coupled.step_(self.rule, gradient, self.state, self.where, scale, self.backend))
+        if self._recording is None:
+            mine.add_(coupled.step_(self.rule, gradient, self.state, self.where, scale, self.backend))
+        else:
+            mine.add_(self._recording.step(gradient), alpha=scale / self.rule.config.output_scale)
 
     def update(self, gradient: Tensor, state: Any) -> tuple[Tensor, Any]:
         return coupled.step(self.rule, gradient[self.part], state, self.where, backend=self.backend.name)
 
-    def _window_backward(self, first_state: Any, grads: Tensor, adjoints: Tensor) -> Tensor:
-        return coupled.window_backward(self.rule, first_state, grads, adjoints, self.where, self.backend)
+    def _window_backward(self, grads: Tensor, adjoints: Tensor) -> Tensor:
+        recording, self._recording = self._recording, None
+        if recording is None:
+            raise RuntimeError("window_backward: expected begin_window() before it")
+        self.state = recording.state
+        return recording.backward(adjoints)
 
 
 def make_track(problem: Problem, name: str, rule: Rule, part: slice, backend: Backend) -> Track:

@@ -16,11 +16,8 @@ from torch import Tensor
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.layout import TILE
 from fastl2l.rules import Rule, all_weights, rules_by_part
-from fastl2l.tasks.base import Problem, parts_of, value_and_grad
+from fastl2l.tasks.base import SECOND_MINIBATCHES, Problem, parts_of, value_and_grad
 from fastl2l.tracks import Track, make_track
-
-SECOND_MINIBATCHES = 2**40
-"""From this step of a problem on are minibatches that no optimizer sees: at t steps, that of this step + t."""
 
 
 class Objective(NamedTuple):
@@ -177,7 +174,8 @@ class Trajectory:
         return Window(torch.stack(losses), gradients / self.problem.functions)
 
     def _first_order_window(self, objective: Objective) -> tuple[list[Tensor], Tensor]:
-        weights, unroll, first_states = objective.weights, len(objective.weights), [s.clone() for s in self.states]
+        weights, unroll = objective.weights, len(objective.weights)
+        self._begin_window()
         grads = self.theta.new_empty(unroll + 1, self.theta.numel())
         grads[0] = self._gradient
         as_seen = objective.is_of_what_the_rule_sees
@@ -194,7 +192,7 @@ class Trajectory:
         for t in range(unroll - 2, -1, -1):
             torch.add(adjoints[t + 1], judged[t], alpha=weights[t], out=adjoints[t])
         self._gradient.copy_(grads[unroll])
-        return losses, self._backward(first_states, grads[:unroll], adjoints)
+        return losses, self._backward(grads[:unroll], adjoints)
 
     def _judge(self, objective: Objective, gradient: Tensor, judged: Tensor) -> None:
         """Write the gradient of the objective's loss at theta to `judged`; `gradient` is that of what the rule sees."""
@@ -207,19 +205,19 @@ class Trajectory:
         else:
             torch.mul(gradient, (loss >= 0) / (loss.clamp(min=0) + objective.log_floor), out=judged)
 
-    def _backward(self, first_states: Sequence[Any], grads: Tensor, adjoints: Tensor) -> Tensor:
+    def _begin_window(self) -> None:
+        for track in self._tracks:
+            track.begin_window()
+
+    def _backward(self, grads: Tensor, adjoints: Tensor) -> Tensor:
         """The gradient with respect to all rules' weights, of the window that ends here.
 
         Args:
-            first_states: before it.
             grads: what the rules were given, [unroll, N].
             adjoints: dL/dupdate, [unroll, N].
         """
         steps = range(self.steps - len(grads) + 1, self.steps + 1)
-        found = [
-            track.window_backward(first_state, grads, adjoints, steps)
-            for track, first_state in zip(self._tracks, first_states, strict=True)
-        ]
+        found = [track.window_backward(grads, adjoints, steps) for track in self._tracks]
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def _exact_window(self, to_lower: Objective) -> tuple[list[Tensor], Tensor]:

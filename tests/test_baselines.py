@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from fastl2l import baselines
-from fastl2l.baselines import LBFGS, NAG, SGD, Adadelta, Adagrad, Adam, Momentum, RMSprop, descend, tune
+from fastl2l import baselines, bfgs
+from fastl2l.baselines import BFGS, LBFGS, NAG, SGD, Adadelta, Adagrad, Adam, Momentum, RMSprop, descend, tune
 from fastl2l.files import write_record
 from fastl2l.meta import Imitation
 from fastl2l.tasks import Quadratic
@@ -265,13 +265,13 @@ def test_all_baselines_have_a_name():
     assert baselines.by_name("sgd", 0.5) == SGD(0.5)
     with pytest.raises(ValueError, match=r"name: expected one of sgd, rmsprop, nag, adam, .*, got 'lion'"):
         baselines.by_name("lion")
-    others = {"momentum": Momentum, "adagrad": Adagrad, "adadelta": Adadelta, "lbfgs": LBFGS}
+    others = {"momentum": Momentum, "adagrad": Adagrad, "adadelta": Adadelta, "lbfgs": LBFGS, "bfgs": BFGS}
     assert {"sgd": SGD, "rmsprop": RMSprop, "nag": NAG, "adam": Adam} | others == baselines.ALL
     assert baselines.DEFAULT == ("sgd", "rmsprop", "nag", "adam")
-    assert set(baselines.FIRST_ORDER) == baselines.ALL.keys() - {"lbfgs"}
+    assert set(baselines.FIRST_ORDER) == baselines.ALL.keys() - {"lbfgs", "bfgs"}
 
 
-# L-BFGS
+# L-BFGS and BFGS
 
 
 class Counted(ParabolaProblem):
@@ -286,10 +286,11 @@ class Counted(ParabolaProblem):
         return loss
 
 
-def test_lbfgs_is_counted_by_evaluations():
+@pytest.mark.parametrize("baseline", [LBFGS, BFGS])
+def test_what_searches_along_lines_is_counted_by_evaluations(baseline):
     """Those of its line search included; a curve has the lowest loss so far."""
     problem = Counted()
-    curve = descend(problem, LBFGS().build, 60)
+    curve = descend(problem, baseline().build, 60)
     assert [step for step, _ in problem.asked] == list(range(61))
     asked = torch.tensor([loss for _, loss in problem.asked], dtype=torch.float64)
     torch.testing.assert_close(curve, asked.cummin(0).values, rtol=0, atol=0)
@@ -297,13 +298,47 @@ def test_lbfgs_is_counted_by_evaluations():
     assert curve[-1] < 1e-3 * curve[0]
 
 
-def test_lbfgs_goes_on_to_the_last_evaluation_even_at_a_minimum():
-    assert descend(ParabolaProblem(1.0), LBFGS().build, 30).tolist()[-1] == 0
-    assert len(descend(ParabolaProblem(1.0), LBFGS().build, 30)) == 31
+@pytest.mark.parametrize("baseline", [LBFGS, BFGS])
+def test_what_searches_along_lines_goes_on_to_the_last_evaluation_even_at_a_minimum(baseline):
+    assert descend(ParabolaProblem(1.0), baseline().build, 30).tolist()[-1] == 0
+    assert len(descend(ParabolaProblem(1.0), baseline().build, 30)) == 31
 
 
-def test_lbfgs_has_no_rate_to_tune():
-    assert LBFGS() == LBFGS(1.0) == baselines.by_name("lbfgs")
+@pytest.mark.parametrize("baseline", [LBFGS, BFGS])
+def test_what_searches_along_lines_has_no_rate_to_tune(baseline):
+    assert baseline() == baseline(1.0) == baselines.by_name(baseline.name)
+
+
+def test_bfgs_solves_a_quadratic_of_many_parameters():
+    """As it does in n iterations of exact arithmetic; parameters keep their shapes and dtypes."""
+    made = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = made @ made.T + torch.eye(8, dtype=torch.float64)
+    params = [torch.ones(2, 3, dtype=torch.float64, requires_grad=True), torch.ones(2, requires_grad=True)]
+    optimizer = BFGS().build(params)
+
+    def closure():
+        optimizer.zero_grad()
+        theta = torch.cat([param.flatten().double() for param in params])
+        loss = theta @ matrix @ theta / 2
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) < 1e-12
+    assert params[0].abs().max() < 1e-5
+    assert (params[0].shape, params[1].dtype) == ((2, 3), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("params", "lr", "message"),
+    [
+        ([torch.ones(100, 101)], 1.0, "params: expected at most 10,000 coordinates for BFGS, got 10,100"),
+        ([torch.ones(2)], 0.0, "lr: expected a number > 0, got 0.0"),
+        ([{"params": [torch.ones(2)]}, {"params": [torch.ones(2)]}], 1.0, "params: expected one group, got 2"),
+    ],
+)
+def test_what_bfgs_cannot_take_is_refused(params, lr, message):
+    with pytest.raises(ValueError, match=message):
+        bfgs.BFGS(params, lr)
 
 
 def test_evaluations_of_others_are_steps():

@@ -18,12 +18,13 @@ from fastl2l.tasks import (
     Quadratic,
     RandomNetworks,
     Scaled,
+    Spiked,
     Task,
     WithConvex,
     batch,
     from_module,
 )
-from fastl2l.tasks.base import check_start, is_pure, parts_of, problem_seed, value_and_grad
+from fastl2l.tasks.base import SECOND_MINIBATCHES, check_start, is_pure, parts_of, problem_seed, value_and_grad
 
 F64 = torch.float64
 QUADRATIC = Quadratic(3, 4, dtype=F64)
@@ -222,6 +223,73 @@ def test_scales_that_a_dtype_cannot_hold_are_refused():
     task = Scaled(Digits(hidden=(2,), dtype=torch.float16), 20)
     with pytest.raises(ValueError, match=r"r: expected scales that torch\.float16 can hold, got 20"):
         task.sample(0)
+
+
+# Spikes
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_spikes_multiply_gradients_at_some_steps_and_nothing_else(task):
+    """Second derivatives too; losses are the same to the bit."""
+    task = TASKS[task]
+    plain, spiked = task.sample(3), Spiked(task, 0.3, 7.0).sample(3)
+    assert is_pure(spiked) == is_pure(plain)
+    assert spiked.parts == plain.parts
+    found = []
+    for step in range(200):
+        (loss, gradient), (spiked_loss, spiked_gradient) = (
+            value_and_grad(problem, plain.theta0, step) for problem in (plain, spiked)
+        )
+        assert torch.equal(loss, spiked_loss)
+        factor = 7.0 if spiked_gradient.norm() > 2 * gradient.norm() else 1.0
+        torch.testing.assert_close(spiked_gradient, factor * gradient, rtol=1e-12, atol=1e-14)
+        found.append(factor)
+    assert 0.2 < sum(factor == 7 for factor in found) / 200 < 0.4
+    step = found.index(7.0)
+    direction = torch.ones_like(plain.theta0)
+    curvature, steeper = (
+        torch.autograd.functional.hvp(lambda theta, one=one: one.loss(theta, step), plain.theta0, direction)[1]
+        for one in (plain, spiked)
+    )
+    torch.testing.assert_close(steeper, 7 * curvature)
+
+
+def test_spikes_differ_from_problem_to_problem_and_spare_second_minibatches():
+    def hits(task, seed, first):
+        problem = task.sample(seed)
+        gradients = [value_and_grad(problem, problem.theta0, first + step)[1] for step in range(100)]
+        return [(gradient / gradients[0]).abs().mean().item() for gradient in gradients]
+
+    task = Spiked(QUADRATIC, 0.5, 100.0)
+    assert hits(task, 0, 0) == hits(task, 0, 0) != hits(task, 1, 0)
+    assert set(hits(task, 0, SECOND_MINIBATCHES)) == {1.0}
+    assert hits(Spiked(task, 0.5, 100.0), 0, 0) != hits(task, 0, 0)  # of the outer one, other steps
+
+
+def test_spiked_problems_go_side_by_side():
+    task = Spiked(QUADRATIC, 0.5)
+    alone = [task.sample(seed) for seed in (0, 1)]
+    together = batch(alone)
+    assert is_pure(together)
+    for step in range(5):
+        gradients = [value_and_grad(one, one.theta0, step)[1] for one in alone]
+        found = value_and_grad(together, together.theta0, step)[1]
+        torch.testing.assert_close(found, torch.cat(gradients))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"share": 1.5}, ValueError, "share: expected a number from 0 to 1, got 1.5"),
+        ({"share": float("nan")}, ValueError, "share: expected a number from 0 to 1, got nan"),
+        ({"share": "0.1"}, TypeError, "share: expected a number from 0 to 1, got '0.1'"),
+        ({"factor": 0.0}, ValueError, "factor: expected a number > 0 and finite, got 0.0"),
+        ({"factor": float("inf")}, ValueError, "factor: expected a number > 0 and finite, got inf"),
+    ],
+)
+def test_spikes_that_make_no_sense_are_refused(options, kind, message):
+    with pytest.raises(kind, match=message):
+        Spiked(QUADRATIC, **options)
 
 
 # Random networks

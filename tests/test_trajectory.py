@@ -15,7 +15,8 @@ from helpers import constants, detached, errors, lstm, random_rule, rule_of
 from fastl2l import LSTMRule, Trajectory, reference
 from fastl2l.ops.layout import to_rows
 from fastl2l.tasks import Problem, Quadratic
-from fastl2l.trajectory import SECOND_MINIBATCHES, Objective, step_weights
+from fastl2l.tasks.base import SECOND_MINIBATCHES
+from fastl2l.trajectory import Objective, step_weights
 
 F64 = torch.float64
 

@@ -25,7 +25,8 @@ void elementwise(Function function, const typename P::T* from, typename P::T* to
 template <class P>
 constexpr Kernels<typename P::T> table() {
   static_assert(P::vectors * P::lanes <= kMaxBlockLanes);
-  return {P::blocking, P::block_tiles, step<P>, window_backward<P>, elementwise<P>, step_scratch, window_scratch};
+  return {P::blocking,    P::block_tiles, step<P>,        window_backward<P>,
+          elementwise<P>, step_scratch,   window_scratch, blocks_together};
 }
 
 const Kernels<float> kF32 = table<F32>();

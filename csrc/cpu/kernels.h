@@ -87,6 +87,7 @@ struct Kernels {
   void (*elementwise)(Function, const T* from, T* to, int64_t n);
   size_t (*step_scratch)(const Rule&);                   // elements
   size_t (*window_scratch)(const Rule&, int64_t steps);  // elements
+  int64_t (*blocks_together)(int64_t steps);             // whose weight gradients are reduced over lanes at once
 };
 
 struct InstructionSet {

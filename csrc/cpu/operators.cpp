@@ -30,8 +30,8 @@ namespace {
 constexpr int64_t kTilesPerThread = 16;
 // Tiles of a step that a thread takes at a time: some microseconds.
 constexpr int64_t kTilesAtOnce = 8;
-// Weight gradients are summed in at most so many parts, whose bounds depend on N alone: the same bits for any number
-// of threads.
+// Weight gradients are summed in at most so many parts, whose bounds depend on N and the steps alone: the same bits for
+// any number of threads. A part has as many blocks as the kernel reduces together.
 constexpr int64_t kMostParts = 64;
 // And so few that their sums, of float64, stay below so many bytes; what is more than a few megabytes of them is given
 // back after the call.
@@ -226,7 +226,8 @@ void window_all(WindowArgs<T> args, const std::vector<Tensor>& weights, T* dweig
   args.weights = packer.pack(args.rule, pointers<T>(weights), kernel.blocking, true);
   const int64_t tiles = tiles_of(args.numel), block = kernel.block_tiles, blocks = (tiles + block - 1) / block;
   const int64_t count = weight_count(args.rule), most = kMostSums / (count * (int64_t)sizeof(double));
-  const int64_t parts = std::min(blocks, std::clamp<int64_t>(most, 1, kMostParts));
+  const int64_t together = kernel.blocks_together(args.steps);
+  const int64_t parts = std::min((blocks + together - 1) / together, std::clamp<int64_t>(most, 1, kMostParts));
   static thread_local std::vector<double> sums_memory;
   std::vector<double>& sums = sums_memory;  // the lambda below runs on other threads, which have their own
   sums.assign(std::max<int64_t>(parts, 1) * count, 0.0);
@@ -257,9 +258,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor 
   need_dgiven = need_dgiven && given;
 
   Tensor dweights = torch::stable::new_empty(state, {weight_count(rule)});
-  Tensor dstate_first = torch::stable::new_zeros(state, {need_dstate ? tiles : 0, rule.state_rows(), kTile});
+  Tensor dstate_first = torch::stable::new_empty(state, {need_dstate ? tiles : 0, rule.state_rows(), kTile});
   Tensor dgrads = torch::stable::new_empty(state, {need_dgrads ? steps : 0, numel});
-  Tensor dgiven = need_dgiven ? torch::stable::new_zeros(state, {steps, tiles, rule.given, kTile})
+  Tensor dgiven = need_dgiven ? torch::stable::new_empty(state, {steps, tiles, rule.given, kTile})
                               : torch::stable::new_empty(state, {0});
   const auto run = [&](auto zero) {
     using T = decltype(zero);

@@ -85,56 +85,55 @@ struct WindowBlock {
       visit(row, layout.state(0) + i, carried(layout.dstate() + i));
     }
   }
-  INLINE T* state_at(T* state, int row, int lane) const {
+  // Rows of tensors [tile][rows][16]: the lanes of this block that lie in one tile are next to each other in them.
+  static constexpr int run = lanes < kTile ? lanes : kTile;
+  INLINE int64_t row_at(int rows, int row, int lane) const {
     const int64_t coordinate = first + lane;
-    return state + (coordinate / kTile * args.rule.state_rows() + row) * kTile + coordinate % kTile;
+    return (coordinate / kTile * rows + row) * kTile + coordinate % kTile;
   }
-  INLINE void read_state_row(const T* state, int row, T* target) const {
-    constexpr int run = lanes < kTile ? lanes : kTile;
+  // Lanes that are no coordinate's are read, and written, as 0.
+  INLINE void read_row(const T* from, int rows, int row, T* target) const {
     const int64_t n = valid();
     for (int lane = 0; lane < lanes; lane += run) {
+      const T* at = from + row_at(rows, row, lane);
       if (lane + run <= n) {
-        for (int i = 0; i < run; i += P::lanes) {
-          P::store(target + lane + i, P::load(state_at(const_cast<T*>(state), row, lane) + i));
-        }
+        for (int i = 0; i < run; i += P::lanes) P::store(target + lane + i, P::load(at + i));
       } else {
-        for (int i = lane; i < lane + run; ++i) target[i] = i < n ? *state_at(const_cast<T*>(state), row, i) : T(0);
+        for (int i = 0; i < run; ++i) target[lane + i] = lane + i < n ? at[i] : T(0);
       }
     }
   }
-  INLINE void write_state_row(T* state, int row, const T* source) const {
+  INLINE void write_row(T* to, int rows, int row, const T* source) const {
     const int64_t n = valid();
-    for (int lane = 0; lane < n; ++lane) *state_at(state, row, lane) = source[lane];
+    for (int lane = 0; lane < lanes; lane += run) {
+      T* at = to + row_at(rows, row, lane);
+      if (lane + run <= n) {
+        for (int i = 0; i < run; i += P::lanes) P::store(at + i, P::load(source + lane + i));
+      } else {
+        for (int i = 0; i < run; ++i) at[i] = lane + i < n ? source[lane + i] : T(0);
+      }
+    }
   }
   INLINE void read_coordinates(const T* source, T* target) const {
     const int64_t n = valid();
     for (int i = 0; i < lanes; ++i) target[i] = i < n ? source[first + i] : T(0);
   }
 
-  // Given rows of this block at step t are at what visit(row, lane, element of `from`) gets.
-  template <class Element, class Visit>
-  INLINE void each_given(Element* from, int64_t t, Visit visit) const {
-    const int given = args.rule.given;
-    const int64_t n = valid();
-    for (int k = 0; k < given; ++k) {
-      for (int lane = 0; lane < lanes; ++lane) {
-        const int64_t tile = t * tiles_of(args.numel) + (first + lane) / kTile;
-        visit(k, lane, lane < n ? from + (tile * given + k) * kTile + (first + lane) % kTile : nullptr);
-      }
-    }
-  }
+  // Where given rows [tile][given][16] of step t begin.
+  INLINE int64_t given_at(int64_t t) const { return t * tiles_of(args.numel) * args.rule.given * kTile; }
 
   INLINE void load_inputs() const {
     each_state_row([&](int row, int64_t kept, Rows<P, NV>)
-                       INLINE_LAMBDA { read_state_row(args.state, row, base + kept * lanes); });
+                       INLINE_LAMBDA { read_row(args.state, args.rule.state_rows(), row, base + kept * lanes); });
     for (int64_t t = 0; t < layout.steps; ++t) {
       T* gradient = base + layout.gradient(t) * lanes;
       read_coordinates(args.grads + t * args.numel, gradient);
       write_features<P, NV>(args.constants, gradient, rows(layout.state(t)), rows(layout.state(t + 1)),
                             rows(layout.input(t)));
       T* given = base + (layout.input(t) + args.rule.feature_count()) * lanes;
-      each_given(args.given, t,
-                 [&](int k, int lane, const T* at) INLINE_LAMBDA { given[k * lanes + lane] = at ? *at : T(0); });
+      for (int k = 0; k < args.rule.given; ++k) {
+        read_row(args.given + given_at(t), args.rule.given, k, given + k * lanes);
+      }
       write_ones(layout.input(t) + layout.inputs);
       if (layout.projected > 0) write_ones(layout.project(t) + layout.projected);
       for (int layer = 0; layer < layout.layers; ++layer) write_ones(layout.h(layer, t + 1) + layout.hidden);
@@ -240,7 +239,7 @@ struct WindowBlock {
   INLINE void backward() const {
     each_state_row([&](int row, int64_t, Rows<P, NV> gradient) INLINE_LAMBDA {
       if (args.dstate) {
-        read_state_row(args.dstate, row, gradient.at[0]);
+        read_row(args.dstate, args.rule.state_rows(), row, gradient.at[0]);
       } else {
         for (int v = 0; v < NV; ++v) gradient.store(0, v, P::set1(0));
       }
@@ -265,7 +264,7 @@ struct WindowBlock {
     }
     if (args.dstate_first) {
       each_state_row([&](int row, int64_t, Rows<P, NV> gradient)
-                         INLINE_LAMBDA { write_state_row(args.dstate_first, row, gradient.at[0]); });
+                         INLINE_LAMBDA { write_row(args.dstate_first, args.rule.state_rows(), row, gradient.at[0]); });
     }
   }
 
@@ -300,9 +299,9 @@ struct WindowBlock {
     }
     if (!args.dgiven) return;
     const T* found = dinputs.from(args.rule.feature_count()).at[0];
-    each_given(args.dgiven, t, [&](int k, int lane, T* at) INLINE_LAMBDA {
-      if (at) *at = found[k * lanes + lane];
-    });
+    for (int k = 0; k < args.rule.given; ++k) {
+      write_row(args.dgiven + given_at(t), args.rule.given, k, found + k * lanes);
+    }
   }
 };
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -317,31 +317,60 @@ def _lstm_neural_art() -> Recipe:
     )
 
 
+EXACT = MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine", "second_derivatives": True})
+"""How rules for quadratics are trained."""
+
+
 def _talking(scale: float) -> dict[str, tuple[str, dict[str, Any]]]:
     """Kinds and arguments of what appendix D of the first paper is compared on (docs/coupled.md), by name.
 
     `scale` brings gradients of the task to about 1, where a memory is concerned with them.
     """
     helps = f"inside,differences,multiply,reads=2,forget=0.05,update_bound=3,scale={scale:g}"
+    ntm = NTMRule.kind
     return {
         "lstm": (LSTMRule.kind, {}),
         "gac": (GACRule.kind, {"averages": 5}),
-        "ntm-paper": (NTMRule.kind, {"averages": 2, "memory": f"matrix,scale={scale:g}"}),
-        "ntm": (NTMRule.kind, {"averages": 2, "memory": f"matrix,{helps},memory_bound=20,read_bound=5"}),
-        "ntm-pairs": (NTMRule.kind, {"averages": 2, "memory": f"pairs,pairs=5,{helps},memory_bound=10,read_bound=3"}),
+        "ntm-paper": (ntm, {"averages": 2, "memory": f"matrix,scale={scale:g}"}),
+        "ntm": (ntm, {"averages": 2, "memory": f"matrix,{helps},memory_bound=20,read_bound=5"}),
+        "ntm-5-pairs": (ntm, {"averages": 2, "memory": f"pairs,pairs=5,{helps},memory_bound=10,read_bound=3"}),
+        "ntm-20-pairs": (ntm, {"averages": 2, "memory": f"pairs,pairs=20,{helps},memory_bound=10,read_bound=3"}),
     }
 
 
+def _quadratic() -> Iterator[Recipe]:
+    about = "Random quadratic functions of 10 coordinates, for 100 steps"
+    yield Recipe("lstm-quadratic", f"{about}.", "quadratic", 60, EXACT)
+    kind, rule = _talking(0.02)["ntm"]
+    about += ", with a memory over the coordinates of each."
+    yield Recipe("ntm-quadratic", about, "quadratic", 60, EXACT, kind, rule=MappingProxyType(rule))
+
+
 def _appendix_d() -> Iterator[Recipe]:
-    """Rules that differ in what their coordinates know of each other alone, at as many trajectories."""
-    exact = MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine", "second_derivatives": True})
-    of_tasks = {"quadratic": ("Random quadratic functions", 0.02), "ill-conditioned": ("Ill-conditioned ones", 0.5)}
-    for task, (words, scale) in of_tasks.items():
-        for name, (kind, rule) in _talking(scale).items():
-            if (name, task) == ("lstm", "quadratic"):
-                continue  # which is shipped
-            about = f"{words} of 10 coordinates, for 100 steps: {name}."
-            yield Recipe(f"{name}-{task}", about, task, 60, exact, kind, rule=MappingProxyType(rule))
+    """Rules that differ in what their coordinates know of each other alone, at 400 trajectories of 128 functions.
+
+    Of quadratics with three seeds.
+    """
+    spikes = {"spikes": 0.1}
+    of_tasks: dict[str, tuple[str, dict[str, Any], dict[str, Any], float, Sequence[int]]] = {
+        "quadratic": ("quadratic", {}, {}, 0.02, (0, 1, 2)),
+        "ill-conditioned": ("ill-conditioned", {}, {}, 0.5, (0,)),
+        "spiked": ("quadratic", spikes, {"second_minibatch": True}, 0.02, (0,)),
+    }
+    for name, (task, augmentation, training, scale, seeds) in of_tasks.items():
+        for made, (kind, rule) in _talking(scale).items():
+            for seed in seeds:
+                yield Recipe(
+                    f"{made}-{name}-{seed}",
+                    f"Of appendix D's comparison, {name}, seed {seed}: {made}.",
+                    task,
+                    20,
+                    MappingProxyType({**EXACT, **training}),
+                    kind,
+                    MappingProxyType(augmentation),
+                    rule=MappingProxyType(rule),
+                    seed=seed,
+                )
     yield replace(
         _lstm_mnist_first(),
         name="gac-mnist",
@@ -381,13 +410,7 @@ RECIPES = {
         _lstm_mnist_first(),
         *_appendix_d(),
         _lstm_neural_art(),
-        Recipe(
-            "lstm-quadratic",
-            "Random quadratic functions of 10 coordinates, for 100 steps.",
-            task="quadratic",
-            epochs=60,
-            training=MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine", "second_derivatives": True}),
-        ),
+        *_quadratic(),
     )
 }
 """By name of the rule (Andrychowicz et al. 2016, sections 3.1, 3.2 and 3.4; Lv et al. 2017)."""

@@ -94,7 +94,7 @@ class TaughtTrajectory(Trajectory):
         on its weights, so there are no second derivatives. The losses are the teacher's.
         """
         weights = objective.weights if isinstance(objective, Objective) else objective
-        first_states = [state.clone() for state in self.states]
+        self._begin_window()
         grads = self.theta.new_empty(len(weights), self.theta.numel())
         updates, taught, losses = torch.zeros_like(grads), torch.empty_like(grads), []
         for t in range(len(weights)):
@@ -104,7 +104,7 @@ class TaughtTrajectory(Trajectory):
             losses.append(self.loss)
         factors = torch.tensor(weights, dtype=grads.dtype, device=grads.device).mul_(2 / taught.square().sum(1).mean())
         adjoints = (updates - taught) * factors.unsqueeze(1)
-        return Window(torch.stack(losses), self._backward(first_states, grads, adjoints))
+        return Window(torch.stack(losses), self._backward(grads, adjoints))
 
     def _follow(self) -> Tensor:
         """A step of the teacher; returns its update [N]."""

@@ -59,7 +59,7 @@ def step(
     with reference.exact(gradient.device):
         network = Network(rule.config, rule.weights(), averaged_layer.step, where, scale, chosen)
         update, new = _step(network, gradient, _layers(state))
-    return update, new if isinstance(new, Remembered) else torch.stack(list(new)).transpose(0, 1)
+    return update, new if isinstance(new, Remembered) else _together(new)
 
 
 @torch.no_grad()
@@ -75,28 +75,51 @@ def step_(
         return network.run(gradient, state.unbind(1))[0]
 
 
-def window_backward(
-    rule: Rule, state: State, grads: Tensor, adjoints: Tensor, where: Coordinates, backend: Backend
-) -> Tensor:  # fmt: skip
-    """The gradient of ``sum(adjoints * updates)`` over a window with respect to the rule's weights, flat.
+class Recording:
+    """Steps of a window, of which the states are kept, and their way back to the rule's weights.
 
-    The window is gone through once more from its first state, and the states of all its steps are kept until the way
-    back.
+    Args:
+        rule: as its weights are now.
+        state: before the first step; it is left as it is.
+        where: which function each coordinate belongs to.
+        backend: does the work.
     """
-    weights = [weight.detach().requires_grad_() for weight in rule.weights()]
-    now, updates = _layers(state), []
-    with torch.enable_grad(), reference.exact(grads.device):
-        network = Network(rule.config, weights, averaged_layer.step, where, rule.config.output_scale, backend)
-        for gradient in grads:
-            update, now = _step(network, gradient, now)
-            updates.append(update)
-        found = torch.autograd.grad(updates, weights, adjoints.unbind(), materialize_grads=True)
-    return torch.cat([gradient.reshape(-1) for gradient in found])
+
+    def __init__(self, rule: Rule, state: State, where: Coordinates, backend: Backend) -> None:
+        self._weights = [weight.detach().requires_grad_() for weight in rule.weights()]
+        self._now, self._updates = _layers(state), list[Tensor]()
+        with torch.enable_grad(), reference.exact(self._weights[0].device):
+            scale = rule.config.output_scale
+            self._network = Network(rule.config, self._weights, averaged_layer.step, where, scale, backend)
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """One step, from the gradient [N] to the update [N]."""
+        with torch.enable_grad(), reference.exact(gradient.device):
+            update, self._now = _step(self._network, gradient.clone(), self._now)  # which is its caller's to write to
+        self._updates.append(update)
+        return update.detach()
+
+    @property
+    def state(self) -> State:
+        """After the last step."""
+        now = self._now
+        return now.detach() if isinstance(now, Remembered) else _together([layer.detach() for layer in now])
+
+    def backward(self, adjoints: Tensor) -> Tensor:
+        """The gradient of ``sum(adjoints * updates)`` with respect to the weights, flat; adjoints are [steps, N]."""
+        with reference.exact(adjoints.device):
+            found = torch.autograd.grad(self._updates, self._weights, adjoints.unbind(), materialize_grads=True)
+        return torch.cat([gradient.reshape(-1) for gradient in found])
 
 
 def _layers(state: State) -> Sequence[Tensor] | Remembered:
     """A state whose layers are tensors of their own."""
     return state if isinstance(state, Remembered) else state.unbind(1)
+
+
+def _together(layers: Sequence[Tensor]) -> Tensor:
+    """The inverse of `_layers`, of a rule without a memory."""
+    return torch.stack(list(layers)).transpose(0, 1)
 
 
 def _step(

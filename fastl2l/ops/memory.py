@@ -2,7 +2,7 @@
 
 Of F functions of D coordinates, a matrix is [F, D, D] and transposed: row j holds what coordinate j gives to all, so
 that a read is a product of rows with it, and that of some coordinates are some columns. Pairs are a ring
-[K, 2, writes, F, D], left vectors and then right ones; the step tells which place is written next. Everything is
+[2, K, writes, F, D], left vectors and then right ones; the step tells which place is written next. Everything is
 differentiable, but for what is in place.
 """
 
@@ -31,7 +31,7 @@ def shape(config: MemoryConfig, functions: int, dim: int) -> tuple[int, ...]:
     """Of the memory of so many functions."""
     if config.kind == "matrix":
         return functions, dim, dim
-    return config.pairs, 2, config.writes, functions, dim
+    return 2, config.pairs, config.writes, functions, dim
 
 
 def begin_(config: MemoryConfig, memory: Tensor) -> Tensor:
@@ -46,9 +46,10 @@ def read(config: MemoryConfig, memory: Tensor, vectors: Tensor, step: int) -> Te
     """M r for vectors r [reads, F, D]; `step` counts the writes from 0 on."""
     if config.kind == "matrix":
         return torch.bmm(vectors.transpose(0, 1), memory).transpose(0, 1)
-    left, right = _pairs(config, memory, step)
+    left, right = (side.flatten(0, 1).transpose(0, 1) for side in memory)  # [F, pairs, D], in place
     of_each = torch.bmm(right, vectors.permute(1, 2, 0))  # [F, pairs, reads]
-    found = torch.bmm(of_each.transpose(1, 2), left * _fit(config, left, right))
+    shares = _shares(config, left, right, step)
+    found = torch.bmm((of_each if shares is None else of_each * shares).transpose(1, 2), left)
     return config.initial * vectors + found.transpose(0, 1)
 
 
@@ -66,9 +67,9 @@ def _write(config: MemoryConfig, memory: Tensor, pairs: Tensor, step: int, in_pl
     if config.kind == "pairs":
         place = step % config.pairs
         if in_place:
-            memory[place] = pairs
+            memory[:, place] = pairs
             return memory
-        return torch.cat([memory[:place], pairs.unsqueeze(0), memory[place + 1 :]])
+        return torch.select_scatter(memory, pairs, 1, place)
     left, right = pairs.transpose(1, 2)  # [F, writes, D] each
     multiply_add = memory.baddbmm_ if in_place else memory.baddbmm
     found = multiply_add(right.transpose(1, 2), left, beta=1 - config.forget)
@@ -81,23 +82,22 @@ def _write(config: MemoryConfig, memory: Tensor, pairs: Tensor, step: int, in_pl
     return found
 
 
-def _pairs(config: MemoryConfig, ring: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Left and right vectors [F, pairs, D], the left ones as far as they are not forgotten."""
-    left, right = (side.flatten(0, 1).transpose(0, 1) for side in ring.unbind(1))
+def _shares(config: MemoryConfig, left: Tensor, right: Tensor, step: int) -> Tensor | None:
+    """Of each pair a b^T, what is not forgotten and keeps the norm of them all within its bound.
+
+    That norm is at most the sum of |a| |b|. [pairs, 1], [F, pairs, 1] or, of all of it, None.
+    """
+    shares = None
     if config.forget:
         ages = [(step - 1 - place) % config.pairs for place in range(config.pairs)]
-        shares = ring.new_tensor([(1 - config.forget) ** age for age in ages]).repeat_interleave(config.writes)
-        left = left * shares.unsqueeze(1)
-    return left, right
-
-
-def _fit(config: MemoryConfig, left: Tensor, right: Tensor) -> Tensor | float:
-    """What keeps the norm of sum a b^T, which is at most the sum of |a| |b|, within its bound."""
+        kept = left.new_tensor([(1 - config.forget) ** age for age in ages])
+        shares = kept.repeat_interleave(config.writes).unsqueeze(1)
     if config.memory_bound is None:
-        return 1.0
-    products = left.square().sum(-1) * right.square().sum(-1)
-    norm = root(products).sum(-1).view(-1, 1, 1)
-    return _share(config.memory_bound, norm.square(), left.shape[-1])
+        return shares
+    norms = root(left.square().sum(-1, keepdim=True) * right.square().sum(-1, keepdim=True))
+    norms = norms if shares is None else norms * shares
+    within = _share(config.memory_bound, norms.sum(1, keepdim=True).square(), left.shape[-1])
+    return within if shares is None else within * shares
 
 
 def _share(bound: float, square: Tensor, dim: int) -> Tensor:

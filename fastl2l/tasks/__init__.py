@@ -19,6 +19,7 @@ from fastl2l.tasks.quadratic import Quadratic
 from fastl2l.tasks.random_networks import RandomNetworks
 from fastl2l.tasks.recurrent import Sine
 from fastl2l.tasks.scaled import Scaled
+from fastl2l.tasks.spiked import Spiked
 from fastl2l.tasks.tables import Table
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "RandomNetworks",
     "Scaled",
     "Sine",
+    "Spiked",
     "Table",
     "Task",
     "WithConvex",

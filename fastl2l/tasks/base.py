@@ -26,6 +26,10 @@ Draw = TypeVar("Draw")
 """What a step draws: a Tensor or several."""
 
 
+SECOND_MINIBATCHES = 2**40
+"""From this step of a problem on are minibatches that no optimizer sees: at t steps, that of this step + t."""
+
+
 class Problem(ABC):
     """One sequence of functions f_t of a flat vector theta, with its start.
 
@@ -57,7 +61,7 @@ class Problem(ABC):
         each function's own gradient. The loss one reports is the mean, `loss / functions`.
 
         Steps may be anything from 0 on: some objectives of meta-training ask for minibatches of far ones, which no
-        optimizer sees (`trajectory.SECOND_MINIBATCHES`).
+        optimizer sees (`SECOND_MINIBATCHES`).
         """
 
     def whole_loss(self, theta: Tensor) -> Tensor:
