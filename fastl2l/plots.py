@@ -347,6 +347,33 @@ def plot_search(trials: Sequence[tuple[float, float]], path: str | os.PathLike[s
     return save_panels(path, [(title, draw)])
 
 
+def plot_matrices(rows: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draw matrices as pictures, a row of them under each name, and return the path.
+
+    Every picture has a scale of its own, from minus to plus its largest entry: blue is below 0, red above.
+
+    Args:
+        rows: in each row as many, by what is written above them; [n, n].
+        path, title: as for `plot_curves`.
+    """
+    suffix = _suffix(path)
+    picture = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        columns = max(len(row) for row in rows.values())
+        figure = Figure(figsize=(2.3 * columns, 2.5 * len(rows) + 0.6), layout="constrained")
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for axes_of_row, (name, row) in zip(grid, rows.items(), strict=True):
+            for axes, (what, matrix) in zip(axes_of_row, row.items(), strict=True):
+                largest = matrix.abs().max().item() or 1.0
+                axes.imshow(matrix.cpu().numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
+                axes.set(xticks=[], yticks=[])
+                axes.set_title(what, fontsize=9)
+            axes_of_row[0].set_ylabel(name, fontsize=9)
+        figure.suptitle(_wrapped(title, int(18 * columns)), x=0.01, ha="left", fontsize=11)
+        figure.savefig(picture, format=suffix, **_FORMATS[suffix])
+    return write_bytes(path, picture.getvalue())
+
+
 def save_panels(
     path: str | os.PathLike[str], panels: Sequence[tuple[str, Callable[[Axes], None]]], title: str | None = None
 ) -> Path:
@@ -354,9 +381,7 @@ def save_panels(
 
     The figure is as much higher as titles and legends (`legend_beneath`) are: the axes keep their size.
     """
-    suffix = Path(path).suffix.lower().removeprefix(".")
-    if suffix not in _FORMATS:
-        raise ValueError(f"path: expected a name that ends in .{', .'.join(_FORMATS)}, got {os.fspath(path)!r}")
+    suffix = _suffix(path)
     if not panels:
         raise ValueError("panels: expected at least one, got none")
     picture = io.BytesIO()
@@ -375,6 +400,13 @@ def save_panels(
         figure.set_figheight(_PANEL_HEIGHT + sum(written) / figure.dpi)
         figure.savefig(picture, format=suffix, **_FORMATS[suffix])
     return write_bytes(path, picture.getvalue())
+
+
+def _suffix(path: str | os.PathLike[str]) -> str:
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in _FORMATS:
+        raise ValueError(f"path: expected a name that ends in .{', .'.join(_FORMATS)}, got {os.fspath(path)!r}")
+    return suffix
 
 
 def legend_beneath(axes: Axes, handles: Sequence[Artist | Container], title: str | None = None) -> None:

@@ -31,16 +31,25 @@ class Objective(NamedTuple):
         second_minibatch: f_t is of a minibatch that the rule does not see, which tells apart what is learned of the
             problem from what is learned of a minibatch. It takes another evaluation a step; the same function again for
             problems that do not depend on the step.
+        loss_cap: None, or what of each function's loss counts at most, in multiples of its loss at theta_0: from above
+            no gradient comes, and a few functions that diverge do not drown all others. It takes another evaluation a
+            step, of a problem that tells its functions apart (`Problem.losses`).
     """
 
     weights: Sequence[float]
     log_floor: float | None = None
     second_minibatch: bool = False
+    loss_cap: float | None = None
 
     @property
     def is_of_what_the_rule_sees(self) -> bool:
         """Whether loss_t is the very loss whose gradient the rule is given."""
-        return self.log_floor is None and not self.second_minibatch
+        return self.log_floor is None and self.is_of_the_same_evaluation
+
+    @property
+    def is_of_the_same_evaluation(self) -> bool:
+        """Whether it is a function of that loss."""
+        return not self.second_minibatch and self.loss_cap is None
 
 
 class Window(NamedTuple):
@@ -143,6 +152,7 @@ class Trajectory:
         for track in self._tracks:
             track.begin()
         self.steps = 0
+        self._first_losses: Tensor | None = None
         self.loss = self._evaluate(self._gradient)
 
     def advance(self) -> Tensor:
@@ -197,9 +207,12 @@ class Trajectory:
     def _judge(self, objective: Objective, gradient: Tensor, judged: Tensor) -> None:
         """Write the gradient of the objective's loss at theta to `judged`; `gradient` is that of what the rule sees."""
         loss = self.loss
-        if objective.second_minibatch:
-            loss, gradient = value_and_grad(self.problem, self.theta, SECOND_MINIBATCHES + self.steps)
-            loss = loss / self.problem.functions
+        if not objective.is_of_the_same_evaluation:
+            with torch.enable_grad():
+                leaf = self.theta.detach().requires_grad_()
+                counted = self._counted(objective, leaf)
+                (gradient,) = torch.autograd.grad(counted, leaf)
+            loss = counted.detach() / self.problem.functions
         if objective.log_floor is None:
             judged.copy_(gradient)
         else:
@@ -248,12 +261,22 @@ class Trajectory:
 
     def _judged(self, objective: Objective, theta: Tensor, loss: Tensor) -> Tensor:
         """The objective's loss at theta, a sum over functions; `loss` is that of what the rule sees."""
-        if objective.second_minibatch:
-            loss = self.problem.loss(theta, SECOND_MINIBATCHES + self.steps)
+        if not objective.is_of_the_same_evaluation:
+            loss = self._counted(objective, theta)
         if objective.log_floor is None:
             return loss
         functions = self.problem.functions
         return functions * torch.log((loss / functions).clamp(min=0) + objective.log_floor)
+
+    def _counted(self, objective: Objective, theta: Tensor) -> Tensor:
+        """The sum over functions of what counts of their losses, of the minibatch that the objective is of."""
+        step = self.steps + SECOND_MINIBATCHES * objective.second_minibatch
+        if objective.loss_cap is None:
+            return self.problem.loss(theta, step)
+        if self._first_losses is None:
+            with torch.no_grad():
+                self._first_losses = self.problem.losses(self.problem.theta0, 0)
+        return torch.minimum(self.problem.losses(theta, step), objective.loss_cap * self._first_losses).sum()
 
     def _step(self, gradient: Tensor) -> None:
         self._propose(gradient, self.theta)

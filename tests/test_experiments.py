@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from functools import partial
 
@@ -12,12 +13,13 @@ from helpers import random_rule
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastl2l import MetaTrainer, NTMRule, baselines, cli, evaluate, experiments, files, tasks
+from fastl2l import GACRule, MetaTrainer, NTMRule, Trajectory, baselines, cli, evaluate, experiments, files, tasks
 from fastl2l.evaluate import Curves
-from fastl2l.experiments import andrychowicz2016, appendix_d, experiment, losses, neural_art, recipes
+from fastl2l.experiments import andrychowicz2016, appendix_d, experiment, functions, losses, neural_art, recipes
 from fastl2l.experiments.experiment import Budget, Experiment, Panel, Study
 from fastl2l.meta import Epoch
 from fastl2l.tasks import Digits, Quadratic
+from fastl2l.tasks.base import problem_seed
 from fastl2l.tasks.datasets import data_folder
 
 REAL_MNIST = data_folder() / "MNIST"
@@ -277,7 +279,7 @@ def test_rules_that_are_not_there_are_named_before_anything_is_done(tmp_path, fo
 
 @pytest.mark.parametrize(
     "one",
-    [*(one for one in experiments.ALL.values() if isinstance(one, Experiment)), appendix_d.AppendixD().experiment],
+    [one for one in experiments.ALL.values() if isinstance(one, Experiment)],
     ids=lambda one: one.name,
 )
 def test_entries_are_whole(one, tmp_path, cifar10, pictures, tiny_vgg):
@@ -356,7 +358,7 @@ def test_neural_art_wants_its_rule(name, tmp_path, monkeypatch):
 
 SHIPPED = ["lstm-mnist", "lstm-quadratic", "rnnprop", "rnnprop-long"]
 ABLATIONS = ["rnnprop-tricks", "lstm-no-tricks", "rnnprop-no-convex-100"]
-TALKING = ["gac-quadratic", "ntm-quadratic", "ntm-paper-ill-conditioned", "ntm-pairs-quadratic"]
+TALKING = ["gac-quadratic-1", "ntm-quadratic", "ntm-paper-ill-conditioned-0", "ntm-20-pairs-spiked-0"]
 
 
 def test_the_recipe_of_neural_art_is_the_papers(tmp_path, monkeypatch, pictures, tiny_vgg):
@@ -366,25 +368,86 @@ def test_the_recipe_of_neural_art_is_the_papers(tmp_path, monkeypatch, pictures,
 
 
 def test_rules_whose_coordinates_talk_have_recipes():
-    assert appendix_d.AppendixD().rules <= recipes.RECIPES.keys()
+    assert appendix_d.AppendixD().trained <= recipes.RECIPES.keys()
+    assert appendix_d.AppendixD().rules == {"lstm-quadratic", "ntm-quadratic"}
 
 
-def test_appendix_d_tells_how_final_losses_are_distributed(tmp_path, monkeypatch):
+@pytest.fixture
+def little(tmp_path, monkeypatch):
+    """Appendix D on a few small functions."""
     monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
-    panel = Panel("one", "one", partial(tasks.IllConditioned, dim=3, batch=1), {"ntm": "ntm"}, 5, baselines=["adam"],
-                  full=Budget(20, 1, piece=10))  # fmt: skip
-    one = Experiment("small", "Small", "nothing.", [panel])
-    monkeypatch.setattr(appendix_d.AppendixD, "experiment", one)
+    monkeypatch.setattr(appendix_d, "STEPS", 5)
+    monkeypatch.setattr(appendix_d, "FULL", appendix_d.Effort(2, 1, 10))
+    settings = {
+        name: setting._replace(task=partial(kind, dim=3, batch=4))
+        for (name, setting), kind in zip(
+            appendix_d.SETTINGS.items(), (tasks.Quadratic, tasks.Quadratic, tasks.IllConditioned, tasks.IllConditioned),
+            strict=True,
+        )
+    }  # fmt: skip
+    monkeypatch.setattr(appendix_d, "SETTINGS", settings)
+    return appendix_d.AppendixD()
+
+
+def test_appendix_d_shows_the_rules_that_there_are(little, tmp_path):
+    """Function by function, those of several seeds together."""
     rule = NTMRule("pairs", pairs=3, preprocess="raw", hidden_size=4)
-    told = appendix_d.AppendixD().run(tmp_path, rules={"ntm": rule}, quick=False, progress=False)
-    written = (tmp_path / "small" / "distribution.md").read_text()
+    given = {f"ntm-5-pairs-quadratic-{seed}": rule for seed in (0, 2)} | {
+        "gac-ill-conditioned-0": GACRule("raw", averages=2)
+    }
+    told = little.run(tmp_path, rules=given, quick=False, progress=False)
+    folder = tmp_path / "appendix-d"
+    written = (folder / "table.md").read_text()
     assert told[1] in written
-    losses = Curves.load(tmp_path / "small" / "one").losses
-    rows = appendix_d.distribution(Curves(losses | {"lost": losses["ntm"].clone().fill_(float("inf"))}))
-    assert rows[0] == ["optimizer", "mean", "median", "99th percentile", "diverged"]
-    assert rows[-1] == ["lost", "inf", "inf", "inf", "100.00%"]
-    final = losses["adam"][:, -1].sort().values
-    assert ["adam", f"{final.mean():.3g}", f"{final[10]:.3g}", f"{final[19]:.3g}", "0.00%"] in rows
+    assert "spiked" not in written
+    found = {name: Curves.load(folder / name) for name in ("quadratic-0", "quadratic-2", "ill-conditioned-0")}
+    assert set(found["quadratic-0"].losses) == {
+        "lstm, shipped", "ntm, shipped", "ntm, 5 pairs", "adam", "lbfgs", "bfgs"
+    }  # fmt: skip
+    assert list(found["quadratic-2"].losses) == ["ntm, 5 pairs"]
+    assert found["quadratic-0"].runs == 8
+    assert "lstm+gac" in found["ill-conditioned-0"].losses
+    rows = {row[0]: row for row in appendix_d.distribution({0: found["quadratic-0"], 2: found["quadratic-2"]})}
+    final = found["quadratic-0"].losses["ntm, 5 pairs"][:, -1]
+    assert rows["ntm, 5 pairs"][-1] == f"{final.mean():.3g}, {final.mean():.3g}"
+    assert Image.open(folder / "figure.png").width == 3 * 920
+    assert (folder / "memory.png").exists()
+
+
+def test_appendix_d_tells_how_final_losses_are_distributed():
+    losses = {"good": torch.arange(1.0, 101.0).double().view(-1, 1), "lost": torch.ones(100, 1).double()}
+    losses["lost"][7] = float("inf")
+    rows = appendix_d.distribution({0: Curves(losses)})
+    assert rows[0] == ["optimizer", "mean", "median", "99th percentile", "diverged", "mean of each seed"]
+    assert rows[1] == ["lost", "inf", "1", "inf", "1.00%", ""]
+    assert rows[2] == ["good", "50.5", "51", "100", "0.00%", ""]
+
+
+def test_appendix_d_refuses_rules_that_it_does_not_know(little, tmp_path):
+    with pytest.raises(ValueError, match=r"rules: expected some of gac-ill-conditioned-0, .*, got mine"):
+        little.run(tmp_path, rules={"mine": GACRule("raw", averages=2)}, quick=False, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["lstm", "gac", "ntm", "adam", "lbfgs", "bfgs"])
+@pytest.mark.parametrize("spiked", [False, True])
+def test_functions_side_by_side_go_their_own_ways(name, spiked):
+    """Each as `evaluate` has it by itself."""
+    made = {"gac": GACRule("raw", averages=2), "ntm": NTMRule(preprocess="raw"), "lstm": RULES["lstm-quadratic"]}
+    optimizer = made.get(name) or baselines.by_name(name, 0.1 if name == "adam" else "tune")
+    task = tasks.Quadratic(dim=4, batch=3)
+    task = tasks.Spiked(task, 0.3, 5.0) if spiked else task
+    found = functions.curves(task, {"one": optimizer}, steps=6, problems=2).losses["one"]
+    assert found.shape == (6, 7)
+    problems = [task.sample(problem_seed(1, "test", number)) for number in range(2)]
+    for one_by_step, (problem, number) in zip(found, itertools.product(problems, range(3)), strict=True):
+        one = problem.alone(number)
+        if isinstance(optimizer, baselines.Baseline):
+            expected = baselines.descend(one, optimizer.build, 6)
+        else:
+            trajectory = Trajectory(one, optimizer)
+            expected = torch.stack([trajectory.loss, *(trajectory.advance() for _ in range(6))]).double()
+        torch.testing.assert_close(one_by_step, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*SHIPPED, *ABLATIONS, *TALKING])

@@ -14,7 +14,7 @@ from helpers import constants, detached, errors, lstm, random_rule, rule_of
 
 from fastl2l import LSTMRule, Trajectory, reference
 from fastl2l.ops.layout import to_rows
-from fastl2l.tasks import Problem, Quadratic
+from fastl2l.tasks import IllConditioned, Problem, Quadratic, Spiked, batch
 from fastl2l.tasks.base import SECOND_MINIBATCHES
 from fastl2l.trajectory import Objective, step_weights
 
@@ -468,3 +468,61 @@ def test_a_window_takes_little_memory(rule):
     assert 400 < first_order < 560
     # The measurement can fail: the exact window keeps a state a step.
     assert bytes_a_coordinate(rule, 20_000, 20, second=True) > 6400
+
+
+# Capped losses
+
+
+@pytest.mark.parametrize("second_derivatives", [False, True])
+@pytest.mark.parametrize("second_minibatch", [False, True])
+@pytest.mark.parametrize("log_floor", [None, 0.5])
+def test_functions_whose_losses_are_capped_do_not_count(second_derivatives, second_minibatch, log_floor):
+    """What is trained on is that of the other functions, and a constant for each that is above."""
+    task, cap = Quadratic(dim=4, batch=6, dtype=F64), 1.0
+    problem, rule = task.sample(0), random_rule("raw", output_scale=0.3, dtype=F64)
+    steps = 3
+    own = [problem.alone(number) for number in range(6)]
+    plain = Trajectory(problem, rule)
+    above = torch.zeros(6, dtype=torch.bool)
+    objective = Objective([1.0] * steps, log_floor, second_minibatch, cap)
+    window = plain.window(objective, second_derivatives=second_derivatives)
+    # By hand: each function by itself, with autograd, of which the capped ones give a constant.
+    weights = rule.weights()
+    totals = [torch.zeros((), dtype=F64) for _ in range(steps)]
+    for one in own:
+        trajectory, first = Trajectory(one, rule), one.losses(one.theta0, 0)[0]
+        theta, state, gradient = one.theta0, trajectory.states[0], trajectory.gradient.clone()
+        for step in range(steps):
+            update, state = trajectory._tracks[0].update(gradient, state)
+            theta = theta + update
+            loss = one.loss(theta, step + 1)
+            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+            gradient = gradient if second_derivatives else gradient.detach()
+            totals[step] = totals[step] + torch.minimum(loss, cap * first)
+            above |= torch.tensor([loss > cap * first])
+    assert above.any()
+    totals = [total / 6 for total in totals]
+    objective = sum(total if log_floor is None else torch.log(total + log_floor) for total in totals)
+    expected = torch.cat([part.flatten() for part in torch.autograd.grad(objective, weights)])
+    torch.testing.assert_close(window.gradients, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [Quadratic(3, 4, dtype=F64), IllConditioned(3, batch=4, dtype=F64), Spiked(Quadratic(3, 4, dtype=F64))],
+    ids=lambda task: task.name,
+)
+def test_losses_of_functions_add_up_to_that_of_the_problem(task):
+    alone = [task.sample(seed) for seed in range(2)]
+    for problem in (alone[0], batch(alone)):
+        theta = problem.theta0 + 0.5
+        found = problem.losses(theta, 1)
+        assert found.shape == (problem.functions,)
+        torch.testing.assert_close(found.sum(), problem.loss(theta, 1))
+    start = alone[0].theta0
+    torch.testing.assert_close(alone[0].alone(2).loss(start.view(4, 3)[2], 0), alone[0].losses(start, 0)[2])
+
+
+def test_problems_that_know_a_sum_alone_say_so():
+    with pytest.raises(NotImplementedError, match=r"task 'waves': losses: expected one that tells its functions apart"):
+        Waves().losses(Waves().theta0, 0)

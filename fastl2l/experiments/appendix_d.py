@@ -1,7 +1,7 @@
 """The rules of Andrychowicz et al. 2016, appendix D, whose coordinates talk, beside one whose coordinates do not.
 
-The mean of final losses is that of a few functions that are hard, so the median, the 99th percentile and how many
-diverged are told with it: each run is one function.
+Each run is one function. The mean of final losses is that of a few functions that are hard, so the median, the 99th
+percentile and how many diverged are told with it.
 """
 
 from __future__ import annotations
@@ -9,89 +9,232 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from rich.table import Table
+from torch import Tensor
 
-from fastl2l import files
+from fastl2l import baselines, files, plots
+from fastl2l.baselines import Baseline
 from fastl2l.evaluate import Curves, markdown
-from fastl2l.experiments.experiment import Budget, Experiment, Panel, folder_name, reproduce
+from fastl2l.experiments import functions, losses
+from fastl2l.experiments.experiment import check_rules, folder_name
 from fastl2l.processes import current
+from fastl2l.progress import Progress
+from fastl2l.rule_files import load_rule, shipped
 from fastl2l.rules import Learned
-from fastl2l.tasks import MNIST, IllConditioned, Quadratic, Task
+from fastl2l.tasks import MNIST, IllConditioned, Quadratic, Spiked, Task
+from fastl2l.tasks.base import problem_seed
+from fastl2l.trajectory import Trajectory
 
-OF_QUADRATICS = {
-    "lstm": "lstm-quadratic",
-    "gac": "gac-quadratic",
-    "ntm, paper": "ntm-paper-quadratic",
-    "ntm": "ntm-quadratic",
-    "ntm, 5 pairs": "ntm-pairs-quadratic",
+KINDS = {
+    "lstm": "lstm",
+    "lstm+gac": "gac",
+    "ntm, paper": "ntm-paper",
+    "ntm": "ntm",
+    "ntm, 5 pairs": "ntm-5-pairs",
+    "ntm, 20 pairs": "ntm-20-pairs",
 }
-OF_ILL_CONDITIONED = {label: name.replace("quadratic", "ill-conditioned") for label, name in OF_QUADRATICS.items()}
-FULL, QUICK = Budget(runs=2000, tuning_runs=200, piece=100), Budget(runs=20, tuning_runs=5)
-"""In functions, of which each is a problem."""
-BASELINES = ("adam", "lbfgs")
+"""What is compared, each trained on 400 trajectories of 128 functions: names of recipes, without task and seed."""
+SHIPPED = {"lstm, shipped": "lstm-quadratic", "ntm, shipped": "ntm-quadratic"}
+"""The same of 1,200 trajectories."""
+ON_MNIST = {"lstm": "lstm-mnist-1", "lstm+gac": "gac-mnist"}
+BASELINES = ("adam", "lbfgs", "bfgs")
+STEPS, SIDE_BY_SIDE = 100, 100
+REMEMBERED = (0, 20, 100)
+"""Steps after which a memory is drawn."""
 
 
-def _panel(name: str, title: str, task: Callable[[], Task], rules: Mapping[str, str]) -> Panel:
-    return Panel(name, title, task, rules, baselines=BASELINES, full=FULL, quick=QUICK)
+class Setting(NamedTuple):
+    """A kind of functions, and the rules that are shown on it."""
+
+    title: str
+    task: Callable[[], Task]
+    trained_on: str
+    seeds: Sequence[int] = (0,)
+    shipped: Mapping[str, str] = {}
+
+    def rules(self) -> dict[str, dict[int, str]]:
+        """Names of rules by seed, by what they are called."""
+        named = {label: {0: name} for label, name in self.shipped.items()}
+        return named | {
+            label: {seed: f"{name}-{self.trained_on}-{seed}" for seed in self.seeds} for label, name in KINDS.items()
+        }
+
+
+SETTINGS = {
+    "quadratic": Setting(
+        "quadratics, 10 coordinates", lambda: Quadratic(batch=SIDE_BY_SIDE), "quadratic", (0, 1, 2), SHIPPED
+    ),
+    "spiked": Setting(
+        "quadratics, gradients 100 times too large at a tenth of the steps",
+        lambda: Spiked(Quadratic(batch=SIDE_BY_SIDE)),
+        "spiked",
+    ),
+    "ill-conditioned": Setting(
+        "ill-conditioned quadratics, 10 coordinates", lambda: IllConditioned(batch=SIDE_BY_SIDE), "ill-conditioned"
+    ),
+    "ill-conditioned-50": Setting(
+        "ill-conditioned quadratics, 50 coordinates",
+        lambda: IllConditioned(dim=50, batch=SIDE_BY_SIDE),
+        "ill-conditioned",
+    ),
+}
+
+
+class Effort(NamedTuple):
+    """How much is done."""
+
+    problems: int
+    """Of 100 functions each."""
+    tuning_problems: int
+    mnist_runs: int
+
+
+FULL, QUICK = Effort(20, 2, 100), Effort(1, 1, 10)
 
 
 @dataclass(frozen=True)
 class AppendixD:
-    """As an `Experiment`, and how final losses are distributed over functions."""
+    """What has been trained of it: rules that do not come with fastl2l are shown where they are given."""
 
     name: str = "appendix-d"
     title: str = "Appendix D: rules whose coordinates talk"
-    more_rules: ClassVar[bool] = False
-    reserved: ClassVar[Sequence[str]] = ()
-
-    @property
-    def experiment(self) -> Experiment:
-        """What is run."""
-        ill = "ill-conditioned quadratics, {} coordinates"
-        return Experiment(
-            self.name,
-            self.title,
-            "such rules can carry out L2 clipping and BFGS; no numbers are given.",
-            [
-                _panel("quadratic", "quadratics, 10 coordinates", partial(Quadratic, batch=1), OF_QUADRATICS),
-                _panel("ill-10", ill.format(10), partial(IllConditioned, batch=1), OF_ILL_CONDITIONED),
-                _panel("ill-50", ill.format(50), partial(IllConditioned, dim=50, batch=1), OF_ILL_CONDITIONED),
-                Panel("mnist", "MLP 784-20-10 on MNIST", MNIST, {"lstm": "lstm-mnist-1", "gac": "gac-mnist"}),
-            ],
-            quick=["quadratic", "ill-10"],
-        )
+    more_rules: ClassVar[bool] = True
+    reserved: ClassVar[Sequence[str]] = BASELINES
 
     @property
     def rules(self) -> set[str]:
-        """See `Reproducible`."""
-        return self.experiment.rules
+        """Of those that are compared, the ones that this version has."""
+        return self.trained & shipped().keys()
+
+    @property
+    def trained(self) -> set[str]:
+        """All that are compared."""
+        of_settings = {
+            name for setting in SETTINGS.values() for names in setting.rules().values() for name in names.values()
+        }
+        return of_settings | set(ON_MNIST.values())
 
     def run(
         self, out: str | os.PathLike[str], *, rules: Mapping[str, Learned], quick: bool, progress: bool = True
     ) -> list[str | Table]:
         """See `Reproducible`."""
-        experiment, told = self.experiment, list[str | Table]()
-        found = reproduce(experiment, out, rules=rules, quick=quick, progress=progress)
-        tables = {panel: distribution(curves) for panel, curves in found.items()}
-        for panel, curves in found.items():
-            told += [curves.table(panel), markdown(tables[panel])]
-        text = "\n\n".join(f"## {panel}\n\n{markdown(rows)}" for panel, rows in tables.items())
-        path = Path(out) / folder_name(experiment, quick) / "distribution.md"
-        current().first(lambda: files.write_text(path, f"# Final losses, run by run\n\n{text}\n"))
-        return told
+        check_rules(self, rules)
+        if unknown := sorted(rules.keys() - self.trained):
+            raise ValueError(f"rules: expected some of {', '.join(sorted(self.trained))}, got {', '.join(unknown)}")
+        rules = {name: load_rule(name) for name in self.rules} | dict(rules)
+        effort, folder, processes = QUICK if quick else FULL, Path(out) / folder_name(self, quick), current()
+        with Progress(self.name, len(SETTINGS) + 1, shown=progress and not processes.rank) as shown:
+            found: dict[str, dict[int, Curves]] = {}
+            for name, setting in SETTINGS.items():
+                shown.note(setting.title)
+                if of_seeds := _compared(setting, rules, effort):
+                    found[name] = of_seeds
+                shown.advance(setting.title)
+            mnist = _on_mnist(rules, effort, shown.note)
+            shown.advance("MNIST")
+        processes.first(lambda: _write(folder, self.title, found, mnist, rules))
+        told: list[str | Table] = []
+        for name, of_seeds in found.items():
+            told += [SETTINGS[name].title, markdown(distribution(of_seeds))]
+        return told + ([] if mnist is None else [mnist.table("MNIST")])
 
 
-def distribution(curves: Curves) -> list[list[str]]:
-    """Of final losses over runs, a row for each optimizer, the lowest median first; what diverged counts as inf."""
+def _compared(setting: Setting, rules: Mapping[str, Learned], effort: Effort) -> dict[int, Curves]:
+    """By seed of training; the first has what has no other seeds as well."""
+    task, found = setting.task(), dict[int, Curves]()
+    for seed in setting.seeds:
+        learned: dict[str, Learned | Baseline] = {
+            label: rules[names[seed]] for label, names in setting.rules().items() if names.get(seed) in rules
+        }
+        if learned and seed == setting.seeds[0]:
+            learned |= {name: _tuned(task, name, effort) for name in BASELINES}
+        if learned:
+            found[seed] = functions.curves(task, learned, steps=STEPS, problems=effort.problems)
+    return found
+
+
+def _tuned(task: Task, name: str, effort: Effort) -> Baseline:
+    baseline = baselines.by_name(name)
+    if baseline.lr != "tune":
+        return baseline
+    return baseline.with_lr(baselines.tune(task, baseline, STEPS, runs=effort.tuning_problems))
+
+
+def _on_mnist(rules: Mapping[str, Learned], effort: Effort, note: Callable[[str], None]) -> Curves | None:
+    learned: dict[str, Learned | Baseline] = {label: rules[name] for label, name in ON_MNIST.items() if name in rules}
+    if not learned:
+        return None
+    learned["adam"] = baselines.Adam()
+    tuning = max(1, effort.mnist_runs // 5)
+    return losses.curves(MNIST(), learned, steps=STEPS, runs=effort.mnist_runs, tuning_runs=tuning, note=note)
+
+
+# What is told of it
+
+
+def distribution(of_seeds: Mapping[int, Curves]) -> list[list[str]]:
+    """Of final losses over functions, and seeds of training, a row for each optimizer, the lowest median first.
+
+    What diverged counts as inf.
+    """
     rows = []
-    for name, losses in curves.losses.items():
-        final = losses[:, -1]
+    for name in dict.fromkeys(name for curves in of_seeds.values() for name in curves.losses):
+        finals = [curves.losses[name][:, -1] for curves in of_seeds.values() if name in curves.losses]
+        final = torch.cat(finals)
         middle, late = (final.quantile(share, interpolation="higher").item() for share in (0.5, 0.99))
-        share = curves.diverged(name) / curves.runs
-        rows.append((middle, [name, *(f"{number:.3g}" for number in (final.mean(), middle, late)), f"{share:.2%}"]))
-    header = ["optimizer", "mean", "median", "99th percentile", "diverged"]
+        numbers = [f"{number:.3g}" for number in (final.mean(), middle, late)]
+        means = ", ".join(f"{one.mean():.3g}" for one in finals) if len(finals) > 1 else ""
+        rows.append((middle, [name, *numbers, f"{final.isinf().double().mean().item():.2%}", means]))
+    header = ["optimizer", "mean", "median", "99th percentile", "diverged", "mean of each seed"]
     return [header, *(row for _, row in sorted(rows))]
+
+
+def _write(
+    folder: Path,
+    title: str,
+    found: Mapping[str, Mapping[int, Curves]],
+    mnist: Curves | None,
+    rules: Mapping[str, Learned],
+) -> None:
+    panels = {SETTINGS[name].title: of_seeds[min(of_seeds)] for name, of_seeds in found.items()}
+    if mnist is not None:
+        panels["MLP 784-20-10 on MNIST"] = mnist
+    for name, of_seeds in found.items():
+        for seed, curves in of_seeds.items():
+            curves.save(folder / f"{name}-{seed}")
+    if panels:
+        plots.plot_panels(panels, folder / "figure.png", title=title)
+    parts = [f"# {title}", "Final losses, function by function, after 100 steps (of lbfgs and bfgs: evaluations)."]
+    for name, of_seeds in found.items():
+        one = of_seeds[min(of_seeds)]
+        parts += [f"## {SETTINGS[name].title}", f"{one.runs:,} functions.", markdown(distribution(of_seeds))]
+    parts += [] if mnist is None else ["## MLP 784-20-10 on MNIST", mnist.markdown()]
+    files.write_text(folder / "table.md", "\n\n".join(parts) + "\n")
+    if "ntm-quadratic" in rules:
+        title = "What ntm-quadratic remembers of three functions; each picture has its own scale"
+        plots.plot_matrices(memories(rules["ntm-quadratic"]), folder / "memory.png", title=title)
+
+
+def memories(rule: Learned, number: int = 3) -> dict[str, dict[str, Tensor]]:
+    """Of the first test functions, the memory M [10, 10] after some steps, beside the inverse Hessian.
+
+    Above M is its cosine with that.
+    """
+    found = {}
+    for index in range(number):
+        problem = Quadratic(batch=1).sample(problem_seed(1, "test", index))
+        trajectory, row = Trajectory(problem, rule), dict[str, Tensor]()
+        w = problem.w[0].double()
+        inverse = torch.linalg.inv(2 * w.T @ w)
+        for step in range(max(REMEMBERED) + 1):
+            if step in REMEMBERED:
+                memory = trajectory.state.memory[0].T.double()
+                cosine = (memory * inverse).sum() / memory.norm() / inverse.norm()
+                row[f"M after {step} steps ({cosine:.2f})"] = memory
+            trajectory.advance()
+        found[f"condition {torch.linalg.cond(w).item() ** 2:.0f}"] = row | {"inverse Hessian": inverse}
+    return found

@@ -120,6 +120,11 @@ class Experiment:
         """See `Reproducible`."""
         return {name for panel in self.panels for name in panel.rules.values()}
 
+    @property
+    def trained(self) -> set[str]:
+        """See `Reproducible`."""
+        return self.rules
+
     def run(
         self, out: str | os.PathLike[str], *, rules: Mapping[str, Learned], quick: bool, progress: bool = True
     ) -> list[str | Table]:
@@ -144,6 +149,10 @@ class Reproducible(Protocol):
     @property
     def rules(self) -> set[str]:
         """Names of the rules that it shows."""
+
+    @property
+    def trained(self) -> set[str]:
+        """Names of those that `retrain` trains: these, and some that are shown where they are given."""
 
     @property
     def more_rules(self) -> bool:
@@ -318,6 +327,6 @@ def retrain(experiment: Reproducible, out: str | os.PathLike[str], *, quick: boo
     Raises:
         ValueError: a rule has no recipe.
     """
-    if unknown := sorted(experiment.rules - RECIPES.keys()):
+    if unknown := sorted(experiment.trained - RECIPES.keys()):
         raise ValueError(f"{experiment.name}: expected rules that have recipes, got {', '.join(unknown)}")
-    return {name: RECIPES[name].train(Path(out) / "rules", quick=quick) for name in sorted(experiment.rules)}
+    return {name: RECIPES[name].train(Path(out) / "rules", quick=quick) for name in sorted(experiment.trained)}

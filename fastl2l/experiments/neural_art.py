@@ -109,6 +109,8 @@ class _OfRule:
     def rules(self) -> set[str]:
         return {RULE}
 
+    trained = rules
+
     def _rule(self, given: Mapping[str, Learned]) -> Learned:
         check_rules(self, given)  # type: ignore[arg-type]
         return given[RULE] if RULE in given else load_rule(RULE)

@@ -197,6 +197,8 @@ class OwnNetworks:
         """Of those that are compared, the ones that this version has."""
         return set(RULES) & shipped().keys()
 
+    trained = rules
+
     def run(
         self, out: str | os.PathLike[str], *, rules: Mapping[str, Learned], quick: bool, progress: bool = True
     ) -> list[str | Table]:

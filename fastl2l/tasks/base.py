@@ -76,6 +76,20 @@ class Problem(ABC):
             f"task {self.task!r}: whole_loss: expected a problem with a set of examples, got a {type(self).__name__}"
         )
 
+    def losses(self, theta: Tensor, step: int) -> Tensor:
+        """f_step(theta) of each function, [functions], as differentiable as `loss`.
+
+        Raises:
+            NotImplementedError: there are several, and the problem knows their sum alone. The message names the task.
+        """
+        if self.functions == 1:
+            return self.loss(theta, step).reshape(1)
+        raise NotImplementedError(f"task {self.task!r}: losses: expected one that tells its functions apart")
+
+    def alone(self, number: int) -> Problem:
+        """The problem of one of its functions by itself. Raises as `losses` does."""
+        raise NotImplementedError(f"task {self.task!r}: alone: expected one that tells its functions apart")
+
 
 class PureProblem(Problem):
     """A problem whose loss is `function(theta, *constants, *inputs(step, device))`.

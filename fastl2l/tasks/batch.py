@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -82,25 +82,35 @@ class _AtOnce(PureProblem):
     def inputs(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
         return _stack([problem.inputs(step, device) for problem in self._problems])
 
+    def losses(self, theta: Tensor, step: int) -> Tensor:
+        return torch.cat([problem.losses(own, step) for problem, own in _apart(self._problems, theta)])
+
 
 class _OneByOne(Problem):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self._problems = problems
         self.task, self.functions = problems[0].task, sum(problem.functions for problem in problems)
         self.theta0, self.parts = _side_by_side(problems, [problem.theta0 for problem in problems]), _parts(problems)
-        self._sizes = _sizes(problems)
-        self.uneven = any(problem.uneven for problem in problems) or any(len(set(sizes)) > 1 for sizes in self._sizes)
+        sizes = _sizes(problems)
+        self.uneven = any(problem.uneven for problem in problems) or any(len(set(of_part)) > 1 for of_part in sizes)
 
     @cached_property
     def units(self) -> Tensor | None:  # type: ignore[override]
         return _units(self._problems)
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
-        parts = theta.split([sum(sizes) for sizes in self._sizes])
-        pieces = [part.split(sizes) for part, sizes in zip(parts, self._sizes, strict=True)]
-        thetas = (_joined(of_problem, 0) for of_problem in zip(*pieces, strict=True))
-        pairs = zip(self._problems, thetas, strict=True)
-        return torch.stack([problem.loss(theta, step) for problem, theta in pairs]).sum()
+        return torch.stack([problem.loss(own, step) for problem, own in _apart(self._problems, theta)]).sum()
+
+    def losses(self, theta: Tensor, step: int) -> Tensor:
+        return torch.cat([problem.losses(own, step) for problem, own in _apart(self._problems, theta)])
+
+
+def _apart(problems: Sequence[Problem], theta: Tensor) -> Iterator[tuple[Problem, Tensor]]:
+    """Each problem and its own theta."""
+    all_sizes = _sizes(problems)
+    parts = theta.split([sum(sizes) for sizes in all_sizes])
+    pieces = [part.split(sizes) for part, sizes in zip(parts, all_sizes, strict=True)]
+    yield from zip(problems, (_joined(of_problem, 0) for of_problem in zip(*pieces, strict=True)), strict=True)
 
 
 def _sizes(problems: Sequence[Problem]) -> list[tuple[int, ...]]:

@@ -50,6 +50,13 @@ class QuadraticProblem(PureProblem):
         self.w, self.y, self.theta0, self.functions = w, y, theta0, len(w)
         self.constants = w, y
 
+    def losses(self, theta: Tensor, step: int) -> Tensor:
+        return torch.baddbmm(self.y, self.w, theta.view_as(self.y), beta=-1).square().sum((1, 2))
+
+    def alone(self, number: int) -> QuadraticProblem:
+        one = slice(number, number + 1)
+        return QuadraticProblem(self.w[one], self.y[one], self.theta0.view(self.functions, -1)[number])
+
     @staticmethod
     def function(theta: Tensor, w: Tensor, y: Tensor) -> Tensor:
         residual = torch.baddbmm(y, w, theta.view_as(y), beta=-1).flatten()

@@ -50,8 +50,7 @@ class Spiked(Task):
     def sample(self, seed: int) -> Problem:
         problem = self.task.sample(seed)
         factors = _Factors(seed, stream("spikes", self), self.share, self.factor, problem.theta0.dtype)
-        kind = _SpikedPure if isinstance(problem, PureProblem) and is_pure(problem) else _Spiked
-        return kind(problem, factors)
+        return _spiked(problem, factors)
 
 
 class _Factors(Drawn[Tensor]):
@@ -66,6 +65,11 @@ class _Factors(Drawn[Tensor]):
             return torch.ones(self._steps, dtype=self._dtype, device=device).unbind()
         hit = torch.from_numpy(generator(self._seed, self._name, block).random(self._steps) < self._share)
         return torch.where(hit, self._factor, 1.0).to(device, self._dtype).unbind()
+
+
+def _spiked(problem: Problem, factors: _Factors) -> Problem:
+    kind = _SpikedPure if isinstance(problem, PureProblem) and is_pure(problem) else _Spiked
+    return kind(problem, factors)
 
 
 class _Spiked(Problem):
@@ -83,6 +87,12 @@ class _Spiked(Problem):
 
     def whole_loss(self, theta: Tensor) -> Tensor:
         return self._problem.whole_loss(theta)
+
+    def losses(self, theta: Tensor, step: int) -> Tensor:
+        return _steeper(self._problem.losses(theta, step), self._factors.at(step, theta.device))
+
+    def alone(self, number: int) -> Problem:
+        return _spiked(self._problem.alone(number), self._factors)
 
 
 class _SpikedPure(_Spiked, PureProblem):
