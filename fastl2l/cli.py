@@ -166,9 +166,6 @@ def train(
     second_minibatch: Annotated[
         bool, typer.Option("--second-minibatch", help="Train on losses of unseen ones.")
     ] = False,
-    loss_cap: Annotated[
-        float | None, typer.Option(help="What a function's loss counts at most, in multiples of its first one.")
-    ] = None,
     imitate: Annotated[str | None, typer.Option(help="Teachers to learn from too: adam:0.01,nag:0.1.")] = None,
     imitation_share: Annotated[
         float | None, typer.Option(help="Share of trajectories that teachers take; a quarter by default.")
@@ -236,7 +233,6 @@ def train(
         step_weights=weights if weights in (None, "last") else _numbers("step_weights", str(weights), float, "0,1"),
         log_floor=log_floor,
         second_minibatch=second_minibatch,
-        loss_cap=loss_cap,
         imitation=_imitation(imitate, imitation_share),
         schedule=schedule,
         keep=keep,

@@ -14,6 +14,8 @@ from fastl2l.files import shown
 KINDS = ("matrix", "pairs")
 MOST = 1 << 10
 """Of heads and of pairs."""
+LARGEST = 1e30
+"""Number, which float32 can hold, and some of its products."""
 GRADIENT_AND_DIFFERENCE = 2
 """Reads of a memory whose heads multiply: of the gradient and of what it has changed by."""
 
@@ -62,23 +64,36 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"memory: expected one of {', '.join(KINDS)}, got {shown(self.kind)}")
-        _require_count("pairs", self.pairs, 1 if self.kind == "pairs" else 0, MOST if self.kind == "pairs" else 0)
-        _require_count("reads", self.reads, 1, MOST)
-        _require_count("writes", self.writes, 1, MOST)
+        held = self.kind == "pairs"
+        self._count("pairs", 1 if held else 0, MOST if held else 0)
+        self._count("reads", 1, MOST)
+        self._count("writes", 1, MOST)
         for name in ("inside", "differences", "multiply"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {shown(getattr(self, name))}")
         for name in ("initial", "scale", "memory_bound", "read_bound", "update_bound"):
-            bound = name.endswith("bound")
-            if not (bound and getattr(self, name) is None) and not _is_number(getattr(self, name), least=0):
-                expected = "None or a finite number > 0" if bound else "a finite number > 0"
-                raise ValueError(f"{name}: expected {expected}, got {shown(getattr(self, name))}")
-        if self.forget != 0 and not _is_number(self.forget, least=0, below=1):
-            raise ValueError(f"forget: expected a number of at least 0 and below 1, got {shown(self.forget)}")
+            if not name.endswith("bound"):
+                self._number(name, "a number > 0 and at most 1e30", 0 < _float(getattr(self, name)) <= LARGEST)
+            elif getattr(self, name) is not None:
+                self._number(name, "None or a number > 0 and at most 1e30", 0 < _float(getattr(self, name)) <= LARGEST)
+        self._number("forget", "a number of at least 0 and below 1", 0 <= _float(self.forget) < 1)
         if self.multiply and not self.differences:
             raise ValueError("differences: expected True with multiply, whose heads multiply them, got False")
         if self.multiply and self.reads != GRADIENT_AND_DIFFERENCE:
             raise ValueError(f"reads: expected 2 with multiply, of the gradient and its change, got {self.reads}")
+
+    def _count(self, name: str, least: int, most: int) -> None:
+        """Let it be an int, as JSON knows, or raise a ValueError."""
+        value = getattr(self, name)
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= int(value) <= most:
+            raise ValueError(f"{name}: expected an integer of at least {least} and at most {most}, got {shown(value)}")
+        object.__setattr__(self, name, int(value))
+
+    def _number(self, name: str, expected: str, fits: bool) -> None:
+        """Let it be a float, or raise a ValueError."""
+        if not fits:
+            raise ValueError(f"{name}: expected {expected}, got {shown(getattr(self, name))}")
+        object.__setattr__(self, name, float(getattr(self, name)))
 
     def __str__(self) -> str:
         """All that is not as it is by default."""
@@ -142,6 +157,8 @@ def memory_options(text: str) -> dict[str, Any]:
     for name, equals, value in (word.partition("=") for word in words):
         if name not in known:
             raise ValueError(f"memory: expected options such as {', '.join(known)}, got {name!r}")
+        if name in found:
+            raise ValueError(f"memory: expected each option once, got {name} twice")
         try:
             found[name] = (int(value) if value.isdecimal() else float(value)) if equals else True
         except ValueError:
@@ -149,10 +166,11 @@ def memory_options(text: str) -> dict[str, Any]:
     return found
 
 
-def _require_count(name: str, value: object, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name}: expected an integer of at least {least} and at most {most}, got {shown(value)}")
-
-
-def _is_number(value: object, least: float, below: float = math.inf) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and least < float(value) < below
+def _float(value: object) -> float:
+    """A number as float; NaN, which is in no range, for anything else."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan

@@ -6,13 +6,15 @@ steps; state and theta go on from window to window, gradients do not.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastl2l import reference
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.layout import TILE
 from fastl2l.rules import Rule, all_weights, rules_by_part
@@ -31,25 +33,16 @@ class Objective(NamedTuple):
         second_minibatch: f_t is of a minibatch that the rule does not see, which tells apart what is learned of the
             problem from what is learned of a minibatch. It takes another evaluation a step; the same function again for
             problems that do not depend on the step.
-        loss_cap: None, or what of each function's loss counts at most, in multiples of its loss at theta_0: from above
-            no gradient comes, and a few functions that diverge do not drown all others. It takes another evaluation a
-            step, of a problem that tells its functions apart (`Problem.losses`).
     """
 
     weights: Sequence[float]
     log_floor: float | None = None
     second_minibatch: bool = False
-    loss_cap: float | None = None
 
     @property
     def is_of_what_the_rule_sees(self) -> bool:
         """Whether loss_t is the very loss whose gradient the rule is given."""
-        return self.log_floor is None and self.is_of_the_same_evaluation
-
-    @property
-    def is_of_the_same_evaluation(self) -> bool:
-        """Whether it is a function of that loss."""
-        return not self.second_minibatch and self.loss_cap is None
+        return self.log_floor is None and not self.second_minibatch
 
 
 class Window(NamedTuple):
@@ -148,17 +141,32 @@ class Trajectory:
 
     def restart(self) -> None:
         """Start anew at the problem's theta_0, as it is now, in the same memory."""
+        self._torn = True
         self.theta.copy_(self.problem.theta0)
         for track in self._tracks:
             track.begin()
         self.steps = 0
-        self._first_losses: Tensor | None = None
         self.loss = self._evaluate(self._gradient)
+        self._torn = False
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """What goes on from where the trajectory is; an exception leaves some of it there and some further on.
+
+        Raises:
+            RuntimeError: one has, and nothing but `restart` mends it.
+        """
+        if self._torn:
+            raise RuntimeError("trajectory: expected restart() after a step or a window that ended in an exception")
+        self._torn = True
+        yield
+        self._torn = False
 
     def advance(self) -> Tensor:
         """One step; returns the loss after it (0-d)."""
-        self._step(self._gradient)
-        self.loss = self._evaluate(self._gradient)
+        with self.moving():
+            self._step(self._gradient)
+            self.loss = self._evaluate(self._gradient)
         return self.loss
 
     def window(self, objective: Objective | Sequence[float], *, second_derivatives: bool = False) -> Window:
@@ -176,11 +184,15 @@ class Trajectory:
         Args:
             objective: what to give the gradient of; numbers are weights of the steps' losses.
             second_derivatives: see above.
+
+        Raises:
+            RuntimeError: an earlier step or window has ended in an exception; `restart` begins anew.
         """
         if not isinstance(objective, Objective):
             objective = Objective(objective)
         run = self._exact_window if second_derivatives else self._first_order_window
-        losses, gradients = run(objective)
+        with self.moving():
+            losses, gradients = run(objective)
         return Window(torch.stack(losses), gradients / self.problem.functions)
 
     def _first_order_window(self, objective: Objective) -> tuple[list[Tensor], Tensor]:
@@ -207,12 +219,9 @@ class Trajectory:
     def _judge(self, objective: Objective, gradient: Tensor, judged: Tensor) -> None:
         """Write the gradient of the objective's loss at theta to `judged`; `gradient` is that of what the rule sees."""
         loss = self.loss
-        if not objective.is_of_the_same_evaluation:
-            with torch.enable_grad():
-                leaf = self.theta.detach().requires_grad_()
-                counted = self._counted(objective, leaf)
-                (gradient,) = torch.autograd.grad(counted, leaf)
-            loss = counted.detach() / self.problem.functions
+        if objective.second_minibatch:
+            loss, gradient = value_and_grad(self.problem, self.theta, SECOND_MINIBATCHES + self.steps)
+            loss = loss / self.problem.functions
         if objective.log_floor is None:
             judged.copy_(gradient)
         else:
@@ -251,7 +260,8 @@ class Trajectory:
                 (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
                 objective = objective + weight * self._judged(to_lower, theta, loss)
                 losses.append(loss.detach() / functions)
-            found = iter(torch.autograd.grad(objective, trained))
+            with reference.exact(theta.device):
+                found = iter(torch.autograd.grad(objective, trained))
         self.theta, self.loss = theta.detach(), losses[-1]
         for track, state in zip(self._tracks, states, strict=True):
             track.state = state.detach()
@@ -261,22 +271,12 @@ class Trajectory:
 
     def _judged(self, objective: Objective, theta: Tensor, loss: Tensor) -> Tensor:
         """The objective's loss at theta, a sum over functions; `loss` is that of what the rule sees."""
-        if not objective.is_of_the_same_evaluation:
-            loss = self._counted(objective, theta)
+        if objective.second_minibatch:
+            loss = self.problem.loss(theta, SECOND_MINIBATCHES + self.steps)
         if objective.log_floor is None:
             return loss
         functions = self.problem.functions
         return functions * torch.log((loss / functions).clamp(min=0) + objective.log_floor)
-
-    def _counted(self, objective: Objective, theta: Tensor) -> Tensor:
-        """The sum over functions of what counts of their losses, of the minibatch that the objective is of."""
-        step = self.steps + SECOND_MINIBATCHES * objective.second_minibatch
-        if objective.loss_cap is None:
-            return self.problem.loss(theta, step)
-        if self._first_losses is None:
-            with torch.no_grad():
-                self._first_losses = self.problem.losses(self.problem.theta0, 0)
-        return torch.minimum(self.problem.losses(theta, step), objective.loss_cap * self._first_losses).sum()
 
     def _step(self, gradient: Tensor) -> None:
         self._propose(gradient, self.theta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -332,13 +333,53 @@ def test_bfgs_solves_a_quadratic_of_many_parameters():
     ("params", "lr", "message"),
     [
         ([torch.ones(100, 101)], 1.0, "params: expected at most 10,000 coordinates for BFGS, got 10,100"),
-        ([torch.ones(2)], 0.0, "lr: expected a number > 0, got 0.0"),
-        ([{"params": [torch.ones(2)]}, {"params": [torch.ones(2)]}], 1.0, "params: expected one group, got 2"),
+        ([torch.ones(2)], 0.0, "lr: expected a finite number > 0, got 0.0"),
+        ([torch.ones(2)], math.inf, "lr: expected a finite number > 0, got inf"),
+        ([{"params": [torch.ones(2)]}, {"params": [torch.ones(2)]}], 1.0, "params: expected one group for BFGS, got"),
     ],
 )
 def test_what_bfgs_cannot_take_is_refused(params, lr, message):
     with pytest.raises(ValueError, match=message):
         bfgs.BFGS(params, lr)
+
+
+def test_bfgs_takes_no_further_group():
+    optimizer = bfgs.BFGS([torch.ones(2)])
+    with pytest.raises(ValueError, match="params: expected one group for BFGS, got another"):
+        optimizer.add_param_group({"params": [torch.ones(2)]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_bfgs_is_left_at_the_lowest_finite_loss(dtype):
+    """Whatever a line search meets; a copy in mid-run goes on by itself, also without gradients around it."""
+    param = torch.zeros(3, dtype=dtype, requires_grad=True)
+    optimizer = copy.deepcopy(bfgs.BFGS([param]))
+    (own,) = optimizer.param_groups[0]["params"]
+    seen = []
+
+    def closure():
+        own.grad = None
+        loss = (own - 1e6).square().sum()
+        loss.backward()
+        seen.append(loss.item())
+        return loss
+
+    with torch.no_grad():
+        found = optimizer.step(closure)
+    finite = [loss for loss in seen if math.isfinite(loss)]
+    assert param.tolist() == [0, 0, 0]
+    assert own.isfinite().all()
+    if finite:
+        assert found == min(finite)
+        assert (own.detach() - 1e6).square().sum().item() == found
+    else:
+        assert own.tolist() == [0, 0, 0]
+
+
+def test_bfgs_wants_a_loss():
+    with pytest.raises(TypeError, match="closure: expected one that gives the loss, got None"):
+        bfgs.BFGS([torch.ones(2)]).step(lambda: None)
 
 
 def test_evaluations_of_others_are_steps():

@@ -10,12 +10,14 @@ import copy
 import pytest
 import torch
 from helpers import errors, random_gradients, random_rows, randomized, tiles
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastl2l import (
     FusedLSTMOptimizer,
     GACRule,
     LSTMRule,
     MetaTrainer,
+    NTMRule,
     Rule,
     Trajectory,
     evaluate,
@@ -647,3 +649,32 @@ def test_an_objective_of_logs_is_taken_back_too():
     torch.testing.assert_close(first.losses, exact.losses)
     assert first.gradients.any()
     assert first.gradients.isfinite().all()
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: FakeTensorMode(allow_non_fake_inputs=True)])
+def test_steps_in_other_surroundings_leave_later_ones_as_they_are(around):
+    """Nothing that is kept between them is of those."""
+    rule = GACRule(hidden_size=5)
+
+    def stepped():
+        params = [torch.ones(5, requires_grad=True), torch.ones(9, requires_grad=True)]
+        optimizer = FusedLSTMOptimizer(params, rule, nonfinite="propagate")
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        return params[0].detach()
+
+    with around():
+        stepped()
+    found, where = stepped(), Coordinates((5, 9))
+    assert (found != 1).all()
+    rows = torch.ones(2, 14, requires_grad=True)
+    where.tiles(rows).sum().backward()
+    assert torch.equal(rows.grad, torch.ones(2, 14))
+
+
+def test_groups_of_nothing_are_stepped():
+    for rule in (GACRule(), NTMRule("matrix", inside=True), NTMRule("pairs", pairs=2)):
+        param = torch.empty(0, requires_grad=True)
+        param.grad = torch.empty(0)
+        FusedLSTMOptimizer([param], rule).step()

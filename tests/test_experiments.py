@@ -402,7 +402,7 @@ def test_appendix_d_shows_the_rules_that_there_are(little, tmp_path):
     assert "spiked" not in written
     found = {name: Curves.load(folder / name) for name in ("quadratic-0", "quadratic-2", "ill-conditioned-0")}
     assert set(found["quadratic-0"].losses) == {
-        "lstm, shipped", "ntm, shipped", "ntm, 5 pairs", "adam", "lbfgs", "bfgs"
+        "lstm, longer", "ntm, longer", "ntm, 5 pairs", "adam", "lbfgs", "bfgs"
     }  # fmt: skip
     assert list(found["quadratic-2"].losses) == ["ntm, 5 pairs"]
     assert found["quadratic-0"].runs == 8
@@ -424,8 +424,13 @@ def test_appendix_d_tells_how_final_losses_are_distributed():
 
 
 def test_appendix_d_refuses_rules_that_it_does_not_know(little, tmp_path):
+    gac = GACRule("raw", averages=2)
     with pytest.raises(ValueError, match=r"rules: expected some of gac-ill-conditioned-0, .*, got mine"):
-        little.run(tmp_path, rules={"mine": GACRule("raw", averages=2)}, quick=False, progress=False)
+        little.run(tmp_path, rules={"mine": gac}, quick=False, progress=False)
+    with pytest.raises(ValueError, match="rule: expected ntm-quadratic to be ntm matrix, got gac"):
+        little.run(tmp_path, rules={"ntm-quadratic": gac}, quick=False, progress=False)
+    with pytest.raises(ValueError, match="rule: expected ntm-5-pairs-spiked-0 to be ntm pairs, got ntm matrix"):
+        little.run(tmp_path, rules={"ntm-5-pairs-spiked-0": NTMRule()}, quick=False, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 

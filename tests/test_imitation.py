@@ -12,7 +12,7 @@ from small_training import SMALL, TASK, finished, outcome, small_rule, trainer
 from test_trajectory import TEXTS, Waves
 
 from fastl2l import MetaTrainer, Trajectory, reference, tasks
-from fastl2l.baselines import Adam, descend
+from fastl2l.baselines import BFGS, Adam, descend
 from fastl2l.meta import Imitation, train_by_curriculum
 from fastl2l.meta.imitation import TaughtTrajectory
 from fastl2l.tasks.base import problem_seed, value_and_grad
@@ -118,6 +118,7 @@ def test_numpy_numbers_in_settings_leave_a_checkpoint_that_is_read(tmp_path):
         (([sgd, lambda params: params],), TypeError, r"teachers\[1\]: expected an optimizer.*returns"),
         (([Adam()],), ValueError, r"teachers\[0\]: expected a learning rate, got .tune."),
         (([torch.optim.LBFGS],), TypeError, r"teachers\[0\]: expected an optimizer that steps without a closure"),
+        (([BFGS()],), TypeError, r"teachers\[0\]: expected an optimizer that steps without a closure, got bfgs"),
         (([sgd], 1.5), ValueError, "share: expected a number from 0 to 1, got 1.5"),
         (([sgd], "half"), TypeError, "share: expected a number from 0 to 1, got 'half'"),
     ],

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from helpers import errors, random_gradients
 from test_coupled import SHAPES, Bowl, give, go_on_alike, loaded, optimizer_of
 
 from fastl2l import FusedLSTMOptimizer, MetaTrainer, NTMRule, Trajectory, evaluate, load_rule, reference, save_rule
-from fastl2l.memory_config import MemoryConfig
+from fastl2l.memory_config import MemoryConfig, memory_options
 from fastl2l.ops import coupled, memory
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.dispatch import select
@@ -349,9 +351,11 @@ def test_parameters_come_and_go_together():
         ({"pairs": 3}, "pairs: expected an integer of at least 0 and at most 0, got 3"),
         ({"reads": 0}, "reads: expected an integer of at least 1 and at most 1024, got 0"),
         ({"writes": 0}, "writes: expected an integer of at least 1 and at most 1024, got 0"),
-        ({"initial": 0.0}, "initial: expected a finite number > 0, got 0.0"),
+        ({"initial": 0.0}, "initial: expected a number > 0 and at most 1e30, got 0.0"),
         ({"forget": 1.0}, "forget: expected a number of at least 0 and below 1, got 1.0"),
-        ({"read_bound": -1.0}, "read_bound: expected None or a finite number > 0, got -1.0"),
+        ({"initial": 10**400}, "initial: expected a number > 0 and at most 1e30, got 10{10}"),
+        ({"read_bound": -1.0}, "read_bound: expected None or a number > 0 and at most 1e30, got -1.0"),
+        ({"read_bound": 1e39}, r"read_bound: expected None or a number > 0 and at most 1e30, got 1e\+39"),
         ({"inside": 1}, "inside: expected True or False, got 1"),
         ({"inside": True, "num_layers": 1}, "inside: expected a second layer"),
         ({"multiply": True}, "differences: expected True with multiply"),
@@ -362,6 +366,21 @@ def test_parameters_come_and_go_together():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         NTMRule(**arguments)
+
+
+def test_numbers_of_any_kind_are_kept(tmp_path):
+    """Numpy's too, which JSON does not know."""
+    numbers = {"forget": np.float32(0.25), "initial": Fraction(1, 2), "reads": np.int64(2), "read_bound": 5}
+    rule = NTMRule("pairs", pairs=np.int32(3), **numbers)
+    loaded = load_rule(save_rule(rule, tmp_path / "rule.safetensors"))
+    assert loaded.config == rule.config
+    assert rule.config.memory.forget == 0.25
+    assert {type(getattr(rule.config.memory, name)) for name in ("forget", "initial", "read_bound")} == {float}
+
+
+def test_options_are_told_once():
+    with pytest.raises(ValueError, match="memory: expected each option once, got forget twice"):
+        memory_options("matrix,forget=0.1,forget=0.2")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,7 +25,7 @@ from small_training import TASK, Cliff, finished, outcome, seeds, small_rule, tr
 from fastl2l import LSTMRule, MetaTrainer, Trajectory
 from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.meta.checkpoint import CheckpointError
-from fastl2l.tasks import Quadratic, WithConvex
+from fastl2l.tasks import Quadratic
 from fastl2l.tasks.base import problem_seed
 
 LOSSES = [3.0, 1.0, 2.0, 4.0, 1.0, 5.0]
@@ -239,7 +239,7 @@ CHILD = """
     import sys
     import torch
     from fastl2l import LSTMRule, MetaTrainer
-    from fastl2l.tasks import Quadratic, WithConvex
+    from fastl2l.tasks import Quadratic
 
     torch.set_num_threads(1)
     rule = LSTMRule("raw", output_scale=1.0, hidden_size=4, num_layers=1)
@@ -569,7 +569,6 @@ def test_a_loss_that_is_no_scalar_is_refused():
         ({"validation_problems": "2"}, TypeError, "validation_problems: expected an integer >= 1, got '2'"),
         ({"seed": "a"}, TypeError, "seed: expected an integer >= 0, got 'a'"),
         ({"second_minibatch": 1}, TypeError, "second_minibatch: expected True or False, got 1"),
-        ({"loss_cap": 0.0}, ValueError, "loss_cap: expected a finite positive number, got 0.0"),
         ({"second_derivatives": "no"}, TypeError, "second_derivatives: expected True or False, got 'no'"),
         ({"capture": None}, TypeError, "capture: expected True or False, got None"),
         ({"seed": -1}, ValueError, "seed: expected an integer >= 0, got -1"),
@@ -707,10 +706,3 @@ def test_a_checkpoint_is_one_file_s_by_whatever_name(tmp_path):
     one._epoch = lambda *_: other.fit(1, progress=False)
     with pytest.raises(RuntimeError, match=r"checkpoint: .*other.pt is another run's at this moment"):
         one.fit(1, progress=False)
-
-
-def test_a_cap_wants_problems_that_know_the_losses_of_their_functions():
-    message = "loss_cap: expected a task whose problems tell their functions apart; task .*: losses: expected one that"
-    with pytest.raises(ValueError, match=message):
-        trainer(task=WithConvex(TASK, 2), loss_cap=10.0)
-    trainer(loss_cap=10.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import constants, detached, errors, lstm, random_rule, rule_of
 
-from fastl2l import LSTMRule, Trajectory, reference
+from fastl2l import GACRule, LSTMRule, NTMRule, Trajectory, reference
 from fastl2l.ops.layout import to_rows
 from fastl2l.tasks import IllConditioned, Problem, Quadratic, Spiked, batch
 from fastl2l.tasks.base import SECOND_MINIBATCHES
@@ -470,41 +470,55 @@ def test_a_window_takes_little_memory(rule):
     assert bytes_a_coordinate(rule, 20_000, 20, second=True) > 6400
 
 
-# Capped losses
+# Exceptions
 
 
+class Failing(Waves):
+    """Raises at a step."""
+
+    fails_at = None
+
+    def loss(self, theta, step):
+        if step == self.fails_at:
+            raise FloatingPointError("now")
+        return super().loss(theta, step)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gac", "ntm"])
 @pytest.mark.parametrize("second_derivatives", [False, True])
-@pytest.mark.parametrize("second_minibatch", [False, True])
-@pytest.mark.parametrize("log_floor", [None, 0.5])
-def test_functions_whose_losses_are_capped_do_not_count(second_derivatives, second_minibatch, log_floor):
-    """What is trained on is that of the other functions, and a constant for each that is above."""
-    task, cap = Quadratic(dim=4, batch=6, dtype=F64), 1.0
-    problem, rule = task.sample(0), random_rule("raw", output_scale=0.3, dtype=F64)
-    steps = 3
-    own = [problem.alone(number) for number in range(6)]
-    plain = Trajectory(problem, rule)
-    above = torch.zeros(6, dtype=torch.bool)
-    objective = Objective([1.0] * steps, log_floor, second_minibatch, cap)
-    window = plain.window(objective, second_derivatives=second_derivatives)
-    # By hand: each function by itself, with autograd, of which the capped ones give a constant.
-    weights = rule.weights()
-    totals = [torch.zeros((), dtype=F64) for _ in range(steps)]
-    for one in own:
-        trajectory, first = Trajectory(one, rule), one.losses(one.theta0, 0)[0]
-        theta, state, gradient = one.theta0, trajectory.states[0], trajectory.gradient.clone()
-        for step in range(steps):
-            update, state = trajectory._tracks[0].update(gradient, state)
-            theta = theta + update
-            loss = one.loss(theta, step + 1)
-            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-            gradient = gradient if second_derivatives else gradient.detach()
-            totals[step] = totals[step] + torch.minimum(loss, cap * first)
-            above |= torch.tensor([loss > cap * first])
-    assert above.any()
-    totals = [total / 6 for total in totals]
-    objective = sum(total if log_floor is None else torch.log(total + log_floor) for total in totals)
-    expected = torch.cat([part.flatten() for part in torch.autograd.grad(objective, weights)])
-    torch.testing.assert_close(window.gradients, expected, rtol=1e-9, atol=1e-12)
+def test_a_trajectory_that_an_exception_has_torn_goes_on_from_its_start_alone(kind, second_derivatives):
+    rule = {"lstm": LSTMRule, "gac": GACRule, "ntm": NTMRule}[kind](hidden_size=5, dtype=F64)
+    problem, whole = Failing(), Trajectory(Waves(), rule)
+    trajectory = Trajectory(problem, rule)
+    trajectory.advance()
+    problem.fails_at = 4
+    for work in (lambda: trajectory.window([1.0] * 5, second_derivatives=second_derivatives), trajectory.advance):
+        if work == trajectory.advance:
+            trajectory.restart()
+            for _ in range(3):
+                trajectory.advance()
+        with pytest.raises(FloatingPointError):
+            work()
+        for further in (trajectory.advance, lambda: trajectory.window([1.0])):
+            with pytest.raises(RuntimeError, match="trajectory: expected restart"):
+                further()
+    problem.fails_at = None
+    trajectory.restart()
+    windows = [one.window([1.0] * 3, second_derivatives=second_derivatives) for one in (trajectory, whole)]
+    assert all(map(torch.equal, *windows))
+
+
+@pytest.mark.parametrize("kind", ["gac", "ntm"])
+def test_exact_windows_know_nothing_of_autocast(kind):
+    rule = {"gac": GACRule, "ntm": NTMRule}[kind](hidden_size=5)
+    trajectories = [Trajectory(Waves(dtype=torch.float32), rule) for _ in range(2)]
+    outside = trajectories[0].window([1.0] * 3, second_derivatives=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = trajectories[1].window([1.0] * 3, second_derivatives=True)
+    assert all(map(torch.equal, outside, inside))
+
+
+# Losses of functions
 
 
 @pytest.mark.parametrize(

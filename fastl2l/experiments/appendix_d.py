@@ -21,10 +21,11 @@ from fastl2l.baselines import Baseline
 from fastl2l.evaluate import Curves, markdown
 from fastl2l.experiments import functions, losses
 from fastl2l.experiments.experiment import check_rules, folder_name
+from fastl2l.experiments.recipes import RECIPES
 from fastl2l.processes import current
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule, shipped
-from fastl2l.rules import Learned
+from fastl2l.rules import Learned, Rule
 from fastl2l.tasks import MNIST, IllConditioned, Quadratic, Spiked, Task
 from fastl2l.tasks.base import problem_seed
 from fastl2l.trajectory import Trajectory
@@ -38,8 +39,8 @@ KINDS = {
     "ntm, 20 pairs": "ntm-20-pairs",
 }
 """What is compared, each trained on 400 trajectories of 128 functions: names of recipes, without task and seed."""
-SHIPPED = {"lstm, shipped": "lstm-quadratic", "ntm, shipped": "ntm-quadratic"}
-"""The same of 1,200 trajectories."""
+LONGER = {"lstm, longer": "lstm-quadratic", "ntm, longer": "ntm-quadratic"}
+"""The same of as many more trajectories as their recipes have: those that come with fastl2l."""
 ON_MNIST = {"lstm": "lstm-mnist-1", "lstm+gac": "gac-mnist"}
 BASELINES = ("adam", "lbfgs", "bfgs")
 STEPS, SIDE_BY_SIDE = 100, 100
@@ -54,11 +55,11 @@ class Setting(NamedTuple):
     task: Callable[[], Task]
     trained_on: str
     seeds: Sequence[int] = (0,)
-    shipped: Mapping[str, str] = {}
+    longer: Mapping[str, str] = {}
 
     def rules(self) -> dict[str, dict[int, str]]:
         """Names of rules by seed, by what they are called."""
-        named = {label: {0: name} for label, name in self.shipped.items()}
+        named = {label: {0: name} for label, name in self.longer.items()}
         return named | {
             label: {seed: f"{name}-{self.trained_on}-{seed}" for seed in self.seeds} for label, name in KINDS.items()
         }
@@ -66,7 +67,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "quadratic": Setting(
-        "quadratics, 10 coordinates", lambda: Quadratic(batch=SIDE_BY_SIDE), "quadratic", (0, 1, 2), SHIPPED
+        "quadratics, 10 coordinates", lambda: Quadratic(batch=SIDE_BY_SIDE), "quadratic", (0, 1, 2), LONGER
     ),
     "spiked": Setting(
         "quadratics, gradients 100 times too large at a tenth of the steps",
@@ -125,7 +126,9 @@ class AppendixD:
         check_rules(self, rules)
         if unknown := sorted(rules.keys() - self.trained):
             raise ValueError(f"rules: expected some of {', '.join(sorted(self.trained))}, got {', '.join(unknown)}")
-        rules = {name: load_rule(name) for name in self.rules} | dict(rules)
+        for name, rule in rules.items():
+            _check_kind(name, rule)
+        rules = {name: load_rule(name) for name in self.rules - rules.keys()} | dict(rules)
         effort, folder, processes = QUICK if quick else FULL, Path(out) / folder_name(self, quick), current()
         with Progress(self.name, len(SETTINGS) + 1, shown=progress and not processes.rank) as shown:
             found: dict[str, dict[int, Curves]] = {}
@@ -141,6 +144,16 @@ class AppendixD:
         for name, of_seeds in found.items():
             told += [SETTINGS[name].title, markdown(distribution(of_seeds))]
         return told + ([] if mnist is None else [mnist.table("MNIST")])
+
+
+def _check_kind(name: str, rule: Learned) -> None:
+    """Raise a ValueError unless the rule is of the kind that its name says."""
+    recipe = RECIPES[name]
+    expected = f"{recipe.kind} {recipe.rule.get('memory', '').partition(',')[0]}".rstrip()
+    memory = rule.config.memory if isinstance(rule, Rule) else None
+    got = f"{rule.kind} {memory.kind if memory else ''}".rstrip() if isinstance(rule, Rule) else "rules by part"
+    if got != expected:
+        raise ValueError(f"rule: expected {name} to be {expected}, got {got}")
 
 
 def _compared(setting: Setting, rules: Mapping[str, Learned], effort: Effort) -> dict[int, Curves]:

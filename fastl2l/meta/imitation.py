@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastl2l.baselines import Baseline
+from fastl2l.baselines import Baseline, LineSearch
 from fastl2l.rules import Rule
 from fastl2l.tasks.base import Problem, generator
 from fastl2l.tasks.identity import identity
@@ -94,6 +94,10 @@ class TaughtTrajectory(Trajectory):
         on its weights, so there are no second derivatives. The losses are the teacher's.
         """
         weights = objective.weights if isinstance(objective, Objective) else objective
+        with self.moving():
+            return self._window(weights)
+
+    def _window(self, weights: Sequence[float]) -> Window:
         self._begin_window()
         grads = self.theta.new_empty(len(weights), self.theta.numel())
         updates, taught, losses = torch.zeros_like(grads), torch.empty_like(grads), []
@@ -118,6 +122,8 @@ class TaughtTrajectory(Trajectory):
 
 def _check_teacher(name: str, teacher: object) -> None:
     expected = "an optimizer such as Adam(lr=0.01), or a function from a list of parameters to a torch optimizer"
+    if isinstance(teacher, LineSearch):
+        raise TypeError(f"{name}: expected an optimizer that steps without a closure, got {teacher.name}")
     if isinstance(teacher, Baseline):
         if not (isinstance(teacher.lr, float | int) and math.isfinite(teacher.lr)):
             raise ValueError(f'{name}: expected a learning rate, got "{teacher.lr}"; see fastl2l.baselines.tune')

@@ -93,9 +93,8 @@ class MetaTrainer:
         validation_horizon: steps that it is validated for; by default the (longest) horizon.
         step_weights: weights of the losses in a window's objective: None for 1 everywhere, ``"last"``, or `unroll`
             numbers.
-        log_floor, second_minibatch, loss_cap: of the objective, see :class:`fastl2l.trajectory.Objective`. With
-            `log_floor` the validation loss is a geometric mean over problems and the last tenth of the steps, of
-            f + log_floor.
+        log_floor, second_minibatch: of the objective, see :class:`fastl2l.trajectory.Objective`. With `log_floor` the
+            validation loss is a geometric mean over problems and the last tenth of the steps, of f + log_floor.
         second_derivatives: see :meth:`fastl2l.trajectory.Trajectory.window`.
         imitation: a share of the trajectories is a teacher's: see :class:`fastl2l.meta.Imitation`.
         clip_norm: the meta-gradient's largest norm, or None.
@@ -142,7 +141,6 @@ class MetaTrainer:
         step_weights: Sequence[float] | str | None = None,
         log_floor: float | None = None,
         second_minibatch: bool = False,
-        loss_cap: float | None = None,
         second_derivatives: bool = False,
         imitation: Imitation | None = None,
         clip_norm: float | None = 1.0,
@@ -169,15 +167,12 @@ class MetaTrainer:
                 self.validation_horizon = integer("validation_horizon", validation_horizon)
             self.meta_lr, self.clip_norm, self.schedule, self.keep = meta_lr, clip_norm, schedule, keep
             self.second_derivatives, self.backend, self.capture = second_derivatives, backend, capture
-            self.log_floor, self.second_minibatch, self.loss_cap = log_floor, second_minibatch, loss_cap
-            self.imitation = imitation
+            self.log_floor, self.second_minibatch, self.imitation = log_floor, second_minibatch, imitation
             self._check()
             self._validation = task.validation()
             self.step_weights = _step_weights(step_weights, self.unroll)
-            self._objective = Objective(self.step_weights, self.log_floor, self.second_minibatch, self.loss_cap)
+            self._objective = Objective(self.step_weights, self.log_floor, self.second_minibatch)
             check_start(self._problems("validation", 0, 1))
-            if self.loss_cap is not None:
-                _check_apart(self._problems("train", 0, 1))
             Trajectory(self._problems("validation", 0, 1), rule, backend=backend)
             if capture:
                 capture_module.check(
@@ -235,9 +230,7 @@ class MetaTrainer:
         for name in ("second_minibatch", "second_derivatives", "capture"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        if self.loss_cap is not None:
-            self.loss_cap = require_positive("loss_cap", self.loss_cap)
-        for name in ("second_minibatch", "loss_cap", "imitation"):
+        for name in ("second_minibatch", "imitation"):
             if self.capture and getattr(self, name):
                 raise ValueError(f"{name}: expected none in captured windows, got {getattr(self, name)!r}")
         if self.clip_norm is not None:
@@ -270,7 +263,6 @@ class MetaTrainer:
         later = {
             "log_floor": self.log_floor,
             "second_minibatch": self.second_minibatch,
-            "loss_cap": self.loss_cap,
             "validation_horizon": self.validation_horizon if self.validation_horizon != self._horizons[1] else None,
             "imitation": None if self.imitation is None else self.imitation.describe(),
         }
@@ -599,14 +591,6 @@ def _horizon(horizon: object) -> int | tuple[int, int]:
     if least > most:
         raise ValueError(f"horizon: expected the least steps, then the most, got {horizon!r}")
     return least, most
-
-
-def _check_apart(problem: Problem) -> None:
-    """Raise a ValueError unless the problem knows the losses of its functions, each by itself."""
-    try:
-        problem.losses(problem.theta0, 0)
-    except NotImplementedError as error:
-        raise ValueError(f"loss_cap: expected a task whose problems tell their functions apart; {error}") from error
 
 
 def _fingerprint(weights: Mapping[str, Tensor]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -118,11 +120,16 @@ def mean_of(total: Tensor, count: int, groups: Sequence[dist.ProcessGroup]) -> T
     return (sums[:-1] / sums[-1]).view_as(total)
 
 
-@functools.lru_cache(maxsize=64)
 def _lanes(tensors: tuple[int, ...], device: torch.device) -> Tensor:
     """[N]: which of all lanes are coordinates."""
-    starts, place = [], 0
+    return torch.from_numpy(_lane_numbers(tensors)).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _lane_numbers(tensors: tuple[int, ...]) -> Any:
+    """The same, not as a Tensor: what is kept is to be good in all surroundings (inference mode, fake tensors)."""
+    places, place = [], 0
     for size in tensors:
-        starts.append(torch.arange(place, place + size))
+        places.append(np.arange(place, place + size))
         place += tiles_of(size) * TILE
-    return torch.cat(starts).to(device)
+    return np.concatenate(places)

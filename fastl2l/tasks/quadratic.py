@@ -54,6 +54,8 @@ class QuadraticProblem(PureProblem):
         return torch.baddbmm(self.y, self.w, theta.view_as(self.y), beta=-1).square().sum((1, 2))
 
     def alone(self, number: int) -> QuadraticProblem:
+        if not 0 <= number < self.functions:
+            raise IndexError(f"number: expected one of {self.functions} functions, got {number}")
         one = slice(number, number + 1)
         return QuadraticProblem(self.w[one], self.y[one], self.theta0.view(self.functions, -1)[number])
 

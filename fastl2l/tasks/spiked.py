@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,18 +12,20 @@ from torch import Tensor
 from fastl2l.tasks.base import SECOND_MINIBATCHES, Drawn, Problem, PureProblem, Task, generator, is_pure
 from fastl2l.tasks.wrapped import check_coordinates, check_task, stream
 
+MOST = 1e30
+
 
 @dataclass(frozen=True)
 class Spiked(Task):
     """The problems of `task`, with gradients that are `factor` times too large at random steps.
 
-    Losses are what they are without. At each step it is so with probability `share`, of all functions of a problem at
-    once; never of the second minibatches that no optimizer sees: what is trained here is to have
-    ``second_minibatch=True``, or its own objective's gradient is too large as well.
+    Losses are what they are without, where they are finite. At each step it is so with probability `share`, of all
+    functions of a problem at once; never of the second minibatches that no optimizer sees: what is trained here is to
+    have ``second_minibatch=True``, or its own objective's gradient is too large as well.
 
     Raises:
         TypeError, ValueError: `task` is no task, or not one of floating coordinates; share is not a number from 0 to 1,
-            or factor not a finite number > 0.
+            or factor not a number > 0 and at most 1e30.
     """
 
     task: Task
@@ -34,8 +35,8 @@ class Spiked(Task):
     def __post_init__(self) -> None:
         check_coordinates(check_task(self.task).sample(0))
         object.__setattr__(self, "share", _number("share", self.share, "from 0 to 1", lambda x: 0 <= x <= 1))
-        is_factor: Callable[[float], bool] = lambda x: 0 < x < math.inf  # noqa: E731
-        object.__setattr__(self, "factor", _number("factor", self.factor, "> 0 and finite", is_factor))
+        is_factor: Callable[[float], bool] = lambda x: 0 < x <= MOST  # noqa: E731
+        object.__setattr__(self, "factor", _number("factor", self.factor, "> 0 and at most 1e30", is_factor))
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -123,7 +124,7 @@ class _SteeperFunction:
 
 
 def _steeper(loss: Tensor, factor: Tensor) -> Tensor:
-    """The same number, to the bit, with all its derivatives times `factor`."""
+    """The same number, to the bit if it is finite, with all its derivatives times `factor`."""
     return loss.detach() + factor * (loss - loss.detach())
 
 
