@@ -5,6 +5,7 @@ pytest bench/test_coupled_rules.py --benchmark-only
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,33 +76,85 @@ def test_meta_gradient(benchmark: Any, kind: str, numel: int) -> None:
     _note(benchmark, kind, "fastl2l", numel, UNROLL)
 
 
-@pytest.mark.parametrize("numel", SIZES)
-def test_step_of_eager_pytorch(benchmark: Any, numel: int) -> None:
-    """The same step of the rule with averages, in plain torch."""
+def _plain_step(kind: str, rule: Rule) -> tuple[Callable[..., Any], Callable[[int], list[Tensor]]]:
+    """In plain torch, (gradient, weights, *state) -> (update, *state); and the first state for N coordinates."""
+    config, scale = rule.config, rule.config.output_scale
+    if kind == "gac":
+
+        def step(gradient: Tensor, weights: list[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
+            return reference.coupled_step(gradient, rows, weights, config, scale)
+
+        return step, lambda numel: [torch.zeros(config.state_rows, numel)]
+    memory = config.memory
+    assert memory is not None
+    names = [name for name, _ in config.weight_shapes]
+
+    def step_with_pairs(
+        gradient: Tensor, weights: list[Tensor], rows: Tensor, reads: Tensor, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, ...]:
+        by_name = dict(zip(names, weights, strict=True))
+        x, _ = reference.features(gradient, rows[:0], config.features)
+        layers = reference._averaging_layers
+        _, h, rows = layers(config, torch.cat([x, reads]), rows, weights, lambda h: h[:0])
+        update = scale * (by_name["weight_out"] @ h + by_name["bias_out"])
+        written = reference._heads(by_name, "write", h) / len(gradient) ** 0.5
+        left = torch.cat([left[memory.writes :], 0.1 * written[: memory.writes]])
+        right = torch.cat([right[memory.writes :], written[memory.writes :]])
+        asked = reference._heads(by_name, "read", h)
+        return update, rows, memory.initial * asked + (asked @ right.T) @ left, left, right
+
+    def first(numel: int) -> list[Tensor]:
+        pairs = torch.zeros(memory.pairs * memory.writes, numel)
+        return [torch.zeros(config.state_rows, numel), torch.zeros(memory.reads, numel), pairs, pairs]
+
+    return step_with_pairs, first
+
+
+def _plain(who: str, kind: str) -> tuple[Rule, Callable[..., Any], Callable[[int], list[Tensor]]]:
+    rule = _rule(kind)
+    step, first = _plain_step(kind, rule)
+    return rule, torch.compile(step, dynamic=False) if who == "torch.compile" else step, first
+
+
+PLAIN_CASES = list(itertools.product(("eager", "torch.compile"), ("gac", "ntm-pairs"), SIZES))
+
+
+@pytest.mark.parametrize(("who", "kind", "numel"), PLAIN_CASES)
+def test_step_of_plain_pytorch(benchmark: Any, who: str, kind: str, numel: int) -> None:
+    """The same step in plain torch, of rules whose coordinates talk."""
     benchmark.group = f"step of rules whose coordinates talk, N = {numel:,}"
-    rule, gradient, state = GACRule(averages=5), torch.randn(numel), torch.zeros(80, numel)
-    run = torch.no_grad()(lambda: reference.coupled_step(gradient, state, rule.weights(), rule.config, 0.1))
+    rule, step, first = _plain(who, kind)
+    gradient, state, weights = torch.randn(numel), first(numel), [weight.detach() for weight in rule.weights()]
     where = Coordinates((numel,))
-    torch.testing.assert_close(run()[0], coupled.step(rule, gradient, coupled.begin(rule, where))[0].detach())
-    benchmark.pedantic(run, rounds=5, iterations=max(1, 10_000 // numel), warmup_rounds=1)
-    _note(benchmark, "gac", "eager", numel, 1)
+    own = coupled.begin(rule, where)
+    with torch.no_grad():
+        for _ in range(2):
+            update, own = coupled.step(rule, gradient, own, where)
+            found, *state = step(gradient, weights, *state)
+            torch.testing.assert_close(found, update, rtol=1e-3, atol=1e-5)
+        benchmark.pedantic(
+            lambda: step(gradient, weights, *state), rounds=5, iterations=max(1, 10_000 // numel), warmup_rounds=2
+        )
+    _note(benchmark, kind, who, numel, 1)
 
 
-@pytest.mark.parametrize("numel", SIZES)
-def test_meta_gradient_of_eager_pytorch(benchmark: Any, numel: int) -> None:
-    """The same window of the rule with averages, in plain torch and by its autograd."""
+@pytest.mark.parametrize(("who", "kind", "numel"), PLAIN_CASES)
+def test_meta_gradient_of_plain_pytorch(benchmark: Any, who: str, kind: str, numel: int) -> None:
+    """The same window in plain torch and by its autograd; torch.compile has the step."""
     benchmark.group = f"meta-gradient of rules whose coordinates talk, N = {numel:,}"
-    rule, gradients, adjoints = GACRule(averages=5), torch.randn(UNROLL, numel), torch.randn(UNROLL, numel)
+    rule, step, first = _plain(who, kind)
+    gradients, adjoints = torch.randn(UNROLL, numel), torch.randn(UNROLL, numel)
+    weights = list(rule.weights())
 
     def run() -> tuple[Tensor, ...]:
-        state, updates = torch.zeros(80, numel), []
+        state, updates = first(numel), []
         for gradient in gradients:
-            update, state = reference.coupled_step(gradient, state, rule.weights(), rule.config, 0.1)
+            update, *state = step(gradient, weights, *state)
             updates.append(update)
-        return torch.autograd.grad(updates, rule.weights(), list(adjoints))
+        return torch.autograd.grad(updates, weights, list(adjoints), allow_unused=True)
 
     benchmark.pedantic(run, rounds=2, iterations=1, warmup_rounds=1)
-    _note(benchmark, "gac", "eager", numel, UNROLL)
+    _note(benchmark, kind, who, numel, UNROLL)
 
 
 @pytest.mark.parametrize("kind", ["matrix", "pairs"])

@@ -149,7 +149,7 @@ class AppendixD:
 def _check_kind(name: str, rule: Learned) -> None:
     """Raise a ValueError unless the rule is of the kind that its name says."""
     recipe = RECIPES[name]
-    expected = f"{recipe.kind} {recipe.rule.get('memory', '').partition(',')[0]}".rstrip()
+    expected = f"{recipe.kind} {recipe.made_of.get('memory', '').partition(',')[0]}".rstrip()
     memory = rule.config.memory if isinstance(rule, Rule) else None
     got = f"{rule.kind} {memory.kind if memory else ''}".rstrip() if isinstance(rule, Rule) else "rules by part"
     if got != expected:

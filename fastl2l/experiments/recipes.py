@@ -139,6 +139,11 @@ class Recipe:
         words = [_option(name, value) for name, value in options.items()]
         return [*(self.init.commands if self.init is not None else []), " ".join(["fastl2l train", *words])]
 
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """What the first stage's rule was made with."""
+        return self.rule if self.init is None else self.init.made_of
+
     def train(
         self, folder: str | os.PathLike[str], *, quick: bool = False, progress: bool = True
     ) -> Rule | dict[str, Rule]:
@@ -342,8 +347,17 @@ def _quadratic() -> Iterator[Recipe]:
     about = "Random quadratic functions of 10 coordinates, for 100 steps"
     yield Recipe("lstm-quadratic", f"{about}.", "quadratic", 60, EXACT)
     kind, rule = _talking(0.02)["ntm"]
+    first = Recipe(
+        "ntm-quadratic-first",
+        "The first stage of ntm-quadratic.",
+        "quadratic",
+        60,
+        EXACT,
+        kind,
+        rule=MappingProxyType(rule),
+    )
     about += ", with a memory over the coordinates of each."
-    yield Recipe("ntm-quadratic", about, "quadratic", 60, EXACT, kind, rule=MappingProxyType(rule))
+    yield _then(first, "ntm-quadratic", about, training=EXACT, epochs=44, seed=1, rule=MappingProxyType({}))
 
 
 def _appendix_d() -> Iterator[Recipe]:
