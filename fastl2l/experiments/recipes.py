@@ -356,8 +356,9 @@ def _quadratic() -> Iterator[Recipe]:
         kind,
         rule=MappingProxyType(rule),
     )
-    about += ", with a memory over the coordinates of each."
-    yield _then(first, "ntm-quadratic", about, training=EXACT, epochs=44, seed=1, rule=MappingProxyType({}))
+    again: dict[str, Any] = {"training": EXACT, "epochs": 44, "rule": MappingProxyType({})}
+    second = _then(first, "ntm-quadratic-second", "The second stage of ntm-quadratic.", seed=1, **again)
+    yield _then(second, "ntm-quadratic", f"{about}, with a memory over the coordinates of each.", seed=2, **again)
 
 
 def _appendix_d() -> Iterator[Recipe]:
