@@ -369,7 +369,7 @@ def plot_matrices(rows: Mapping[str, Mapping[str, Tensor]], path: str | os.PathL
                 axes.set(xticks=[], yticks=[])
                 axes.set_title(what, fontsize=9)
             axes_of_row[0].set_ylabel(name, fontsize=9)
-        figure.suptitle(_wrapped(title, int(18 * columns)), x=0.01, ha="left", fontsize=11)
+        figure.suptitle(_wrapped(title, int(26 * columns)), x=0.01, ha="left", fontsize=11)
         figure.savefig(picture, format=suffix, **_FORMATS[suffix])
     return write_bytes(path, picture.getvalue())
 

@@ -31,7 +31,8 @@ constexpr int64_t kTilesPerThread = 16;
 // Tiles of a step that a thread takes at a time: some microseconds.
 constexpr int64_t kTilesAtOnce = 8;
 // Weight gradients are summed in at most so many parts, whose bounds depend on N and the steps alone: the same bits for
-// any number of threads. A part has as many blocks as the kernel reduces together.
+// any number of threads. Of a single step, which rules whose coordinates talk go by, a part has as many blocks as the
+// kernel reduces together; windows are summed as they were in the first version.
 constexpr int64_t kMostParts = 64;
 // And so few that their sums, of float64, stay below so many bytes; what is more than a few megabytes of them is given
 // back after the call.
@@ -226,7 +227,7 @@ void window_all(WindowArgs<T> args, const std::vector<Tensor>& weights, T* dweig
   args.weights = packer.pack(args.rule, pointers<T>(weights), kernel.blocking, true);
   const int64_t tiles = tiles_of(args.numel), block = kernel.block_tiles, blocks = (tiles + block - 1) / block;
   const int64_t count = weight_count(args.rule), most = kMostSums / (count * (int64_t)sizeof(double));
-  const int64_t together = kernel.blocks_together(args.steps);
+  const int64_t together = args.steps == 1 ? kernel.blocks_together(1) : 1;
   const int64_t parts = std::min((blocks + together - 1) / together, std::clamp<int64_t>(most, 1, kMostParts));
   static thread_local std::vector<double> sums_memory;
   std::vector<double>& sums = sums_memory;  // the lambda below runs on other threads, which have their own
