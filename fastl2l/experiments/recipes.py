@@ -356,9 +356,13 @@ def _quadratic() -> Iterator[Recipe]:
         kind,
         rule=MappingProxyType(rule),
     )
-    again: dict[str, Any] = {"training": EXACT, "epochs": 44, "rule": MappingProxyType({})}
-    second = _then(first, "ntm-quadratic-second", "The second stage of ntm-quadratic.", seed=1, **again)
-    yield _then(second, "ntm-quadratic", f"{about}, with a memory over the coordinates of each.", seed=2, **again)
+    same: dict[str, Any] = {"training": EXACT, "rule": MappingProxyType({})}
+    last = first
+    for seed, number in enumerate(("second", "third"), 1):
+        about_it = f"The {number} stage of ntm-quadratic."
+        last = _then(last, f"ntm-quadratic-{number}", about_it, epochs=44, seed=seed, **same)
+    about += ", with a memory over the coordinates of each."
+    yield _then(last, "ntm-quadratic", about, epochs=36, seed=3, **same)
 
 
 def _appendix_d() -> Iterator[Recipe]:
