@@ -361,7 +361,7 @@ def _quadratic() -> Iterator[Recipe]:
     for seed, number in enumerate(("second", "third"), 1):
         about_it = f"The {number} stage of ntm-quadratic."
         last = _then(last, f"ntm-quadratic-{number}", about_it, epochs=44, seed=seed, **same)
-    about += ", with a memory over the coordinates of each."
+    about = "Random quadratic functions of 10 coordinates, with a memory over these."
     yield _then(last, "ntm-quadratic", about, epochs=36, seed=3, **same)
 
 
