@@ -186,7 +186,7 @@ def descend(problem: Problem, build: Callable[[list[Tensor]], torch.optim.Optimi
 
 
 def curve(losses: Sequence[Tensor]) -> Tensor:
-    """Losses as float64 [n] on the CPU; from the first that is not finite on, all are inf."""
+    """Losses by step, each 0-d or [functions], as float64 [n, ...] on the CPU; inf from one that is not finite on."""
     together = torch.stack(list(losses)).cpu().double()  # in one go: to look at each would make a GPU wait
     return together.masked_fill(together.isfinite().logical_not().cumsum(0) > 0, math.inf)
 

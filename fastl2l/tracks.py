@@ -85,9 +85,10 @@ class Track:
         return dweights
 
     def _window_backward(self, grads: Tensor, adjoints: Tensor) -> Tensor:
-        scale = self.rule.config.output_scale
+        scale, first_state = self.rule.config.output_scale, self._first_state
+        del self._first_state
         return self.backend.window_backward(
-            self._first_state, grads, adjoints, self._weights(), self.rule.text, scale, None, False, False
+            first_state, grads, adjoints, self._weights(), self.rule.text, scale, None, False, False
         )[0]
 
     def _weights(self) -> list[Tensor]:

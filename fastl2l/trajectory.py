@@ -150,7 +150,7 @@ class Trajectory:
         self._torn = False
 
     @contextlib.contextmanager
-    def moving(self) -> Iterator[None]:
+    def _moving(self) -> Iterator[None]:
         """What goes on from where the trajectory is; an exception leaves some of it there and some further on.
 
         Raises:
@@ -164,7 +164,7 @@ class Trajectory:
 
     def advance(self) -> Tensor:
         """One step; returns the loss after it (0-d)."""
-        with self.moving():
+        with self._moving():
             self._step(self._gradient)
             self.loss = self._evaluate(self._gradient)
         return self.loss
@@ -191,7 +191,7 @@ class Trajectory:
         if not isinstance(objective, Objective):
             objective = Objective(objective)
         run = self._exact_window if second_derivatives else self._first_order_window
-        with self.moving():
+        with self._moving():
             losses, gradients = run(objective)
         return Window(torch.stack(losses), gradients / self.problem.functions)
 

@@ -49,8 +49,7 @@ def _follow(problem: Problem, optimizer: Learned | Baseline, steps: int) -> Tens
     by_step = (
         _baseline(problem, optimizer, steps) if isinstance(optimizer, Baseline) else _rule(problem, optimizer, steps)
     )
-    losses = torch.stack(by_step, 1).cpu().double()
-    return losses.masked_fill(losses.isfinite().logical_not().cumsum(1) > 0, torch.inf)
+    return baselines.curve(by_step).T.contiguous()
 
 
 def _rule(problem: Problem, rule: Learned, steps: int) -> list[Tensor]:

@@ -94,7 +94,7 @@ class TaughtTrajectory(Trajectory):
         on its weights, so there are no second derivatives. The losses are the teacher's.
         """
         weights = objective.weights if isinstance(objective, Objective) else objective
-        with self.moving():
+        with self._moving():
             return self._window(weights)
 
     def _window(self, weights: Sequence[float]) -> Window:

@@ -379,6 +379,15 @@ def integer(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
+def number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:
+    """`value` as a float, or a clear error: TypeError if it is no number, ValueError if it does not fit."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name}: expected a number {expected}, got {value!r}")
+    if not fits(float(value)):
+        raise ValueError(f"{name}: expected a number {expected}, got {value}")
+    return float(value)
+
+
 def refuse(name: str, data: Tensor, bad: Tensor, expected: str) -> None:
     """Raise a ValueError if some of `data` [rows, ...] is `bad`: it says where, and how many there are."""
     places = bad.nonzero()

@@ -69,7 +69,7 @@ class _Sum:
 
 class _AtOnce(PureProblem):
     def __init__(self, problems: list[PureProblem]) -> None:
-        self._problems = problems
+        self._problems, self._sizes = problems, _sizes(problems)
         self.task, self.functions = problems[0].task, sum(problem.functions for problem in problems)
         self.theta0, self.parts = _side_by_side(problems, [problem.theta0 for problem in problems]), _parts(problems)
         self.function = _Sum(problems[0].function, len(problems), tuple(parts_of(problems[0]).values()))
@@ -83,7 +83,7 @@ class _AtOnce(PureProblem):
         return _stack([problem.inputs(step, device) for problem in self._problems])
 
     def losses(self, theta: Tensor, step: int) -> Tensor:
-        return torch.cat([problem.losses(own, step) for problem, own in _apart(self._problems, theta)])
+        return torch.cat([problem.losses(own, step) for problem, own in _apart(self._problems, self._sizes, theta)])
 
 
 class _OneByOne(Problem):
@@ -91,23 +91,26 @@ class _OneByOne(Problem):
         self._problems = problems
         self.task, self.functions = problems[0].task, sum(problem.functions for problem in problems)
         self.theta0, self.parts = _side_by_side(problems, [problem.theta0 for problem in problems]), _parts(problems)
-        sizes = _sizes(problems)
-        self.uneven = any(problem.uneven for problem in problems) or any(len(set(of_part)) > 1 for of_part in sizes)
+        self._sizes = _sizes(problems)
+        self.uneven = any(problem.uneven for problem in problems) or any(len(set(sizes)) > 1 for sizes in self._sizes)
 
     @cached_property
     def units(self) -> Tensor | None:  # type: ignore[override]
         return _units(self._problems)
 
     def loss(self, theta: Tensor, step: int) -> Tensor:
-        return torch.stack([problem.loss(own, step) for problem, own in _apart(self._problems, theta)]).sum()
+        return torch.stack(
+            [problem.loss(own, step) for problem, own in _apart(self._problems, self._sizes, theta)]
+        ).sum()
 
     def losses(self, theta: Tensor, step: int) -> Tensor:
-        return torch.cat([problem.losses(own, step) for problem, own in _apart(self._problems, theta)])
+        return torch.cat([problem.losses(own, step) for problem, own in _apart(self._problems, self._sizes, theta)])
 
 
-def _apart(problems: Sequence[Problem], theta: Tensor) -> Iterator[tuple[Problem, Tensor]]:
-    """Each problem and its own theta."""
-    all_sizes = _sizes(problems)
+def _apart(
+    problems: Sequence[Problem], all_sizes: Sequence[tuple[int, ...]], theta: Tensor
+) -> Iterator[tuple[Problem, Tensor]]:
+    """Each problem and its own theta; sizes are those of `_sizes`."""
     parts = theta.split([sum(sizes) for sizes in all_sizes])
     pieces = [part.split(sizes) for part, sizes in zip(parts, all_sizes, strict=True)]
     yield from zip(problems, (_joined(of_problem, 0) for of_problem in zip(*pieces, strict=True)), strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastl2l.tasks.base import Problem, Task, generator
+from fastl2l.tasks.base import Problem, Task, generator, number
 from fastl2l.tasks.wrapped import check_coordinates, check_task, stream, wrap
 
 
@@ -61,11 +60,7 @@ def factors(random: np.random.Generator, shape: tuple[int, ...], r: float) -> Te
 
 def log_range(name: str, r: object) -> float:
     """`r` as a float, or a clear error unless it is a number from 0 to 40, whose exponential float32 can hold."""
-    if isinstance(r, bool) or not isinstance(r, (int, float, np.number)):
-        raise TypeError(f"{name}: expected a number from 0 to 40, got {r!r}")
-    if not 0 <= r <= 40 or math.isnan(r):
-        raise ValueError(f"{name}: expected a number from 0 to 40, got {r}")
-    return float(r)
+    return number(name, r, "from 0 to 40", lambda x: 0 <= x <= 40)
 
 
 def _scaled(loss: Callable[[Tensor], Tensor], theta: Tensor, *own: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastl2l.tasks.base import SECOND_MINIBATCHES, Drawn, Problem, PureProblem, Task, generator, is_pure
+from fastl2l.tasks.base import SECOND_MINIBATCHES, Drawn, Problem, PureProblem, Task, generator, is_pure, number
 from fastl2l.tasks.wrapped import check_coordinates, check_task, stream
 
-MOST = 1e30
+LARGEST = 1e30
+"""Factor, which float32 can hold, and its products with gradients."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Spiked(Task):
 
     def __post_init__(self) -> None:
         check_coordinates(check_task(self.task).sample(0))
-        object.__setattr__(self, "share", _number("share", self.share, "from 0 to 1", lambda x: 0 <= x <= 1))
-        is_factor: Callable[[float], bool] = lambda x: 0 < x <= MOST  # noqa: E731
-        object.__setattr__(self, "factor", _number("factor", self.factor, "> 0 and at most 1e30", is_factor))
+        object.__setattr__(self, "share", number("share", self.share, "from 0 to 1", lambda x: 0 <= x <= 1))
+        fits = number("factor", self.factor, "> 0 and at most 1e30", lambda x: 0 < x <= LARGEST)
+        object.__setattr__(self, "factor", fits)
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -126,11 +127,3 @@ class _SteeperFunction:
 def _steeper(loss: Tensor, factor: Tensor) -> Tensor:
     """The same number, to the bit if it is finite, with all its derivatives times `factor`."""
     return loss.detach() + factor * (loss - loss.detach())
-
-
-def _number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number {expected}, got {value!r}")
-    if not fits(value):
-        raise ValueError(f"{name}: expected a number {expected}, got {value}")
-    return float(value)
