@@ -157,13 +157,13 @@ def _check_kind(name: str, rule: Learned) -> None:
 
 
 def _compared(setting: Setting, rules: Mapping[str, Learned], effort: Effort) -> dict[int, Curves]:
-    """By seed of training; the first has what has no other seeds as well."""
+    """By seed of training; the first that has rules has what has no seeds as well."""
     task, found = setting.task(), dict[int, Curves]()
     for seed in setting.seeds:
         learned: dict[str, Learned | Baseline] = {
             label: rules[names[seed]] for label, names in setting.rules().items() if names.get(seed) in rules
         }
-        if learned and seed == setting.seeds[0]:
+        if learned and not found:
             learned |= {name: _tuned(task, name, effort) for name in BASELINES}
         if learned:
             found[seed] = functions.curves(task, learned, steps=STEPS, problems=effort.problems)
