@@ -64,7 +64,11 @@ class Track:
         factors = self.factors(steps)
         return updates if factors is None else updates * factors
 
-    def begin_window(self) -> None:
+    def state_of_window(self, steps: int) -> Any:
+        """The state, from which a window of so many steps is gone through for autograd."""
+        return self.state
+
+    def begin_window(self, steps: int) -> None:
         """From here on are the steps of a window, which ends with its way back."""
         self._first_state = self.state.clone()
 
@@ -105,8 +109,11 @@ class CoupledTrack(Track):
         super().begin()
         self._recording: coupled.Recording | None = None
 
-    def begin_window(self) -> None:
-        self._recording = coupled.Recording(self.rule, self.state, self.where, self.backend)
+    def state_of_window(self, steps: int) -> Any:
+        return coupled.recorded(self.state, steps)
+
+    def begin_window(self, steps: int) -> None:
+        self._recording = coupled.Recording(self.rule, self.state, steps, self.where, self.backend)
 
     def _step(self, mine: Tensor, gradient: Tensor, scale: float) -> None:
         if self._recording is None:

@@ -197,7 +197,7 @@ class Trajectory:
 
     def _first_order_window(self, objective: Objective) -> tuple[list[Tensor], Tensor]:
         weights, unroll = objective.weights, len(objective.weights)
-        self._begin_window()
+        self._begin_window(unroll)
         grads = self.theta.new_empty(unroll + 1, self.theta.numel())
         grads[0] = self._gradient
         as_seen = objective.is_of_what_the_rule_sees
@@ -227,9 +227,9 @@ class Trajectory:
         else:
             torch.mul(gradient, (loss >= 0) / (loss.clamp(min=0) + objective.log_floor), out=judged)
 
-    def _begin_window(self) -> None:
+    def _begin_window(self, steps: int) -> None:
         for track in self._tracks:
-            track.begin_window()
+            track.begin_window(steps)
 
     def _backward(self, grads: Tensor, adjoints: Tensor) -> Tensor:
         """The gradient with respect to all rules' weights, of the window that ends here.
@@ -247,7 +247,8 @@ class Trajectory:
         trained = [weight for weight in rule_weights if weight.requires_grad]
         in_theta = sorted(range(len(self._tracks)), key=lambda i: self._tracks[i].part.start)
         with torch.enable_grad():
-            theta, states, gradient = self.theta, self.states, self._gradient
+            theta, gradient = self.theta, self._gradient
+            states = [track.state_of_window(len(to_lower.weights)) for track in self._tracks]
             objective = theta.new_zeros(())
             for weight in to_lower.weights:
                 changes = [track.update(gradient, state) for track, state in zip(self._tracks, states, strict=True)]

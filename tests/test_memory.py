@@ -17,6 +17,7 @@ from fastl2l.ops import coupled, memory
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.layout import TILE, to_rows
+from fastl2l.ops.recorded_pairs import RecordedPairs
 from fastl2l.ops.remembering import Remembered
 from fastl2l.tasks import Quadratic, batch
 
@@ -243,6 +244,18 @@ def test_a_ring_is_written_in_one_place_alone():
         before = ring.clone()
         memory.write_(config, ring, torch.full((2, 2, 1, 5), step + 1.0), step)
         assert (ring != before).transpose(0, 1).flatten(1).any(1).tolist() == [step % 3 == place for place in range(3)]
+
+
+def test_what_a_window_has_recorded_is_not_written_to_twice():
+    config = MemoryConfig("pairs", pairs=3, writes=2)
+    ring = memory.begin_(config, torch.empty(memory.shape(config, 1, 5)))
+    before, pairs = RecordedPairs(config, ring, 0, 4), torch.ones(2, 2, 1, 5)
+    after = before.write(pairs)
+    for go_on in (lambda: before.write(pairs), lambda: before.read(torch.ones(1, 1, 5))):
+        with pytest.raises(RuntimeError, match="memory: expected the steps of a window one after the other"):
+            go_on()
+    assert not ring.any()
+    assert torch.equal(after.detach(), memory.write(config, ring, pairs, 0))
 
 
 @pytest.mark.parametrize("forget", [0.0, 0.2])

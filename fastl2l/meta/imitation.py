@@ -98,7 +98,7 @@ class TaughtTrajectory(Trajectory):
             return self._window(weights)
 
     def _window(self, weights: Sequence[float]) -> Window:
-        self._begin_window()
+        self._begin_window(len(weights))
         grads = self.theta.new_empty(len(weights), self.theta.numel())
         updates, taught, losses = torch.zeros_like(grads), torch.empty_like(grads), []
         for t in range(len(weights)):

@@ -19,11 +19,19 @@ from fastl2l.rule_config import RuleConfig
 
 
 class Layer(NamedTuple):
-    """A layer's network between two means, and how many of its units are averaged."""
+    """A layer's network between two means."""
 
     config: RuleConfig
     weights: list[Tensor]
     averages: int
+    """How many of its units are averaged."""
+    seen: bool
+    """Whether anything but its own next step sees its units."""
+
+    @property
+    def units(self) -> int:
+        """How many are seen."""
+        return self.config.hidden_size if self.seen else 0
 
 
 class LayerStep(NamedTuple):
@@ -35,6 +43,8 @@ class LayerStep(NamedTuple):
     """[tiles, rows, 16], with means in it."""
     means: Tensor
     """[averages, functions, 1]."""
+    units: Tensor
+    """[tiles, units, 16]: h as others see it, with means in it."""
 
 
 def step(
@@ -71,7 +81,8 @@ def step_(
     if layer.averages:
         means = where.means(own[:, : layer.averages])
         own[:, : layer.averages] = where.of_each(means)
-    return LayerStep(update, own if own is state else state.copy_(own), means)
+    new = own if own is state else state.copy_(own)
+    return LayerStep(update, new, means, new[:, : layer.units])
 
 
 class _Step(torch.autograd.Function):
@@ -84,13 +95,16 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.layer, ctx.where, ctx.scale, ctx.backend = layer, where, scale, backend
         ctx.save_for_backward(gradient, state, given, *weights)
-        return step_(layer._replace(weights=list(weights)), gradient, state.clone(), given, where, scale, backend)
+        found = step_(layer._replace(weights=list(weights)), gradient, state.clone(), given, where, scale, backend)
+        return found._replace(units=found.units.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
-    def backward(ctx: Any, dupdate: Tensor, dstate: Tensor, dmeans: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dupdate: Tensor, dstate: Tensor, dmeans: Tensor, dunits: Tensor
+    ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():  # create_graph=True
-            return (*[None] * 4, *_backward_with_graph(ctx, (dupdate, dstate, dmeans), needs))
+            return (*[None] * 4, *_backward_with_graph(ctx, (dupdate, dstate, dmeans, dunits), needs))
         gradient, state, given, *weights = ctx.saved_tensors
         dweights, *found = ctx.backend.window_backward(
             state,
@@ -99,7 +113,7 @@ class _Step(torch.autograd.Function):
             weights,
             ctx.layer.config.text,
             ctx.scale,
-            _before_the_mean(dstate, dmeans, ctx.layer.averages, ctx.where),
+            _before_the_mean(ctx.layer, ctx.where, dstate, dmeans, dunits),
             needs[1],
             needs[0],
             None if given is None else given.unsqueeze(0),
@@ -112,12 +126,15 @@ class _Step(torch.autograd.Function):
         return (*[None] * 4, *(one if need else None for one, need in zip((*first, *rest), needs, strict=True)))
 
 
-def _before_the_mean(dstate: Tensor, dmeans: Tensor, count: int, where: Coordinates) -> Tensor:
-    """Adjoints of the state with means in it and of the means, as one of the state as the kernel has left it."""
-    if not count:
+def _before_the_mean(layer: Layer, where: Coordinates, dstate: Tensor, dmeans: Tensor, dunits: Tensor) -> Tensor:
+    """Adjoints of the state with means in it, of the means and of the units, as one of what the kernel has left."""
+    if not (layer.averages or layer.seen):
         return dstate.contiguous()
     found = dstate.clone(memory_format=torch.contiguous_format)
-    found[:, :count] = where.of_each(where.means(dstate[:, :count]) + dmeans / where.dim)
+    found[:, : layer.units] += dunits
+    if layer.averages:
+        averaged = found[:, : layer.averages]
+        averaged.copy_(where.of_each(where.means(averaged) + dmeans / where.dim).expand_as(averaged))
     return found
 
 
@@ -126,14 +143,16 @@ def _backward_with_graph(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients that can be differentiated again, which the kernels' cannot: by reference.py."""
     gradient, state, given, *weights = ctx.saved_tensors
-    numel, count, where = gradient.numel(), ctx.layer.averages, ctx.where
+    layer, numel, where = ctx.layer, gradient.numel(), ctx.where
+    count = layer.averages
     with reference.exact(gradient.device):
         rows = None if given is None else to_rows(given, numel)
-        text = ctx.layer.config.text
+        text = layer.config.text
         update, new = reference.step(gradient, to_rows(state, numel), weights, text, ctx.scale, rows)
         means = where.by_function(new[:count]).mean(-1, keepdim=True)
         new = torch.cat([where.flat(means.expand(-1, -1, where.dim)), new[count:]])
-        pairs = zip((update, from_rows(new), means), adjoints, strict=True)
+        new = from_rows(new)
+        pairs = zip((update, new, means, new[:, : layer.units]), adjoints, strict=True)
         # Without an output the update, and without averaged units the means, depend on nothing.
         outputs, dual = zip(*((output, adjoint) for output, adjoint in pairs if output.requires_grad), strict=True)
         needed = [tensor for tensor, need in zip(ctx.saved_tensors, needs, strict=True) if need]

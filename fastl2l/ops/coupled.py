@@ -38,6 +38,11 @@ def begin(rule: Rule, where: Coordinates, device: torch.device | str = "cpu") ->
     return Remembered.new(rule, where, torch.device(device))
 
 
+def recorded(state: State, steps: int) -> State:
+    """The state, to be stepped so often, once, for autograd: what is cheaper then is prepared."""
+    return state.recorded(steps) if isinstance(state, Remembered) else state
+
+
 def step(
     rule: Rule, gradient: Tensor, state: State, where: Coordinates | None = None, *, backend: str = "auto"
 ) -> tuple[Tensor, State]:
@@ -81,13 +86,14 @@ class Recording:
     Args:
         rule: as its weights are now.
         state: before the first step; it is left as it is.
+        steps: how many there are.
         where: which function each coordinate belongs to.
         backend: does the work.
     """
 
-    def __init__(self, rule: Rule, state: State, where: Coordinates, backend: Backend) -> None:
+    def __init__(self, rule: Rule, state: State, steps: int, where: Coordinates, backend: Backend) -> None:
         self._weights = [weight.detach().requires_grad_() for weight in rule.weights()]
-        self._now, self._updates = _layers(state), list[Tensor]()
+        self._now, self._updates = _layers(recorded(state, steps)), list[Tensor]()
         with torch.enable_grad(), reference.exact(self._weights[0].device):
             scale = rule.config.output_scale
             self._network = Network(rule.config, self._weights, averaged_layer.step, where, scale, backend)

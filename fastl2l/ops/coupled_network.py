@@ -62,11 +62,11 @@ class Network:
 
     def units(self, layer: LayerStep) -> Tensor:
         """H of a layer, means in it, [units, N]."""
-        return self.where.rows(layer.state[:, : self.config.hidden_size])
+        return self.where.rows(layer.units)
 
     def _given(self, before: LayerStep | None, extra: Tensor | None) -> Tensor | None:
         """What a layer is given, [tiles, rows, 16]."""
-        parts = [] if before is None else [before.state[:, : self.config.hidden_size]]
+        parts = [] if before is None else [before.units]
         parts += [] if extra is None else [self.where.tiles(self.where.flat(extra))]
         if not parts:
             return None
@@ -85,4 +85,5 @@ class Network:
         if count := config.averages[-1]:
             w_out = torch.cat([torch.zeros_like(w_out[:count]), w_out[count:]])
         own[-1] += [w_out, self.weights["bias_out"]]
-        return [Layer(*all_of) for all_of in zip(config.chain, own, config.averages, strict=True)]
+        seen = [layer < config.num_layers - 1 or config.memory is not None for layer in range(config.num_layers)]
+        return [Layer(*all_of) for all_of in zip(config.chain, own, config.averages, seen, strict=True)]

@@ -1,17 +1,23 @@
 """Memories over the coordinates of functions (Andrychowicz et al. 2016, appendix D), in torch.
 
 Of F functions of D coordinates, a matrix is [F, D, D] and transposed: row j holds what coordinate j gives to all, so
-that a read is a product of rows with it, and that of some coordinates are some columns. Pairs are a ring
-[2, K, writes, F, D], left vectors and then right ones; the step tells which place is written next. Everything is
-differentiable, but for what is in place.
+that a read is a product of rows with it, and that of some coordinates are some columns. Pairs are a ring (pairs.py), or
+those of a window (recorded_pairs.py). Everything is differentiable, but for what is in place.
 """
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastl2l.memory_config import MemoryConfig
+from fastl2l.ops import pairs as pairs_in_a_ring
+from fastl2l.ops.bounds import limited, share
+from fastl2l.ops.recorded_pairs import RecordedPairs
+
+Memory: TypeAlias = "Tensor | RecordedPairs"
 
 LARGEST = 2**31
 """Bytes of a matrix memory: 23,170 coordinates of one function in float32."""
@@ -42,72 +48,50 @@ def begin_(config: MemoryConfig, memory: Tensor) -> Tensor:
     return memory
 
 
-def read(config: MemoryConfig, memory: Tensor, vectors: Tensor, step: int) -> Tensor:
+def read(config: MemoryConfig, memory: Memory, vectors: Tensor, step: int) -> Tensor:
     """M r for vectors r [reads, F, D]; `step` counts the writes from 0 on."""
-    if config.kind == "matrix":
-        return torch.bmm(vectors.transpose(0, 1), memory).transpose(0, 1)
-    left, right = (side.flatten(0, 1).transpose(0, 1) for side in memory)  # [F, pairs, D], in place
-    of_each = torch.bmm(right, vectors.permute(1, 2, 0))  # [F, pairs, reads]
-    shares = _shares(config, left, right, step)
-    found = torch.bmm((of_each if shares is None else of_each * shares).transpose(1, 2), left)
-    return config.initial * vectors + found.transpose(0, 1)
+    if isinstance(memory, RecordedPairs):
+        return memory.read(vectors)
+    if config.kind == "pairs":
+        return pairs_in_a_ring.read(config, memory, vectors, step)
+    return torch.bmm(vectors.transpose(0, 1), memory).transpose(0, 1)
 
 
-def write(config: MemoryConfig, memory: Tensor, pairs: Tensor, step: int) -> Tensor:
+def write(config: MemoryConfig, memory: Memory, pairs: Tensor, step: int) -> Memory:
     """The memory with pairs [2, writes, F, D] in it, and what is to be forgotten forgotten."""
-    return _write(config, memory, pairs, step, in_place=False)
+    if isinstance(memory, RecordedPairs):
+        return memory.write(pairs)
+    if config.kind == "pairs":
+        return pairs_in_a_ring.write(config, memory, pairs, step)
+    found = memory.baddbmm(*_factors(pairs), beta=1 - config.forget)
+    if config.forget:
+        found = found + _forgotten(config, memory)
+    return limited(found.flatten(1), _most(config, memory)).view_as(found)
 
 
 def write_(config: MemoryConfig, memory: Tensor, pairs: Tensor, step: int) -> None:
     """The same, in place: of a ring, one place is written to and nothing else."""
-    _write(config, memory, pairs, step, in_place=True)
-
-
-def _write(config: MemoryConfig, memory: Tensor, pairs: Tensor, step: int, in_place: bool) -> Tensor:
     if config.kind == "pairs":
-        place = step % config.pairs
-        if in_place:
-            memory[:, place] = pairs
-            return memory
-        return torch.select_scatter(memory, pairs, 1, place)
-    left, right = pairs.transpose(1, 2)  # [F, writes, D] each
-    multiply_add = memory.baddbmm_ if in_place else memory.baddbmm
-    found = multiply_add(right.transpose(1, 2), left, beta=1 - config.forget)
+        pairs_in_a_ring.write_(config, memory, pairs, step)
+        return
+    memory.baddbmm_(*_factors(pairs), beta=1 - config.forget)
     if config.forget:
-        kept = torch.eye(memory.shape[1], dtype=memory.dtype, device=memory.device) * (config.forget * config.initial)
-        found = found.add_(kept) if in_place else found + kept
-    if config.memory_bound is not None:
-        share = _share(config.memory_bound, found.square().sum((1, 2), keepdim=True), memory.shape[1])
-        found = found.mul_(share) if in_place else found * share
-    return found
+        memory.diagonal(dim1=1, dim2=2).add_(config.forget * config.initial)
+    if (most := _most(config, memory)) is not None:
+        memory.mul_(share(memory.flatten(1), most).unsqueeze(-1))
 
 
-def _shares(config: MemoryConfig, left: Tensor, right: Tensor, step: int) -> Tensor | None:
-    """Of each pair a b^T, what is not forgotten and keeps the norm of them all within its bound.
-
-    That norm is at most the sum of |a| |b|. [pairs, 1], [F, pairs, 1] or, of all of it, None.
-    """
-    shares = None
-    if config.forget:
-        ages = [(step - 1 - place) % config.pairs for place in range(config.pairs)]
-        kept = left.new_tensor([(1 - config.forget) ** age for age in ages])
-        shares = kept.repeat_interleave(config.writes).unsqueeze(1)
-    if config.memory_bound is None:
-        return shares
-    norms = root(left.square().sum(-1, keepdim=True) * right.square().sum(-1, keepdim=True))
-    norms = norms if shares is None else norms * shares
-    within = _share(config.memory_bound, norms.sum(1, keepdim=True).square(), left.shape[-1])
-    return within if shares is None else within * shares
+def _factors(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Whose product is what pairs add to the transposed matrix: [F, D, writes] and [F, writes, D]."""
+    left, right = pairs.transpose(1, 2)
+    return right.transpose(1, 2), left
 
 
-def _share(bound: float, square: Tensor, dim: int) -> Tensor:
-    """By what something of this squared norm is to be multiplied to be within its bound."""
-    largest = bound * dim**0.5
-    norm = root(square)
-    return torch.where(norm > largest, largest / norm, torch.ones_like(square))
+def _forgotten(config: MemoryConfig, memory: Tensor) -> Tensor:
+    """What of M_0 comes back in a step, [D, D]."""
+    return torch.eye(memory.shape[1], dtype=memory.dtype, device=memory.device) * (config.forget * config.initial)
 
 
-def root(square: Tensor) -> Tensor:
-    """The root, through which nothing goes back where it is 0."""
-    zero = square == 0
-    return torch.where(zero, torch.zeros_like(square), torch.where(zero, torch.ones_like(square), square).sqrt())
+def _most(config: MemoryConfig, memory: Tensor) -> float | None:
+    """The largest root mean square of a matrix's numbers, from its largest Frobenius norm."""
+    return None if config.memory_bound is None else config.memory_bound / memory.shape[1] ** 0.5

@@ -6,7 +6,7 @@ All that is not a kernel's is here as plain torch on [rows, functions, dim]: wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 from fastl2l.memory_config import MemoryConfig
 from fastl2l.ops import memory
 from fastl2l.ops.averaged_layer import LayerStep
+from fastl2l.ops.bounds import limited, reciprocal, rms
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.coupled_network import Network
 from fastl2l.ops.layout import new_state
+from fastl2l.ops.recorded_pairs import RecordedPairs
 from fastl2l.rules import Rule
 
 LEFT, RIGHT = 0.1, 1.0
@@ -31,14 +33,14 @@ class Remembered:
     Attributes:
         layers: of each layer, [tiles, rows, 16].
         rows: what is kept of each coordinate besides, [rows, functions, dim]: gradient and update, results of reads.
-        memory: see ops/memory.py.
+        memory: a Tensor, see ops/memory.py; or `RecordedPairs`, over the steps of a window.
         steps: how many there have been.
     """
 
     config: MemoryConfig
     layers: Sequence[Tensor]
     rows: Tensor
-    memory: Tensor
+    memory: Any
     steps: int = 0
 
     @classmethod
@@ -71,6 +73,12 @@ class Remembered:
     def clone(self) -> Remembered:
         layers = [layer.clone() for layer in self.layers]
         return Remembered(self.config, layers, self.rows.clone(), self.memory.clone(), self.steps)
+
+    def recorded(self, steps: int) -> Remembered:
+        """The same, to be stepped so often, once, for autograd."""
+        if self.config.kind != "pairs":
+            return self
+        return replace(self, memory=RecordedPairs(self.config, self.memory, self.steps, steps))
 
     def detach(self) -> Remembered:
         layers = [layer.detach() for layer in self.layers]
@@ -110,7 +118,7 @@ class _Step:
         self.update = self._where.flat(self._move)
         self.pairs = self._written()
 
-    def rows(self, new: Tensor) -> Tensor:
+    def rows(self, new: memory.Memory) -> Tensor:
         """What the next step is to have of the coordinates, from the memory after this one."""
         kept = [self._g.unsqueeze(0), self._move.unsqueeze(0)] if self.config.differences else []
         if not self.config.inside:
@@ -120,10 +128,7 @@ class _Step:
     def _differences(self) -> tuple[Tensor, Tensor]:
         """The last update and the change of the gradient in units of that update's root mean square."""
         before, update = self._state.rows[:2]
-        size = rms(update)
-        moved = size > 0
-        safe = torch.where(moved, size, torch.ones_like(size))
-        s, y = (torch.where(moved, vector / safe, torch.zeros_like(vector)) for vector in (update, self._g - before))
+        s, y = torch.stack([update, self._g - before]) * reciprocal(rms(update))
         return s, limited(y, self.config.read_bound)
 
     def _extra(self, number: int, before: LayerStep | None) -> Tensor | None:
@@ -139,7 +144,7 @@ class _Step:
             rows += [self._y * self._reads[1]] if self.config.multiply else []
         return torch.stack(rows) if rows else None
 
-    def _read(self, from_memory: Tensor, h: Tensor, steps: int) -> Tensor:
+    def _read(self, from_memory: memory.Memory, h: Tensor, steps: int) -> Tensor:
         """Results of reads, [reads, functions, dim]."""
         config = self.config
         vectors = torch.stack([self._g, self._y]) if config.multiply else self._heads("read", h)
@@ -174,17 +179,3 @@ class _Step:
 
     def _by_function(self, vector: Tensor) -> Tensor:
         return self._where.by_function(vector.unsqueeze(0))[0]
-
-
-def rms(vectors: Tensor) -> Tensor:
-    """Root mean square over the coordinates of each function, [..., 1]; through that of 0 nothing goes back."""
-    return memory.root(vectors.square().mean(-1, keepdim=True))
-
-
-def limited(vectors: Tensor, most: Tensor | float | None) -> Tensor:
-    """Vectors made smaller where their root mean square is above `most`."""
-    if most is None:
-        return vectors
-    size = rms(vectors)
-    above = size > most
-    return vectors * torch.where(above, most / torch.where(above, size, torch.ones_like(size)), torch.ones_like(size))
