@@ -4,9 +4,9 @@ Everything with one thread a process, on a machine that does nothing else; all t
 measured by turns of a few seconds, since cores of shared machines change their speed by half from one minute to the
 next, and what is told is the median of each turn's ratio. It writes bench/results/scale/NAME.csv:
 
-- processes: problems a second of meta-training, batches of 16, in one process, in two, and in two that know nothing of
-  each other, which is what the machine itself gives.
-- group: the same in one process, in pieces, with a process group of one and without, and without pieces.
+- processes: problems a second of meta-training, batches of 16 and of 64, in one process, in two, and in two that know
+  nothing of each other, which is what the machine itself gives.
+- group: batches of 16 in one process, in pieces, with a process group of one and without, and without pieces.
 - coordinates: bytes and nanoseconds a coordinate of a step of 3e7 coordinates under the papers' LSTM rule.
 """
 
@@ -35,7 +35,8 @@ from fastl2l.ops.dispatch import select
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "scale"
-BATCH = 16
+BATCHES = (16, 64)
+"""Of meta-training in two processes, which wait for each other once a window of a batch."""
 TASKS: dict[str, Callable[[], tasks.Task]] = {"quadratic": tasks.Quadratic, "digits": tasks.Digits}
 
 
@@ -44,6 +45,7 @@ class Sizes(NamedTuple):
 
     rounds: int
     trajectories: int
+    """Of a turn, at least."""
     coordinates: int
     steps: int
 
@@ -55,6 +57,7 @@ class Speed(NamedTuple):
     """Of meta-training."""
 
     task: str
+    batch: int
     what: str
     problems_a_second: float
     times_the_first: float
@@ -75,16 +78,17 @@ class Step(NamedTuple):
     processor: str
 
 
-def trainer(task: str, sizes: Sizes, pieces: int = 4) -> MetaTrainer:
-    short = {"validation_problems": BATCH, "validation_horizon": 20}
-    return MetaTrainer(LSTMRule(), TASKS[task](), trajectories=sizes.trajectories, batch=BATCH, pieces=pieces, **short)
+def trainer(task: str, batch: int, sizes: Sizes, pieces: int = 4) -> MetaTrainer:
+    short = {"validation_problems": 16, "validation_horizon": 20}
+    trajectories = max(batch, sizes.trajectories)
+    return MetaTrainer(LSTMRule(), TASKS[task](), trajectories=trajectories, batch=batch, pieces=pieces, **short)
 
 
-def speed(trained: MetaTrainer, sizes: Sizes) -> float:
+def speed(trained: MetaTrainer) -> float:
     """Problems a second, of a further epoch."""
     began = time.perf_counter()
     trained.fit(len(trained.history) + 1, progress=False)
-    return sizes.trajectories / (time.perf_counter() - began)
+    return trained.trajectories / (time.perf_counter() - began)
 
 
 # In processes of their own
@@ -93,34 +97,38 @@ Turns = list[dict[str, float]]
 """Problems a second, by what has worked, of each turn."""
 
 
-def in_a_group_of_two(task: str, sizes: Sizes) -> Turns:
+def in_a_group_of_two(on: str, sizes: Sizes) -> Turns:
     """The first process while the other one waits, both together, and both as if there were no other."""
+    task, batch = on.split()
     with processes.alone():
-        alone, apart = trainer(task, sizes), trainer(task, sizes)
-    together, group = trainer(task, sizes), processes.current()
+        alone, apart = (trainer(task, int(batch), sizes) for _ in range(2))
+    together, group = trainer(task, int(batch), sizes), processes.current()
     for one in (alone, apart, together):  # what is done once
         one.fit(1, progress=False)
 
     def turn() -> dict[str, float]:
-        first = group.first(lambda: speed(alone, sizes))
-        both = speed(together, sizes)
+        first = group.first(lambda: speed(alone))
+        both = speed(together)
         dist.barrier()
         return {
             "1 process": first,
             "2 processes": both,
-            "2 processes, each by itself": sum(group.everyone(lambda: speed(apart, sizes))),
+            "2 processes, each by itself": sum(group.everyone(lambda: speed(apart))),
         }
 
     return [turn() for _ in range(sizes.rounds)]
 
 
-def in_a_group_of_one(task: str, sizes: Sizes) -> Turns:
+def in_a_group_of_one(on: str, sizes: Sizes) -> Turns:
+    task, batch = on.split()
     with processes.alone():
-        made = {"no group": trainer(task, sizes), "no group, in one piece": trainer(task, sizes, 1)}
-    made["group of one"] = trainer(task, sizes)
+        made = {
+            what: trainer(task, int(batch), sizes, n) for what, n in (("no group", 4), ("no group, in one piece", 1))
+        }
+    made["group of one"] = trainer(task, int(batch), sizes)
     for one in made.values():
         one.fit(1, progress=False)
-    return [{what: speed(one, sizes) for what, one in made.items()} for _ in range(sizes.rounds)]
+    return [{what: speed(one) for what, one in made.items()} for _ in range(sizes.rounds)]
 
 
 def resident(name: str) -> int:
@@ -144,7 +152,7 @@ def stepped(state: str, sizes: Sizes) -> list[float]:
     return [number / sizes.coordinates for number in (taken, peak, statistics.median(times))]
 
 
-def started(what: str, on: str, size: int, quick: bool) -> Any:
+def started(what: str, on: str, size: int, rounds: int, quick: bool) -> Any:
     """What a function of the above gives in the first process of a group of so many."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -152,7 +160,8 @@ def started(what: str, on: str, size: int, quick: bool) -> Any:
     path = os.pathsep.join([os.fspath(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--part", what, on, folder, *["--quick"] * quick]
+        command = [sys.executable, __file__, "--part", what, on, folder, "--rounds", str(rounds)]
+        command += ["--quick"] * quick
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **group}
         begun = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(size)]
         codes = [one.wait() for one in begun]
@@ -180,29 +189,31 @@ def processor() -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.ops.fastl2l.cpu_isa()}"
 
 
-def speeds(task: str, turns: Turns) -> list[Speed]:
-    first = next(iter(turns[0]))
-
-    def row(what: str) -> Speed:
-        middle = statistics.median(turn[what] for turn in turns)
-        times = statistics.median(turn[what] / turn[first] for turn in turns)
-        return Speed(task, what, round(middle, 2), round(times, 3), len(turns), processor())
-
-    return [row(what) for what in turns[0]]
+def speeds(where: str, size: int, batches: Sequence[int], quick: bool, sizes: Sizes) -> list[Speed]:
+    rows = []
+    for task in TASKS:
+        for batch in batches:
+            turns: Turns = started(where, f"{task} {batch}", size, sizes.rounds, quick)
+            first = next(iter(turns[0]))
+            for what in turns[0]:
+                middle = statistics.median(turn[what] for turn in turns)
+                times = statistics.median(turn[what] / turn[first] for turn in turns)
+                rows.append(Speed(task, batch, what, round(middle, 2), round(times, 3), len(turns), processor()))
+    return rows
 
 
 def measure_processes(sizes: Sizes, quick: bool) -> Sequence[Any]:
-    return [row for task in TASKS for row in speeds(task, started("in_a_group_of_two", task, 2, quick))]
+    return speeds("in_a_group_of_two", 2, BATCHES, quick, sizes)
 
 
 def measure_group(sizes: Sizes, quick: bool) -> Sequence[Any]:
-    return [row for task in TASKS for row in speeds(task, started("in_a_group_of_one", task, 1, quick))]
+    return speeds("in_a_group_of_one", 1, BATCHES[:1], quick, sizes)
 
 
 def measure_coordinates(sizes: Sizes, quick: bool) -> Sequence[Any]:
     rows = []
     for state in ("float32", "bfloat16"):
-        taken, peak, seconds = started("stepped", state, 1, quick)
+        taken, peak, seconds = started("stepped", state, 1, sizes.rounds, quick)
         numbers = round(taken, 1), round(peak, 1), round(seconds * 1e9, 1)
         rows.append(Step(sizes.coordinates, state, *numbers, sizes.steps, processor()))
     return rows
@@ -215,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("measures", nargs="*", help=f"some of {', '.join(MEASURES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--rounds", type=int, help="of which medians are taken; 5 by default")
+    parser.add_argument("--rounds", type=int, help="of which medians are taken; 15 by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV files")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
