@@ -48,14 +48,14 @@ FAST = [
     "raw:0.7 elu:4 lstm:12 linear",
 ]
 """All parts at the sizes that portable/run_cuda_kernels.cpp has kernels on tensor cores for."""
-SIZES = ((1, 1, 64), (1, 20, 64), (15, 1, 16), (16, 2, 16), (17, 5, 16))
+SIZES = ((1, 1, 64), (1, 20, 16), (15, 1, 16), (16, 2, 16), (17, 5, 16))
 """Coordinates, steps, and how often to draw."""
 CASES = [
     *(Case(rule, *size) for rule, size in itertools.product(FAST, SIZES)),
     *(Case(rule, *size) for rule, size in itertools.product(RULES + GIVEN, ((1, 20, 16), (17, 5, 8)))),
-    *(Case(rule, 63, 20, 8) for rule in (lstm("raw"), lstm(), RNNPROP)),
+    *(Case(rule, 63, 20, 4) for rule in (lstm("raw"), lstm(), RNNPROP)),
     *(Case(rule, 1000, 5, 1) for rule in (lstm(), RNNPROP)),
-    *(Case(rule, 9, 70, 16) for rule in (lstm(), RNNPROP)),  # several segments, the last one shorter
+    *(Case(rule, 9, 70, 4) for rule in (lstm(), RNNPROP)),  # several segments, the last one shorter
 ]
 EXTREMES = [
     Case(rule, 17, 5, 16, **extreme)
