@@ -271,7 +271,7 @@ def check_memory(number: int, entries: Sequence[dict[str, Any]], params: Sequenc
     """That the saved states of a group are those of all its parameters, whose memory they have parts of, or none.
 
     Raises:
-        ValueError: they are not, or are parts of the memory of another number of coordinates.
+        ValueError: they are not, or are parts of the memory of another number of coordinates, or of other steps.
     """
     config = rule.config.memory
     if config is None or not entries:
@@ -292,6 +292,11 @@ def check_memory(number: int, entries: Sequence[dict[str, Any]], params: Sequenc
                     f"state of group {number}: expected {name} of {list(expected)} of {rule.dtype}, as {numel} "
                     f"coordinates in all have it, got {got}"
                 )
+    if len(steps := {float(entry[STEP]) for entry in entries}) > 1:
+        raise ValueError(
+            f"state of group {number}: expected {STEP} to be the same of all parameters, which share a memory, got "
+            f"{', '.join(f'{step:g}' for step in sorted(steps))}"
+        )
 
 
 def _is_number(found: object, dtype: torch.dtype) -> bool:

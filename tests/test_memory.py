@@ -343,6 +343,15 @@ def test_a_saved_state_of_another_number_of_coordinates_is_refused(kind):
         other.load_state_dict(saved)
 
 
+def test_saved_states_of_different_steps_are_refused():
+    rule = ntm("what helps")
+    _, optimizer = stepped(rule, (3,), (4,))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1]["step"] += 1
+    with pytest.raises(ValueError, match="state of group 0: expected step to be the same of all parameters, .* 1, 2"):
+        optimizer.load_state_dict(saved)
+
+
 def test_parameters_come_and_go_together():
     params, optimizer = stepped(ntm(), (3,), (4,))
     give(params, 1)
