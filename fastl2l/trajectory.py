@@ -262,7 +262,7 @@ class Trajectory:
                 objective = objective + weight * self._judged(to_lower, theta, loss)
                 losses.append(loss.detach() / functions)
             with reference.exact(theta.device):
-                found = iter(torch.autograd.grad(objective, trained))
+                found = iter(torch.autograd.grad(objective, trained, materialize_grads=True))
         self.theta, self.loss = theta.detach(), losses[-1]
         for track, state in zip(self._tracks, states, strict=True):
             track.state = state.detach()
