@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastl2l.ops import coupled
+from fastl2l.ops import coupled, coupled_window
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.dispatch import Backend
 from fastl2l.ops.functional import update
@@ -107,13 +107,13 @@ class CoupledTrack(Track):
 
     def begin(self) -> None:
         super().begin()
-        self._recording: coupled.Recording | None = None
+        self._recording: coupled_window.Recording | None = None
 
     def state_of_window(self, steps: int) -> Any:
         return coupled.recorded(self.state, steps)
 
     def begin_window(self, steps: int) -> None:
-        self._recording = coupled.Recording(self.rule, self.state, steps, self.where, self.backend)
+        self._recording = coupled_window.record(self.rule, self.state, steps, self.where, self.backend)
 
     def _step(self, mine: Tensor, gradient: Tensor, scale: float) -> None:
         if self._recording is None:
@@ -129,7 +129,7 @@ class CoupledTrack(Track):
         if recording is None:
             raise RuntimeError("window_backward: expected begin_window() before it")
         self.state = recording.state
-        return recording.backward(adjoints)
+        return recording.backward(grads, adjoints)
 
 
 def make_track(problem: Problem, name: str, rule: Rule, part: slice, backend: Backend) -> Track:

@@ -349,7 +349,7 @@ def test_saved_states_of_different_steps_are_refused():
     _, optimizer = stepped(rule, (3,), (4,))
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][1]["step"] += 1
-    with pytest.raises(ValueError, match="state of group 0: expected step to be the same of all parameters, .* 1, 2"):
+    with pytest.raises(ValueError, match=r"state of group 0: expected step to be the same of all parameters, .* 1, 2"):
         optimizer.load_state_dict(saved)
 
 

@@ -85,6 +85,34 @@ def step_(
     return LayerStep(update, new, means, new[:, : layer.units])
 
 
+def backward_(
+    layer: Layer, gradient: Tensor, state: Tensor, given: Tensor | None, where: Coordinates, scale: float,
+    backend: Backend, adjoints: tuple[Tensor, Tensor, Tensor | None, Tensor | None], needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The way back of a step, as it was before the step, to what went into it.
+
+    Args:
+        layer, gradient, state, given, where, scale, backend: as for `step`.
+        adjoints: of what `LayerStep` has, in its order; that of the state is written to. None is 0.
+        needs: whether the first three of what comes back are wanted.
+
+    Returns:
+        Those of the weights, flat; of the gradient; of the state; and of the given rows.
+    """
+    dupdate, dstate, dmeans, dunits = adjoints
+    if dunits is not None:
+        dstate[:, : layer.units] += dunits
+    if layer.averages:
+        averaged = dstate[:, : layer.averages]
+        share = where.means(averaged) if dmeans is None else where.means(averaged) + dmeans / where.dim
+        averaged.copy_(where.of_each(share).expand_as(averaged))
+    dweights, first, dgrads, dgiven = backend.window_backward(
+        state, gradient.unsqueeze(0), dupdate.unsqueeze(0), layer.weights, layer.config.text, scale, dstate,
+        needs[1], needs[0], None if given is None else given.unsqueeze(0), needs[2],
+    )  # fmt: skip
+    return dweights, dgrads[0] if needs[0] else dgrads, first, dgiven[0] if needs[2] else dgiven
+
+
 class _Step(torch.autograd.Function):
     """Arguments: layer, coordinates, scale, backend, gradient, state, given rows or None, weights."""
 
@@ -106,36 +134,13 @@ class _Step(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (*[None] * 4, *_backward_with_graph(ctx, (dupdate, dstate, dmeans, dunits), needs))
         gradient, state, given, *weights = ctx.saved_tensors
-        dweights, *found = ctx.backend.window_backward(
-            state,
-            gradient.unsqueeze(0),
-            dupdate.contiguous().unsqueeze(0),
-            weights,
-            ctx.layer.config.text,
-            ctx.scale,
-            _before_the_mean(ctx.layer, ctx.where, dstate, dmeans, dunits),
-            needs[1],
-            needs[0],
-            None if given is None else given.unsqueeze(0),
-            needs[2],
-        )
-        dstate_first, dgrads, dgiven = found
+        own = dstate.clone(memory_format=torch.contiguous_format)
+        layer = ctx.layer._replace(weights=weights)
+        adjoints = dupdate.contiguous(), own, dmeans, dunits
+        dweights, *found = backward_(layer, gradient, state, given, ctx.where, ctx.scale, ctx.backend, adjoints, needs)
         split = dweights.split([weight.numel() for weight in weights])
-        first = (dgrads[0] if needs[0] else None, dstate_first, dgiven[0] if needs[2] else None)
         rest = (part.view_as(weight) for part, weight in zip(split, weights, strict=True))
-        return (*[None] * 4, *(one if need else None for one, need in zip((*first, *rest), needs, strict=True)))
-
-
-def _before_the_mean(layer: Layer, where: Coordinates, dstate: Tensor, dmeans: Tensor, dunits: Tensor) -> Tensor:
-    """Adjoints of the state with means in it, of the means and of the units, as one of what the kernel has left."""
-    if not (layer.averages or layer.seen):
-        return dstate.contiguous()
-    found = dstate.clone(memory_format=torch.contiguous_format)
-    found[:, : layer.units] += dunits
-    if layer.averages:
-        averaged = found[:, : layer.averages]
-        averaged.copy_(where.of_each(where.means(averaged) + dmeans / where.dim).expand_as(averaged))
-    return found
+        return (*[None] * 4, *(one if need else None for one, need in zip((*found, *rest), needs, strict=True)))
 
 
 def _backward_with_graph(

@@ -63,8 +63,8 @@ def step(
     scale = rule.config.output_scale
     with reference.exact(gradient.device):
         network = Network(rule.config, rule.weights(), averaged_layer.step, where, scale, chosen)
-        update, new = _step(network, gradient, _layers(state))
-    return update, new if isinstance(new, Remembered) else _together(new)
+        update, new = _step(network, gradient, layers_of(state))
+    return update, new if isinstance(new, Remembered) else together(new)
 
 
 @torch.no_grad()
@@ -80,51 +80,13 @@ def step_(
         return network.run(gradient, state.unbind(1))[0]
 
 
-class Recording:
-    """Steps of a window, of which the states are kept, and their way back to the rule's weights.
-
-    Args:
-        rule: as its weights are now.
-        state: before the first step; it is left as it is.
-        steps: how many there are.
-        where: which function each coordinate belongs to.
-        backend: does the work.
-    """
-
-    def __init__(self, rule: Rule, state: State, steps: int, where: Coordinates, backend: Backend) -> None:
-        self._weights = [weight.detach().requires_grad_() for weight in rule.weights()]
-        self._now, self._updates = _layers(recorded(state, steps)), list[Tensor]()
-        with torch.enable_grad(), reference.exact(self._weights[0].device):
-            scale = rule.config.output_scale
-            self._network = Network(rule.config, self._weights, averaged_layer.step, where, scale, backend)
-
-    def step(self, gradient: Tensor) -> Tensor:
-        """One step, from the gradient [N] to the update [N]."""
-        with torch.enable_grad(), reference.exact(gradient.device):
-            update, self._now = _step(self._network, gradient.clone(), self._now)  # which is its caller's to write to
-        self._updates.append(update)
-        return update.detach()
-
-    @property
-    def state(self) -> State:
-        """After the last step."""
-        now = self._now
-        return now.detach() if isinstance(now, Remembered) else _together([layer.detach() for layer in now])
-
-    def backward(self, adjoints: Tensor) -> Tensor:
-        """The gradient of ``sum(adjoints * updates)`` with respect to the weights, flat; adjoints are [steps, N]."""
-        with reference.exact(adjoints.device):
-            found = torch.autograd.grad(self._updates, self._weights, adjoints.unbind(), materialize_grads=True)
-        return torch.cat([gradient.reshape(-1) for gradient in found])
-
-
-def _layers(state: State) -> Sequence[Tensor] | Remembered:
+def layers_of(state: State) -> Sequence[Tensor] | Remembered:
     """A state whose layers are tensors of their own."""
     return state if isinstance(state, Remembered) else state.unbind(1)
 
 
-def _together(layers: Sequence[Tensor]) -> Tensor:
-    """The inverse of `_layers`, of a rule without a memory."""
+def together(layers: Sequence[Tensor]) -> Tensor:
+    """The inverse of `layers_of`, of a rule without a memory."""
     return torch.stack(list(layers)).transpose(0, 1)
 
 

@@ -45,7 +45,7 @@ class Network:
     ) -> None:
         self.config, self.where, self.scale = config, where, scale
         self.weights = {name: weight for (name, _), weight in zip(config.weight_shapes, weights, strict=True)}
-        self._layers = self._without_averaged_output(weights)
+        self.layers = self._without_averaged_output(weights)
         self._step = partial(step, where=where, scale=scale, backend=backend)
 
     def run(
@@ -53,7 +53,7 @@ class Network:
     ) -> tuple[Tensor, list[LayerStep]]:
         """From the gradient [N] and the layers' states to the update [N] and each layer's step."""
         found: list[LayerStep] = []
-        for number, (layer, state) in enumerate(zip(self._layers, states, strict=True)):
+        for number, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             before = found[-1] if found else None
             given = self._given(before, extra(number, before))
             found.append(self._step(layer, gradient, state, given))
@@ -76,6 +76,11 @@ class Network:
         """What averaged units of the last layer have in the update: of a function's coordinates all the same."""
         found = self.scale * (self.weights["weight_out"][: len(means)] @ means.squeeze(-1))
         return self.where.flat(found.view(1, -1, 1).expand(-1, -1, self.where.dim))[0]
+
+    def shared_backward(self, means: Tensor, dupdate: Tensor) -> tuple[Tensor, Tensor]:
+        """From the update's adjoint [N] to those of the averaged units' output weights, and of their means."""
+        total = self.where.by_function(dupdate.unsqueeze(0)).sum(-1, keepdim=True) * self.scale  # [1, functions, 1]
+        return (means * total).sum((1, 2)), self.weights["weight_out"][: len(means)].view(-1, 1, 1) * total
 
     def _without_averaged_output(self, weights: Sequence[Tensor]) -> list[Layer]:
         """The layers; in the last one's output are no averaged units, whose means are known only when it is done."""

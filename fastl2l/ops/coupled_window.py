@@ -1,0 +1,138 @@
+"""Windows of first-order training of rules whose coordinates talk: steps whose states are kept, and their way back."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastl2l import reference
+from fastl2l.ops import averaged_layer, remembering
+from fastl2l.ops.coordinates import Coordinates
+from fastl2l.ops.coupled import State, together
+from fastl2l.ops.coupled_network import Network
+from fastl2l.ops.dispatch import Backend
+from fastl2l.ops.remembering import Remembered
+from fastl2l.rules import Rule
+
+
+class Recording(Protocol):
+    """Steps of a window."""
+
+    @property
+    def state(self) -> State:
+        """After the last step."""
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """One step, from the gradient [N] to the update [N]."""
+
+    def backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
+        """The gradient of ``sum(adjoints * updates)`` with respect to the rule's weights, flat.
+
+        Args:
+            gradients: what the steps were given, [steps, N].
+            adjoints: [steps, N].
+        """
+
+
+def record(rule: Rule, state: State, steps: int, where: Coordinates, backend: Backend) -> Recording:
+    """Begin a window.
+
+    Args:
+        rule: as its weights are now.
+        state: before the first step; it is left as it is.
+        steps: how many there are.
+        where: which function each coordinate belongs to.
+        backend: does the work.
+    """
+    with reference.exact(state.rows.device if isinstance(state, Remembered) else state.device):
+        if isinstance(state, Remembered):
+            return _WithMemory(rule, state.recorded(steps), where, backend)
+        return _OfAverages(rule, state, where, backend)
+
+
+class _OfAverages:
+    """Layer by layer, and back by hand: no graph, and no copy of a state but the one that is kept."""
+
+    def __init__(self, rule: Rule, state: Tensor, where: Coordinates, backend: Backend) -> None:
+        weights = [weight.detach() for weight in rule.weights()]
+        scale = rule.config.output_scale
+        self._network = Network(rule.config, weights, averaged_layer.step_, where, scale, backend)
+        self._backend = backend
+        self._states = [[layer.contiguous() for layer in state.unbind(1)]]
+        self._means: list[Tensor] = []
+
+    @property
+    def state(self) -> Tensor:
+        return together(self._states[-1])
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> Tensor:
+        with reference.exact(gradient.device):
+            update, steps = self._network.run(gradient, [layer.clone() for layer in self._states[-1]])
+        self._states.append([one.state for one in steps])
+        self._means.append(steps[-1].means)
+        return update
+
+    @torch.no_grad()
+    def backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
+        network, dstates = self._network, [torch.zeros_like(layer) for layer in self._states[-1]]
+        totals = [gradients.new_zeros(sum(weight.numel() for weight in layer.weights)) for layer in network.layers]
+        shared = gradients.new_zeros(network.layers[-1].averages)
+        with reference.exact(gradients.device):
+            for step in reversed(range(len(gradients))):
+                dshared, dmeans = network.shared_backward(self._means[step], adjoints[step])
+                shared += dshared
+                found = self._step_backward(step, gradients[step], adjoints[step], dmeans, dstates)
+                for total, dweights in zip(totals, found, strict=True):
+                    total += dweights
+        # In the last layer's own output are no averaged units.
+        totals[-1].split([weight.numel() for weight in network.layers[-1].weights])[3][: len(shared)] = shared
+        return torch.cat(totals)
+
+    def _step_backward(
+        self, step: int, gradient: Tensor, dupdate: Tensor, dmeans: Tensor, dstates: list[Tensor]
+    ) -> list[Tensor]:
+        """Of each layer's weights; the states' adjoints become those before the step."""
+        network, last, found = self._network, len(dstates) - 1, list[Tensor]()
+        nothing, dunits = torch.zeros_like(dupdate), None
+        for number in range(last, -1, -1):
+            layer, given = network.layers[number], None
+            if number:
+                given = self._states[step + 1][number - 1][:, : network.layers[number - 1].units].contiguous()
+            of_last = (dupdate, dstates[number], dmeans, None)
+            adjoints = of_last if number == last else (nothing, dstates[number], None, dunits)
+            dweights, _, dstates[number], dunits = averaged_layer.backward_(
+                layer, gradient, self._states[step][number], given, network.where, network.scale, self._backend,
+                adjoints, (False, step > 0, number > 0),
+            )  # fmt: skip
+            found.append(dweights)
+        return found[::-1]
+
+
+class _WithMemory:
+    """By autograd, which keeps what it needs of the states."""
+
+    def __init__(self, rule: Rule, state: Remembered, where: Coordinates, backend: Backend) -> None:
+        self._weights = [weight.detach().requires_grad_() for weight in rule.weights()]
+        self._now, self._updates = state, list[Tensor]()
+        with torch.enable_grad():
+            scale = rule.config.output_scale
+            self._network = Network(rule.config, self._weights, averaged_layer.step, where, scale, backend)
+
+    @property
+    def state(self) -> Remembered:
+        return self._now.detach()
+
+    def step(self, gradient: Tensor) -> Tensor:
+        with torch.enable_grad(), reference.exact(gradient.device):
+            # A gradient is its caller's to write to.
+            update, self._now = remembering.step(self._network, gradient.clone(), self._now)
+        self._updates.append(update)
+        return update.detach()
+
+    def backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
+        with reference.exact(adjoints.device):
+            found = torch.autograd.grad(self._updates, self._weights, adjoints.unbind(), materialize_grads=True)
+        return torch.cat([gradient.reshape(-1) for gradient in found])
