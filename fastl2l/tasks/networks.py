@@ -29,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softsign": F.softsign,
     "mish": F.mish,
 }
+RISING = {"sigmoid", "relu", "tanh", "elu", "leaky_relu", "selu", "softplus", "softsign"}
+"""Of these, the ones that never fall."""
 WHITE = 255
 """Of pixels that are held as bytes."""
 _CHANNELS = 16
@@ -155,14 +157,23 @@ class Network:
         parameters, layers = self._parameters(theta), iter(self._layers)
         activation = ACTIVATIONS[self.activation]
         output = inputs.reshape(len(inputs), *self.inputs)
+        if self.convolutions and self.inputs[0] > 1:
+            output = _by_pixel(output)
         for count in self.convolutions:
-            for _ in range(count):
+            for _ in range(count - 1):
                 output = activation(next(layers)(output, parameters))
-            output = F.max_pool2d(output, 2)
+            output = self._pooled(next(layers)(output, parameters))
         output = output.flatten(1)
         for _ in self.hidden:
             output = activation(next(layers)(output, parameters))
         return next(layers)(output, parameters)
+
+    def _pooled(self, output: Tensor) -> Tensor:
+        """Activation and pooling, in the cheaper order: the activation of a largest number is the largest one."""
+        activation = ACTIVATIONS[self.activation]
+        if self.activation in RISING:
+            return activation(F.max_pool2d(output, 2))
+        return F.max_pool2d(activation(output), 2)
 
     def settle(self, theta: Tensor) -> Tensor:
         """Give norms gains of 1 and shifts of 0, in place, and return theta [N]."""
@@ -173,6 +184,14 @@ class Network:
                 second.fill_(1)
                 shifts[0].zero_()
         return theta
+
+
+def _by_pixel(images: Tensor) -> Tensor:
+    """The same images [n, channels, height, width], with the channels of a pixel side by side in memory.
+
+    Convolutions, norms and pooling are faster so on CPUs, but not of images of one channel.
+    """
+    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def integers(name: str, value: object, example: tuple[int, ...], *, least: int = 1) -> tuple[int, ...]:
