@@ -372,7 +372,7 @@ def test_help_shows_an_example(command):
         (["train", "--task", "digits", "--convolutions", "2,2,2,2"], "convolutions: expected at most 3 stages"),
         (["train", "--task", "digits", "--table", "wine"], "options of task 'digits'"),
         (["train", "--task", "table", "--table", "boston"], "table: expected one of diabetes"),
-        (["reproduce", "fig7"], "name: expected one of fig4-quadratic"),
+        (["reproduce", "fig3"], "name: expected one of fig4-quadratic"),
         (["reproduce", "fig5", "--rule", "mine.safetensors"], "rule: expected NAME=FILE, got 'mine.safetensors'"),
         (["reproduce", "fig5", "--rule", "lstm-mnist=missing"], "missing: expected a rule file or one of lstm-mnist"),
         (["tune", "--task", "quadratic", "--low", "2", "--high", "1"], "low, high: expected 0 < low < high, got 2.0"),

@@ -18,6 +18,7 @@ from fastl2l.evaluate import Curves
 from fastl2l.experiments import andrychowicz2016, appendix_d, experiment, functions, losses, neural_art, recipes
 from fastl2l.experiments.experiment import Budget, Experiment, Panel, Study
 from fastl2l.meta import Epoch
+from fastl2l.rules import all_weights, rules_by_part
 from fastl2l.tasks import Digits, Quadratic
 from fastl2l.tasks.base import problem_seed
 from fastl2l.tasks.datasets import data_folder
@@ -312,8 +313,8 @@ def test_what_was_kept_of_the_mlp_is_found():
 
 def test_names_are_checked():
     assert experiments.by_name("fig5").panels[2].title == "ReLU"
-    with pytest.raises(ValueError, match=r"name: expected one of fig4-quadratic, .*, got 'fig7'"):
-        experiments.by_name("fig7")
+    with pytest.raises(ValueError, match=r"name: expected one of fig4-quadratic, .*, got 'fig3'"):
+        experiments.by_name("fig3")
 
 
 # Neural art
@@ -358,11 +359,12 @@ def test_neural_art_wants_its_rule(name, tmp_path, monkeypatch):
 
 SHIPPED = ["lstm-mnist", "lstm-quadratic", "rnnprop", "rnnprop-long"]
 ABLATIONS = ["rnnprop-tricks", "lstm-no-tricks", "rnnprop-no-convex-100"]
+OF_CIFAR = ["lstm-cifar", "lstm-cifar-sub", "lstm-cifar-one"]
 TALKING = ["gac-quadratic-1", "ntm-quadratic", "ntm-paper-ill-conditioned-0", "ntm-20-pairs-spiked-0"]
 
 
 def test_the_recipe_of_neural_art_is_the_papers(tmp_path, monkeypatch, pictures, tiny_vgg):
-    test_the_commands_of_a_recipe_do_what_the_recipe_does("lstm-neural-art", tmp_path, monkeypatch)
+    test_the_commands_of_a_recipe_do_what_the_recipe_does("lstm-neural-art", tmp_path, monkeypatch, None)
     rule = recipes.fresh_rule("lstm", "neural-art")
     assert (rule.text, rule.config.output_scale) == ("log_sign:10 lstm:20,20 linear", 1.0)
 
@@ -455,16 +457,19 @@ def test_functions_side_by_side_go_their_own_ways(name, spiked):
         torch.testing.assert_close(one_by_step, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, *ABLATIONS, *TALKING])
-def test_the_commands_of_a_recipe_do_what_the_recipe_does(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [*SHIPPED, *ABLATIONS, *TALKING, *OF_CIFAR])
+def test_the_commands_of_a_recipe_do_what_the_recipe_does(name, tmp_path, monkeypatch, request):
     recipe, made = recipes.RECIPES[name], []
+    if name in OF_CIFAR:
+        request.getfixturevalue("cifar10")
 
     def fit(trainer, epochs, **options):
-        weights = [weight.detach().clone() for weight in trainer.rule.weights()]
-        made.append((trainer.settings(), epochs, weights))
+        rules = rules_by_part(trainer.rule)
+        made.append((trainer.settings(), epochs, [weight.detach().clone() for weight in all_weights(rules)]))
         trainer.history = [Epoch(1, 1.0, 1.0, 0.1, 0)]
         with torch.no_grad():
-            trainer.rule.weight_out += len(trainer.history)
+            for rule in rules.values():
+                rule.weight_out += len(trainer.history)
         return trainer.history
 
     monkeypatch.setattr(MetaTrainer, "fit", fit)

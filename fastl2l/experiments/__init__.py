@@ -1,6 +1,6 @@
 """Every figure and table of the papers, one declarative entry each, and the recipes of the rules that they show."""
 
-from fastl2l.experiments import andrychowicz2016, lv2017, neural_art
+from fastl2l.experiments import andrychowicz2016, cifar, lv2017, neural_art
 from fastl2l.experiments.appendix_d import AppendixD
 from fastl2l.experiments.experiment import (
     Experiment,
@@ -18,6 +18,7 @@ ALL: dict[str, Reproducible] = {
     experiment.name: experiment
     for experiment in (
         *andrychowicz2016.EXPERIMENTS,
+        *cifar.EXPERIMENTS,
         *neural_art.EXPERIMENTS,
         *lv2017.EXPERIMENTS,
         OwnNetworks(),

@@ -14,12 +14,14 @@ from fastl2l import baselines, files, plots
 from fastl2l.baselines import Baseline
 from fastl2l.evaluate import Curves, comparisons, markdown, with_half_width
 from fastl2l.experiments import losses
+from fastl2l.experiments.accuracies import accuracies
 from fastl2l.experiments.recipes import RECIPES
 from fastl2l.processes import current
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule, shipped
 from fastl2l.rules import Learned
 from fastl2l.tasks import Task
+from fastl2l.tasks.classification import Classification
 
 
 class Budget(NamedTuple):
@@ -63,6 +65,8 @@ class Panel:
         baselines: names of the baselines.
         rates: learning rates that each baseline is run at, in place of the one that tuning finds.
         full, quick: how much work it is.
+        accuracy_runs: networks whose accuracy is told as well, on the images that they were not trained on; at most
+            `full.runs`. Of a quick run there is none.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Panel:
     rates: Sequence[float] = ()
     full: Budget = FULL
     quick: Budget = QUICK
+    accuracy_runs: int = 0
 
 
 class Study(NamedTuple):
@@ -223,7 +228,8 @@ def reproduce(
     ]
     work = [(panel, panel.quick if quick else panel.full, _optimizers(panel, rules)) for panel in panels]
     pieces = sum(len(optimizers) * budget.runs // budget.piece for _, budget, optimizers in work)
-    results, processes = {}, current()
+    results, processes = dict[str, Curves](), current()
+    shares: dict[str, dict[str, list[float]]] = {}
     with Progress(experiment.name, pieces, shown=progress and not processes.rank) as shown:
         for panel, budget, optimizers in work:
             steps = min(panel.steps, budget.steps or panel.steps)
@@ -240,11 +246,14 @@ def reproduce(
                 advance=shown.advance,
             )
             processes.first(lambda panel=panel: results[panel.name].save(folder / panel.name))  # type: ignore[misc]
+            if panel.accuracy_runs and not quick:
+                shown.note(f"{panel.title}: accuracy")
+                shares[panel.name] = _accuracies(panel, optimizers, results[panel.name])
     note = f"quick: {'; '.join(dict.fromkeys(budget.describe(panel.steps) for panel, budget, _ in work))}" * quick
 
     def write() -> None:
         _draw(experiment, panels, results, folder / "figure.png", f"{experiment.title}\n{note}".strip())
-        files.write_text(folder / "table.md", _table(experiment, panels, results, note))
+        files.write_text(folder / "table.md", _table(experiment, panels, results, shares, note))
 
     processes.first(write)
     return {panel.name: _told(panel, results[panel.name]) for panel in panels}
@@ -293,7 +302,13 @@ def _draw(
         plots.plot_final_losses(groups, path, title=title, xlabel=xlabel, marked=marked, log_x=log)
 
 
-def _table(experiment: Experiment, panels: Sequence[Panel], results: Mapping[str, Curves], note: str) -> str:
+def _table(
+    experiment: Experiment,
+    panels: Sequence[Panel],
+    results: Mapping[str, Curves],
+    shares: Mapping[str, Mapping[str, Sequence[float]]],
+    note: str,
+) -> str:
     parts = [f"# {experiment.title}", f"The paper: {experiment.claim}"] + ([f"({note})"] if note else [])
     for panel in panels:
         curves = results[panel.name]
@@ -307,6 +322,9 @@ def _table(experiment: Experiment, panels: Sequence[Panel], results: Mapping[str
         parts.append("\n".join(f"- {line}" for line in comparisons(told)))
         if panel.rates:
             parts.append(markdown(_rates(panel, curves)))
+        if panel.name in shares:
+            parts.append(f"Images not trained on that are classified rightly, mean of {panel.accuracy_runs} networks.")
+            parts.append(markdown(_shares(shares[panel.name])))
     return "\n\n".join(parts) + "\n"
 
 
@@ -317,6 +335,26 @@ def _rates(panel: Panel, curves: Curves) -> list[list[str]]:
         finals = [curves.final(_at(name, rate)) for name in panel.baselines]
         rows.append([f"{rate:g}", *(with_half_width(*one) for one in finals)])
     return rows
+
+
+def _accuracies(
+    panel: Panel, optimizers: Mapping[str, Learned | Baseline], curves: Curves
+) -> dict[str, list[float]]:  # fmt: skip
+    """Of each optimizer, at the rate that its curves have."""
+    about = curves.metadata["optimizers"]
+    tuned = {
+        name: one.with_lr(about[name]["lr"]) if isinstance(one, Baseline) else one for name, one in optimizers.items()
+    }
+    task = panel.task()
+    if not isinstance(task, Classification):
+        raise TypeError(f"panel {panel.name!r}: expected a task of images for accuracies, got {task.name!r}")
+    return accuracies(task, tuned, steps=curves.steps, runs=panel.accuracy_runs)
+
+
+def _shares(shares: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    """The most accurate first."""
+    means = sorted(((sum(of_runs) / len(of_runs), name) for name, of_runs in shares.items()), reverse=True)
+    return [["optimizer", "accuracy"], *([name, f"{mean:.1%}"] for mean, name in means)]
 
 
 def retrain(experiment: Reproducible, out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, Learned]:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from fastl2l.baselines import Baseline, check_in_place, give_gradient, leaves
-from fastl2l.evaluate import builder, describe_optimizer, json_number, wants_trajectory
+from fastl2l.baselines import Baseline
+from fastl2l.evaluate import describe_optimizer, json_number
+from fastl2l.experiments.ways import way
 from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.heap import tidily
 from fastl2l.processes import current
-from fastl2l.rules import Learned, Rule
-from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
-from fastl2l.trajectory import Trajectory
+from fastl2l.rules import Rule
+from fastl2l.tasks.base import Problem, Task, problem_seed
 
 FORMAT = 1
 """Of the kept losses. A new number where the same key would no longer mean the same losses."""
@@ -83,37 +81,13 @@ def _kept(task: Task, optimizer: Rule | Baseline, steps: int, seed: int) -> floa
 def descend(problem: Problem, optimizer: Rule | Baseline, at: list[int]) -> list[float]:
     """Loss on all examples after these numbers of steps, which rise; inf from a loss on that is not finite."""
     found: list[float] = []
-    walk = _by_rule(problem, optimizer) if wants_trajectory(optimizer) else _by_optimizer(problem, optimizer)
-    for step, theta in enumerate(tidily(itertools.islice(walk, at[-1])), start=1):
+    for step, theta in enumerate(tidily(itertools.islice(way(problem, optimizer), at[-1])), start=1):
         if step == at[len(found)]:
             found.append(problem.whole_loss(theta).item() / problem.functions)
             if not math.isfinite(found[-1]):
                 found.pop()
                 break
     return found + [math.inf] * (len(at) - len(found))
-
-
-def _by_rule(problem: Problem, rule: Learned) -> Iterator[Tensor]:
-    """Theta [N] after each step, for as long as losses are finite."""
-    trajectory = Trajectory(problem, rule)
-    while trajectory.loss.isfinite():
-        trajectory.advance()
-        yield trajectory.theta
-
-
-def _by_optimizer(problem: Problem, optimizer: Rule | Baseline) -> Iterator[Tensor]:
-    """The same."""
-    theta = problem.theta0.clone()
-    parts = leaves(problem, theta)
-    built = builder("optimizer", optimizer)(parts)
-    for step in itertools.count():
-        loss, gradient = value_and_grad(problem, theta, step)
-        if not loss.isfinite():
-            return
-        give_gradient(parts, gradient)
-        built.step()
-        check_in_place(parts, theta)
-        yield theta
 
 
 # Tuning

@@ -104,6 +104,7 @@ class Recipe:
         init: how the rule is trained that this one starts from; fresh weights by default.
         steps: relative, ramp and decay, as for `first_rules`.
         rule: arguments of the rule's class, with those of a memory as one text (`memory_options`).
+        by_part: whether each part of the task's problems has a rule of its own.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Recipe:
     init: Recipe | None = None
     steps: Mapping[str, Any] = field(default_factory=dict)
     rule: Mapping[str, Any] = field(default_factory=dict)
+    by_part: bool = False
 
     @property
     def commands(self) -> list[str]:
@@ -134,6 +136,8 @@ class Recipe:
             options["init"] = f"runs/{self.init.name}/rule.safetensors"
         elif self.kind != LSTMRule.kind:
             options["rule"] = self.kind
+        if self.by_part:
+            options["by_part"] = True
         options |= {**self.rule, **self.steps}
         options["out"] = f"runs/{self.name}"
         words = [_option(name, value) for name, value in options.items()]
@@ -159,7 +163,8 @@ class Recipe:
         task = tasks.by_name(self.task, **self.options)
         own = dict(self.rule)
         own |= memory_options(own.pop("memory")) if "memory" in own else {}
-        rule = first_rules(task, kind=self.kind, init=before, seed=self.seed, **self.steps, **own)
+        asked = {**self.steps, **own}
+        rule = first_rules(task, kind=self.kind, by_part=self.by_part, init=before, seed=self.seed, **asked)
         task = tasks.augmented(task, **self.augmentation)
         trainer = MetaTrainer(rule, task, seed=self.seed, checkpoint=checkpoint, **self.training)
         trainer.fit(max(1, self.epochs // 10) if quick else self.epochs, progress=progress)
@@ -322,6 +327,34 @@ def _lstm_neural_art() -> Recipe:
     )
 
 
+OTHER_LABELS = (5, 6, 7, 8, 9)
+"""Of CIFAR-10: dog, frog, horse, ship and truck, which LSTM-sub is trained on and CIFAR-5 and CIFAR-2 do not have."""
+
+
+def _cifar() -> Iterator[Recipe]:
+    """Andrychowicz et al. 2016, section 3.3: a rule for convolutions and one for all else, trained together.
+
+    First for 100 steps, then for up to as many as figure 7 has.
+    """
+    common = {"trajectories": 16, "validation_problems": 2, "keep": "last"}
+    for name, about, options, by_part in (
+        ("lstm-cifar", "A batch-normalized convolutional network on CIFAR-10, a rule for each kind", {}, True),
+        ("lstm-cifar-sub", "The same, trained on five labels", {"labels": OTHER_LABELS}, True),
+        ("lstm-cifar-one", "The same, one rule for all parameters", {}, False),
+    ):
+        first = Recipe(
+            f"{name}-1",
+            f"The first stage of {name}.",
+            task="cifar10",
+            epochs=14,
+            training=MappingProxyType({"meta_lr": 3e-3, "schedule": "constant", **common}),
+            options=MappingProxyType(options),
+            by_part=by_part,
+        )
+        longer = {"horizon": (100, 1000), "validation_horizon": 200, "meta_lr": 1e-3, "schedule": "cosine", **common}
+        yield _then(first, name, f"{about}.", training=longer, epochs=8, seed=1)
+
+
 EXACT = MappingProxyType({"meta_lr": 3e-3, "schedule": "cosine", "second_derivatives": True})
 """How rules for quadratics are trained."""
 
@@ -427,6 +460,7 @@ RECIPES = {
         _rnnprop_long(),
         *_ablations(),
         _lstm_mnist_first(),
+        *_cifar(),
         *_appendix_d(),
         _lstm_neural_art(),
         *_quadratic(),
