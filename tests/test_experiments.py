@@ -360,6 +360,7 @@ def test_neural_art_wants_its_rule(name, tmp_path, monkeypatch):
 SHIPPED = ["lstm-mnist", "lstm-quadratic", "rnnprop", "rnnprop-long"]
 ABLATIONS = ["rnnprop-tricks", "lstm-no-tricks", "rnnprop-no-convex-100"]
 OF_CIFAR = ["lstm-cifar", "lstm-cifar-sub", "lstm-cifar-one"]
+WAYS = ["training-last-step", "training-teacher", "training-curriculum", "training-all"]
 TALKING = ["gac-quadratic-1", "ntm-quadratic", "ntm-paper-ill-conditioned-0", "ntm-20-pairs-spiked-0"]
 
 
@@ -457,7 +458,7 @@ def test_functions_side_by_side_go_their_own_ways(name, spiked):
         torch.testing.assert_close(one_by_step, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, *ABLATIONS, *TALKING, *OF_CIFAR])
+@pytest.mark.parametrize("name", [*SHIPPED, *ABLATIONS, *WAYS, *TALKING, *OF_CIFAR])
 def test_the_commands_of_a_recipe_do_what_the_recipe_does(name, tmp_path, monkeypatch, request):
     recipe, made = recipes.RECIPES[name], []
     if name in OF_CIFAR:

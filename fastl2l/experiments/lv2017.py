@@ -20,6 +20,7 @@ _2000 = partial(Panel, steps=2000, full=Budget(20, 4, piece=5), quick=Budget(2, 
 _10000 = partial(
     Panel, steps=10_000, full=Budget(5, 2, piece=1), quick=Budget(2, 1, tuning_steps=100, steps=3000, piece=1)
 )
+_long = partial(Panel, steps=1000, baselines=("adam",), full=Budget(20, 4, piece=5), quick=Budget(2, 1, piece=1))
 _sine = partial(Panel, full=Budget(runs=100, tuning_runs=4))
 _cnn = partial(Panel, quick=Budget(2, 1, tuning_steps=10, piece=1))
 
@@ -43,6 +44,20 @@ TRICKS = {
 ITERATIONS = (100, 200, 400, 800, 1600)
 """Trajectories that the rules of `CONVEX` were trained for."""
 CONVEX = {"with the convex function": "rnnprop-convex", "without": "rnnprop-no-convex"}
+
+
+WAYS = {
+    "plain": "training-plain",
+    "last step": "training-last-step",
+    "logs": "training-logs",
+    "unseen": "training-unseen",
+    "exact": "training-exact",
+    "teacher": "training-teacher",
+    "horizons": "training-horizons",
+    "curriculum": "training-curriculum",
+    "all": "training-all",
+}
+"""Rules that were trained for as many steps in other ways (Chen et al. 2020, and what else is tried since)."""
 
 
 def _mlp(layers: int) -> partial[tasks.MNIST]:
@@ -170,6 +185,19 @@ EXPERIMENTS = (
             _10000("sigmoid-1000", "sigmoid, 1,000 steps", tasks.MNIST, TRICKS, steps=1000, baselines=("adam",)),
         ],
         quick=["sigmoid", "relu"],
+        last_tenth=True,
+    ),
+    Experiment(
+        "lv-training",
+        "RNNprop trained in other ways, on 8 x 8 digits",
+        "not tried there; Chen et al. 2020 find that a curriculum of horizons and imitation make rules that last.",
+        [
+            _deep("digits-100", "MLP 64-20-10, sigmoid", tasks.Digits, WAYS, baselines=("adam",)),
+            _long("digits-1000", "sigmoid, 1,000 steps", tasks.Digits, WAYS),
+            _long("relu-1000", "ReLU, 1,000 steps", partial(tasks.Digits, activation="relu"), WAYS),
+            _deep("mnist-100", "MNIST, MLP 784-20-10, sigmoid", tasks.MNIST, WAYS, baselines=("adam",)),
+        ],
+        quick=["digits-100"],
         last_tenth=True,
     ),
     Experiment(

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fastl2l import tasks
+from fastl2l import baselines, tasks
 from fastl2l.memory_config import memory_options
-from fastl2l.meta import MetaTrainer
+from fastl2l.meta import Imitation, MetaTrainer
 from fastl2l.rules import RULES, GACRule, Learned, LSTMRule, NTMRule, RNNpropRule, Rule, stepping
 from fastl2l.tasks.random_networks import KINDS
 
@@ -132,6 +132,9 @@ class Recipe:
             **self.training,
             "seed": self.seed,
         }
+        if (imitation := options.pop("imitation", None)) is not None:
+            options["imitate"] = ",".join(f"{teacher.name}:{teacher.lr:g}" for teacher in imitation.teachers)
+            options["imitation_share"] = imitation.share
         if self.init is not None:
             options["init"] = f"runs/{self.init.name}/rule.safetensors"
         elif self.kind != LSTMRule.kind:
@@ -452,6 +455,50 @@ def _ablations() -> Iterator[Recipe]:
             yield Recipe(f"rnnprop-{name}-{trajectories}", about, "mnist", epochs, training, "rnnprop", tried)
 
 
+def _ways_of_training() -> Iterator[Recipe]:
+    """RNNprop on 8 x 8 digits, 40,000 steps of meta-training each, that differ in how these are used alone.
+
+    Horizons: of 100 steps, drawn up to 1,000, or longer and longer; what is lowered; exact meta-gradients; a teacher.
+    """
+    plain = Recipe(
+        "training-plain",
+        "Trained on 400 trajectories of 100 steps.",
+        "digits",
+        20,
+        MappingProxyType({"meta_lr": 1e-3, "schedule": "cosine", "keep": "last", "validation_problems": 4}),
+        RNNpropRule.kind,
+        MappingProxyType({"scaling": (3.0,), "convex": 20}),
+    )
+
+    def other(name: str, about: str, epochs: int = plain.epochs, **training: Any) -> Recipe:
+        more = MappingProxyType({**plain.training, **training})
+        return replace(plain, name=f"training-{name}", about=about, epochs=epochs, training=more)
+
+    drawn: dict[str, Any] = {"horizon": (40, 1000), "validation_horizon": 100}
+    exact: dict[str, Any] = {"second_derivatives": True}
+    logs: dict[str, Any] = {"log_floor": 1e-3}
+    teacher: dict[str, Any] = {"imitation": Imitation([baselines.Adam(0.01)], 0.25)}
+    unseen: dict[str, Any] = {"second_minibatch": True}
+    yield plain
+    yield other("last-step", "The same, for the last step of a window.", step_weights="last")
+    yield other("logs", "The same, for the log of the loss.", **logs)
+    yield other("unseen", "The same, for minibatches that the rule does not see.", **unseen)
+    yield other("exact", "The same, by exact meta-gradients.", **exact)
+    yield other("teacher", "The same, a quarter of the trajectories Adam's.", **teacher)
+    yield other("horizons", "Trained on 140 trajectories of 40 to 1,000 steps.", 7, **drawn)
+    yield other(
+        "all", "Trained on 140 trajectories of 40 to 1,000 steps, in all these ways.", 7,
+        **drawn, **exact, **logs, **unseen, **teacher,
+    )  # fmt: skip
+    last = other("curriculum-1", "The first stage of training-curriculum.", 5)
+    for stage, (epochs, trajectories, horizon) in enumerate(((5, 10, 200), (2, 10, 500), (1, 10, 1000)), start=2):
+        name = f"training-curriculum-{stage}" if horizon < 1000 else "training-curriculum"
+        longer = {"horizon": horizon, "trajectories": trajectories, "validation_horizon": 100}
+        about = f"Longer and longer trajectories, up to {horizon} steps."
+        last = _then(last, name, about, training={**plain.training, **longer}, epochs=epochs, seed=stage - 1)
+    yield last
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -459,6 +506,7 @@ RECIPES = {
         _rnnprop(),
         _rnnprop_long(),
         *_ablations(),
+        *_ways_of_training(),
         _lstm_mnist_first(),
         *_cifar(),
         *_appendix_d(),
