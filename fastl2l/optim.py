@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
-import numbers
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +16,14 @@ from fastl2l.files import shown
 from fastl2l.ops.coupled_group import MEMORY, ROWS, STEP, step_of
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.ops.memory import check_size
+from fastl2l.optimizer_checks import (
+    check_gradient,
+    check_group,
+    check_parameter,
+    check_rates,
+    check_same_rule,
+    check_state_dtype,
+)
 from fastl2l.optimizer_state import (
     SHAPE,
     STATE,
@@ -38,16 +42,12 @@ from fastl2l.optimizer_state import (
 )
 from fastl2l.processes import ProcessError
 from fastl2l.rule_config import RuleConfig
-from fastl2l.rules import Rule, upgraded
+from fastl2l.rules import Rule
 from fastl2l.sharded import FAILED, READY, agree, any_sharded, groups_between, groups_of, local, with_gradients
 from fastl2l.sharded import check as check_sharding
 from fastl2l.units import unit_of
 
 NONFINITE = ("raise", "skip", "propagate")
-GROUP_OPTIONS = ("rule", "lr", "weight_decay", "maximize")
-SMALL_LR = 0.05
-"""Below, somebody is likely to have meant a learning rate of another optimizer."""
-_PARAM_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class _Batch(NamedTuple):
@@ -84,8 +84,8 @@ class _Batch(NamedTuple):
             RuntimeError: a parameter or a gradient is of a kind that it cannot.
         """
         for param, grad in zip(self.params, self.grads, strict=True):
-            _check_parameter(param, self.device)
-            _check_gradient(param, grad)
+            check_parameter(param, self.device)
+            check_gradient(param, grad)
 
     def checked(self) -> _Batch:
         """With contiguous copies of what is not contiguous. Raises as :meth:`check` does."""
@@ -229,8 +229,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         """Add a group; see ``torch.optim.Optimizer.add_param_group``. One that is refused is not added."""
         super().add_param_group(param_group)
         try:
-            _check_group(param_group, self.backend)
-            _check_state_dtype(self.state_dtype, param_group["rule"])
+            check_group(param_group, self.backend, FusedLSTMOptimizer)
+            check_state_dtype(self.state_dtype, param_group["rule"])
             self._check_coupled(param_group)
         except Exception:
             self.param_groups.pop()
@@ -600,8 +600,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         entries = saved["state"]
         for index, (group, saved_group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
             rule = group["rule"]
-            same = _check_same_rule(index, saved_group.get("rule"), rule)
-            _check_factors(saved_group.get("lr", 1.0), saved_group.get("weight_decay", 0.0))
+            same = check_same_rule(index, saved_group.get("rule"), rule)
+            check_rates(saved_group.get("lr", 1.0), saved_group.get("weight_decay", 0.0))
             keys = zip(group["params"], saved_group["params"], strict=True)
             found = {
                 param: (key, local_entry(key, entries[key], rule, param))
@@ -688,80 +688,6 @@ def _weights(rule: Rule, like: Tensor) -> list[Tensor]:
     return [w if isinstance(w, FakeTensor) else like.fake_mode.from_tensor(w) for w in weights]
 
 
-def _check_parameter(param: Tensor, device: torch.device) -> None:
-    of = f"parameter of shape {list(param.shape)}: expected "
-    if param.dtype not in _PARAM_DTYPES:
-        raise RuntimeError(of + f"one of {', '.join(map(str, _PARAM_DTYPES))}, got {param.dtype}")
-    if param.device != device:
-        raise RuntimeError(of + f"a tensor on {device}, where its rule is, got one on {param.device}")
-
-
-def _check_gradient(param: Tensor, grad: Tensor) -> None:
-    of = f"gradient of a parameter of shape {list(param.shape)}: expected "
-    if grad.layout != torch.strided:
-        raise RuntimeError(of + "a dense tensor, got a sparse one; the rule updates every coordinate at every step")
-    if grad.dtype != param.dtype:
-        raise RuntimeError(of + f"{param.dtype} as the parameter is, got {grad.dtype}")
-
-
-def _check_group(group: dict[str, Any], backend: str) -> None:
-    rule, lr, decay = group["rule"], group["lr"], group["weight_decay"]
-    if not isinstance(rule, Rule):
-        raise TypeError(f"rule: expected a rule for every parameter group, got {type(rule).__name__}")
-    rule.check_alone()
-    _check_factors(lr, decay)
-    if 0 < float(lr) < SMALL_LR:
-        warnings.warn(
-            f"lr: expected a factor on the rule's own steps, as a rule 1, got {float(lr):g}: next to nothing will move",
-            stacklevel=5,
-        )
-    for name in _foreign_options():
-        if group.get(name):  # options that are off have no effect anywhere
-            raise ValueError(
-                f"{name}: expected {', '.join(GROUP_OPTIONS)} as the options of a group, got {name}={group[name]!r}, "
-                "which would have no effect"
-            )
-    if len(set(group["params"])) < len(group["params"]):
-        raise ValueError("params: expected every parameter once, got one twice in a group")
-    if rule.config.relative and any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
-        raise ValueError(
-            "params: expected whole tensors or DTensors for a relative rule, whose units are of tensors, got "
-            "FullyShardedDataParallel's flat pieces of some; fully_shard makes DTensors"
-        )
-    select(backend, rule.device)
-
-
-def _check_factors(lr: Any, decay: Any) -> None:
-    if not _is_rate(lr):
-        raise ValueError(f"lr: expected a finite number >= 0, got {shown(lr)}")
-    if isinstance(decay, Tensor) or not _is_rate(decay):
-        raise ValueError(f"weight_decay: expected a finite number >= 0, got {shown(decay)}")
-
-
-def _is_rate(lr: Any) -> bool:
-    try:
-        return isinstance(lr, (Tensor, numbers.Real)) and 0 <= float(lr) < math.inf
-    except (RuntimeError, ValueError, OverflowError):  # several numbers, or one that is too large
-        return False
-
-
-@functools.cache
-def _foreign_options() -> list[str]:
-    """Options of torch's optimizers, and of this one as a whole, that a group of it has not."""
-    theirs = [cls for cls in torch.optim.Optimizer.__subclasses__() if cls.__module__.startswith("torch.optim")]
-    names = {name for cls in (*theirs, FusedLSTMOptimizer) for name in inspect.signature(cls).parameters}
-    return sorted(names - {"params", "foreach", "fused", *GROUP_OPTIONS})
-
-
-def _check_state_dtype(dtype: torch.dtype | None, rule: Rule) -> None:
-    if dtype is not None and rule.dtype != torch.float32:
-        raise ValueError(f"state_dtype: expected None for a rule in {rule.dtype}, got {dtype}; float32 rules take it")
-    if dtype is not None and not rule.config.takes_bfloat16_state:
-        raise ValueError(
-            f"state_dtype: expected None for {rule.text}, whose means would lose their last bits, got {dtype}"
-        )
-
-
 def _describe_rules(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     for group in saved["param_groups"]:
         group["rule"] = group["rule"].describe()
@@ -798,16 +724,3 @@ def _without_state(entry: Any, config: RuleConfig | None) -> Any:
     own = {STATE, WHOLE, SHAPE, *[UNIT] * config.relative, *[STEP] * config.counts_steps}
     own |= {MEMORY, ROWS} if config.memory is not None else set()
     return {name: value for name, value in entry.items() if name not in own}
-
-
-def _check_same_rule(index: int, saved: Any, rule: Rule) -> bool:
-    """Whether the weights are the same; the rest must be."""
-    if not isinstance(saved, dict):
-        raise ValueError(f"rule of group {index}: expected a state_dict of FusedLSTMOptimizer, got one without a rule")
-    mine, theirs = rule.describe(), upgraded(saved)
-    for name in ("kind", "config", "dtype"):
-        if theirs.get(name) != mine[name]:
-            raise ValueError(
-                f"rule of group {index}: expected {name} {mine[name]}, got {shown(theirs.get(name))} in the state_dict"
-            )
-    return saved.get("fingerprint") == mine["fingerprint"]
