@@ -381,7 +381,8 @@ def _talking(scale: float) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def _quadratic() -> Iterator[Recipe]:
     about = "Random quadratic functions of 10 coordinates, for 100 steps"
-    yield Recipe("lstm-quadratic", f"{about}.", "quadratic", 60, EXACT)
+    plain = Recipe("lstm-quadratic-first", "The first stage of lstm-quadratic.", "quadratic", 60, EXACT)
+    yield _then(plain, "lstm-quadratic", f"{about}.", epochs=100, seed=1, training=EXACT)
     kind, rule = _talking(0.02)["ntm"]
     first = Recipe(
         "ntm-quadratic-first",
