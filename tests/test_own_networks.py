@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fastl2l import baselines, cli, experiments, save_rule
+from fastl2l.evaluate import builder
 from fastl2l.experiments import own_networks, own_networks_losses, own_networks_problems
 from fastl2l.experiments.own_networks import Effort, OwnNetworks
 from fastl2l.experiments.own_networks_losses import descend, tuned, whole_losses
@@ -124,7 +125,7 @@ def test_what_was_computed_is_kept_at_every_horizon(descended):
     (long,) = whole_losses(task, rule, 1000, [0])
     (short,) = whole_losses(task, rule, 100, [0])
     assert descended == [[100, 1000]]
-    assert short == descend(task.sample(problem_seed(1, "test", 0)), own_networks_losses.builder("", rule), [100])[0]
+    assert short == descend(task.sample(problem_seed(1, "test", 0)), builder("", rule), [100])[0]
     assert whole_losses(SMALL["first"].task("first"), rule, 1000, [0]) == [long]
     assert len(descended) == 1
     whole_losses(task, random_rule("raw", seed=3), 100, [0])
