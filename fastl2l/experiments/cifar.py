@@ -1,8 +1,9 @@
 """Figure 7 of Andrychowicz et al. 2016, section 3.3: a convolutional network on CIFAR-10, and two rules for it.
 
 One rule has the convolutions, the other all else, and both are trained together. Meta-training sees CIFAR-10's training
-images, and networks of the figure are trained on its test images. A run of 1,000 steps takes a minute and more of a
-core, and a tuned rate twenty of them; all of the figure is about 16 hours of one core. What is done is kept.
+images, and networks of the figure are trained on its test images. By estimate, from what a step takes, a run of 1,000
+steps is a minute and more of a core, and all of the figure some 16 hours: it has not been run in full yet. What is done
+is kept.
 """
 
 from __future__ import annotations

@@ -134,8 +134,9 @@ class _Step(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (*[None] * 4, *_backward_with_graph(ctx, (dupdate, dstate, dmeans, dunits), needs))
         gradient, state, given, *weights = ctx.saved_tensors
-        own = dstate.clone(memory_format=torch.contiguous_format)
         layer = ctx.layer._replace(weights=weights)
+        written_to = layer.averages or layer.seen
+        own = dstate.clone(memory_format=torch.contiguous_format) if written_to else dstate.contiguous()
         adjoints = dupdate.contiguous(), own, dmeans, dunits
         dweights, *found = backward_(layer, gradient, state, given, ctx.where, ctx.scale, ctx.backend, adjoints, needs)
         split = dweights.split([weight.numel() for weight in weights])
