@@ -8,6 +8,7 @@ from helpers import random_rule
 from fastl2l import Trajectory, baselines, experiments
 from fastl2l.experiments import accuracies, cifar, recipes
 from fastl2l.experiments.experiment import Budget, Experiment, Panel
+from fastl2l.files import read_record, write_record
 from fastl2l.tasks import Digits, Quadratic
 from fastl2l.tasks.base import problem_seed
 
@@ -101,3 +102,14 @@ def test_accuracies_stand_below_the_losses(tmp_path):
 def test_accuracies_want_images(tmp_path):
     with pytest.raises(TypeError, match="panel 'one': expected a task of images for accuracies, got 'quadratic'"):
         reproduced(tmp_path, task=Quadratic(dim=2, batch=2), accuracy_runs=1)
+
+
+@pytest.mark.parametrize("share", ["inf", 1.5, "high", None])
+def test_a_kept_share_that_is_none_is_measured_anew(share, tmp_path, monkeypatch):
+    rule = random_rule("log_sign")
+    first = shares(rule, runs=1)
+    (path,) = (tmp_path / "cache" / "accuracies").glob("*.json")
+    record = read_record(path, accuracies.SHARES.format)
+    write_record(path, record | {"share": share})
+    with pytest.warns(RuntimeWarning, match="expected a share"):
+        assert shares(rule, runs=1) == first

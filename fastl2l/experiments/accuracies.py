@@ -5,21 +5,18 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from fastl2l.baselines import Baseline
 from fastl2l.evaluate import describe_optimizer
+from fastl2l.experiments.kept_numbers import KeptNumbers
 from fastl2l.experiments.ways import way
-from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.heap import tidily
 from fastl2l.processes import current
 from fastl2l.rules import Learned
 from fastl2l.tasks.base import problem_seed
 from fastl2l.tasks.classification import Classification
 
-FORMAT = 1
-"""Of the kept shares. A new number where the same key would no longer mean the same ones."""
+SHARES = KeptNumbers("accuracies", "share", format=1, fits=lambda share: 0 <= share <= 1)
 
 
 def accuracies(
@@ -49,24 +46,8 @@ def accuracies(
 
 def _kept(task: Classification, optimizer: Learned | Baseline, steps: int, seed: int) -> float:
     """From the cache or into it."""
-    about = {"format": FORMAT, "task": task.spec(), "optimizer": describe_optimizer(optimizer)}
-    request: dict[str, Any] = plain(about | {"steps": steps, "seed": seed})
-
-    def read(path: Path) -> float:
-        record = read_record(path, FORMAT)
-        share = record.pop("share", None)
-        if record != request:
-            raise FileError(f"{path}: is the answer to another request")
-        if not isinstance(share, float) or not 0 <= share <= 1:
-            raise FileError(f"{path}: expected a share, got {shown(share)}")
-        return share
-
-    return cached(
-        cache_file("accuracies", request, ".json"),
-        read,
-        lambda: _share(task, optimizer, steps, seed),
-        lambda path, share: write_record(path, request | {"share": share}),
-    )
+    request = {"task": task.spec(), "optimizer": describe_optimizer(optimizer), "steps": steps, "seed": seed}
+    return SHARES.of(request, lambda: _share(task, optimizer, steps, seed))
 
 
 def _share(task: Classification, optimizer: Learned | Baseline, steps: int, seed: int) -> float:

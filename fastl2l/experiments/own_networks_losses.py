@@ -10,20 +10,17 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from fastl2l.baselines import Baseline
-from fastl2l.evaluate import describe_optimizer, json_number
+from fastl2l.evaluate import describe_optimizer
+from fastl2l.experiments.kept_numbers import KeptNumbers
 from fastl2l.experiments.ways import way
-from fastl2l.files import FileError, cache_file, cached, plain, read_record, shown, write_record
 from fastl2l.heap import tidily
 from fastl2l.processes import current
 from fastl2l.rules import Rule
 from fastl2l.tasks.base import Problem, Task, problem_seed
 
-FORMAT = 1
-"""Of the kept losses. A new number where the same key would no longer mean the same losses."""
+LOSSES = KeptNumbers("own-networks", "loss", format=1, fits=lambda loss: True)
 HORIZONS = (100, 1000, 10_000)
 """Where a longer run leaves the loss that it has there."""
 _LOWEST, _HIGHEST = -10, 4
@@ -48,34 +45,17 @@ def whole_losses(
 
 def _kept(task: Task, optimizer: Rule | Baseline, steps: int, seed: int) -> float:
     """From the cache or into it, as are the losses at the horizons that the run passes."""
-    about = {"format": FORMAT, "task": task.spec(), "optimizer": describe_optimizer(optimizer), "seed": seed}
-
-    def request(at: int) -> dict[str, Any]:
-        return plain(about | {"steps": at})
-
-    def path(at: int) -> Path:
-        return cache_file("own-networks", request(at), ".json")
-
-    def read(path: Path) -> float:
-        record = read_record(path, FORMAT)
-        loss = record.pop("loss", None)
-        if record != request(steps):
-            raise FileError(f"{path}: is the answer to another request")
-        if loss != "inf" and not isinstance(loss, float):
-            raise FileError(f"{path}: expected a loss, got {shown(loss)}")
-        return float(loss)
+    about = {"task": task.spec(), "optimizer": describe_optimizer(optimizer), "seed": seed}
 
     def run() -> float:
         passed = [horizon for horizon in HORIZONS if horizon < steps]
         *losses, last = descend(task.sample(seed), optimizer, [*passed, steps])
         for at, loss in zip(passed, losses, strict=True):
             with contextlib.suppress(OSError):
-                write_record(path(at), request(at) | {"loss": json_number(loss)})
+                LOSSES.keep(about | {"steps": at}, loss)
         return last
 
-    return cached(
-        path(steps), read, run, lambda path, loss: write_record(path, request(steps) | {"loss": json_number(loss)})
-    )
+    return LOSSES.of(about | {"steps": steps}, run)
 
 
 def descend(problem: Problem, optimizer: Rule | Baseline, at: list[int]) -> list[float]:
