@@ -49,6 +49,12 @@ def set_threads():
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Nothing is taken from what other tests or people have kept."""
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "own cache"))
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fresh memory holds NaN, also that which operators allocate for their results."""
     torch.use_deterministic_algorithms(True, warn_only=True)

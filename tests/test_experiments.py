@@ -417,6 +417,32 @@ def test_appendix_d_shows_the_rules_that_there_are(little, tmp_path):
     assert (folder / "memory.png").exists()
 
 
+def test_appendix_d_goes_on_where_it_was(little, tmp_path, monkeypatch):
+    """Problem by problem; what is another optimizer's or task's is its own."""
+    rule, done = NTMRule("pairs", pairs=3, preprocess="raw", hidden_size=4), []
+    follow = functions._follow
+
+    def killed_at(number, problem, *arguments):
+        if len(done) == number:
+            raise KeyboardInterrupt
+        done.append(problem)
+        return follow(problem, *arguments)
+
+    monkeypatch.setattr(functions, "_follow", partial(killed_at, 5))
+    given = {"ntm-5-pairs-quadratic-0": rule}
+    with pytest.raises(KeyboardInterrupt):
+        little.run(tmp_path / "out", rules=given, quick=False, progress=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(functions, "_follow", partial(killed_at, 12))
+    told = little.run(tmp_path / "out", rules=given, quick=False, progress=False)
+    assert len(done) == 2 * 6  # two problems of six optimizers, none twice
+    monkeypatch.setattr(functions, "_follow", partial(killed_at, 12))
+    assert little.run(tmp_path / "again", rules=given, quick=False, progress=False)[1] == told[1]
+    monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "other cache"))
+    monkeypatch.setattr(functions, "_follow", follow)
+    assert little.run(tmp_path / "anew", rules=given, quick=False, progress=False)[1] == told[1]
+
+
 def test_appendix_d_tells_how_final_losses_are_distributed():
     losses = {"good": torch.arange(1.0, 101.0).double().view(-1, 1), "lost": torch.ones(100, 1).double()}
     losses["lost"][7] = float("inf")
@@ -439,6 +465,7 @@ def test_appendix_d_refuses_rules_that_it_does_not_know(little, tmp_path):
 
 @pytest.mark.parametrize("name", ["lstm", "gac", "ntm", "adam", "lbfgs", "bfgs"])
 @pytest.mark.parametrize("spiked", [False, True])
+@pytest.mark.usefixtures("own_cache")
 def test_functions_side_by_side_go_their_own_ways(name, spiked):
     """Each as `evaluate` has it by itself."""
     made = {"gac": GACRule("raw", averages=2), "ntm": NTMRule(preprocess="raw"), "lstm": RULES["lstm-quadratic"]}

@@ -51,6 +51,7 @@ def test_a_rule_is_ahead_on_what_it_was_trained_for(name, task, best):
     assert difference + half < 0, curves.markdown()
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_a_memory_is_worth_its_while_and_safe():
     """On functions one by one: well below the rule without one, and none of 10,000 diverges."""
     found = functions.curves(

@@ -130,15 +130,13 @@ class AppendixD:
             _check_kind(name, rule)
         rules = {name: load_rule(name) for name in self.rules - rules.keys()} | dict(rules)
         effort, folder, processes = QUICK if quick else FULL, Path(out) / folder_name(self, quick), current()
-        with Progress(self.name, len(SETTINGS) + 1, shown=progress and not processes.rank) as shown:
-            found: dict[str, dict[int, Curves]] = {}
-            for name, setting in SETTINGS.items():
-                shown.note(setting.title)
-                if of_seeds := _compared(setting, rules, effort):
-                    found[name] = of_seeds
-                shown.advance(setting.title)
-            mnist = _on_mnist(rules, effort, shown.note)
-            shown.advance("MNIST")
+        work = {name: compared for name, setting in SETTINGS.items() if (compared := _compared(setting, rules))}
+        on_mnist = _compared_on_mnist(rules)
+        pieces = effort.problems * sum(len(learned) for compared in work.values() for learned in compared.values())
+        pieces += len(on_mnist) * effort.mnist_runs // 10
+        with Progress(self.name, pieces, shown=progress and not processes.rank) as shown:
+            found = {name: _curves(SETTINGS[name].task(), compared, effort, shown) for name, compared in work.items()}
+            mnist = _mnist_curves(on_mnist, effort, shown) if on_mnist else None
         processes.first(lambda: _write(folder, self.title, found, mnist, rules))
         told: list[str | Table] = []
         for name, of_seeds in found.items():
@@ -156,34 +154,47 @@ def _check_kind(name: str, rule: Learned) -> None:
         raise ValueError(f"rule: expected {name} to be {expected}, got {got}")
 
 
-def _compared(setting: Setting, rules: Mapping[str, Learned], effort: Effort) -> dict[int, Curves]:
+def _compared(setting: Setting, rules: Mapping[str, Learned]) -> dict[int, dict[str, Learned | Baseline]]:
     """By seed of training; the first that has rules has what has no seeds as well."""
-    task, found = setting.task(), dict[int, Curves]()
+    found: dict[int, dict[str, Learned | Baseline]] = {}
     for seed in setting.seeds:
         learned: dict[str, Learned | Baseline] = {
             label: rules[names[seed]] for label, names in setting.rules().items() if names.get(seed) in rules
         }
         if learned and not found:
-            learned |= {name: _tuned(task, name, effort) for name in BASELINES}
+            learned |= {name: baselines.by_name(name) for name in BASELINES}
         if learned:
-            found[seed] = functions.curves(task, learned, steps=STEPS, problems=effort.problems)
+            found[seed] = learned
     return found
 
 
-def _tuned(task: Task, name: str, effort: Effort) -> Baseline:
-    baseline = baselines.by_name(name)
-    if baseline.lr != "tune":
-        return baseline
-    return baseline.with_lr(baselines.tune(task, baseline, STEPS, runs=effort.tuning_problems))
+def _curves(
+    task: Task, compared: Mapping[int, Mapping[str, Learned | Baseline]], effort: Effort, shown: Progress
+) -> dict[int, Curves]:
+    found: dict[int, Curves] = {}
+    for seed, optimizers in compared.items():
+        shown.note(f"{task.name}: tuning")
+        tuned = {name: _tuned(task, optimizer, effort) for name, optimizer in optimizers.items()}
+        found[seed] = functions.curves(task, tuned, steps=STEPS, problems=effort.problems, advance=shown.advance)
+    return found
 
 
-def _on_mnist(rules: Mapping[str, Learned], effort: Effort, note: Callable[[str], None]) -> Curves | None:
+def _tuned(task: Task, optimizer: Learned | Baseline, effort: Effort) -> Learned | Baseline:
+    if not isinstance(optimizer, Baseline) or optimizer.lr != "tune":
+        return optimizer
+    return optimizer.with_lr(baselines.tune(task, optimizer, STEPS, runs=effort.tuning_problems))
+
+
+def _compared_on_mnist(rules: Mapping[str, Learned]) -> dict[str, Learned | Baseline]:
     learned: dict[str, Learned | Baseline] = {label: rules[name] for label, name in ON_MNIST.items() if name in rules}
-    if not learned:
-        return None
-    learned["adam"] = baselines.Adam()
-    tuning = max(1, effort.mnist_runs // 5)
-    return losses.curves(MNIST(), learned, steps=STEPS, runs=effort.mnist_runs, tuning_runs=tuning, note=note)
+    return learned | {"adam": baselines.Adam()} if learned else {}
+
+
+def _mnist_curves(optimizers: Mapping[str, Learned | Baseline], effort: Effort, shown: Progress) -> Curves:
+    runs, tuning = effort.mnist_runs, max(1, effort.mnist_runs // 5)
+    return losses.curves(
+        MNIST(), optimizers, steps=STEPS, runs=runs, tuning_runs=tuning, note=shown.note, advance=shown.advance
+    )
 
 
 # What is told of it

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from fastl2l import baselines
 from fastl2l.baselines import Baseline, LineSearch
-from fastl2l.evaluate import Curves, describe
+from fastl2l.evaluate import Curves, describe, describe_optimizer
+from fastl2l.experiments import losses
 from fastl2l.processes import current
 from fastl2l.rules import Learned
 from fastl2l.tasks.base import Problem, Task, problem_seed, value_and_grad
@@ -17,9 +18,17 @@ from fastl2l.trajectory import Trajectory
 
 
 def curves(
-    task: Task, optimizers: Mapping[str, Learned | Baseline], *, steps: int, problems: int, seed: int = 1
+    task: Task,
+    optimizers: Mapping[str, Learned | Baseline],
+    *,
+    steps: int,
+    problems: int,
+    seed: int = 1,
+    advance: Callable[[str], None] = lambda message: None,
 ) -> Curves:
     """As `fastl2l.evaluate`, with a run for each function of the task's problems, which are stepped side by side.
+
+    All losses are kept in FASTL2L_CACHE, problem by problem.
 
     Args:
         task: whose problems know the losses of their functions (`Problem.losses`).
@@ -27,18 +36,31 @@ def curves(
         steps: of each.
         problems: how many; in a process group they are dealt out.
         seed: of the problems, which are those of `evaluate`.
+        advance: called after every problem of an optimizer.
     """
-    processes, losses = current(), {}
-    seeds = [problem_seed(seed, "test", number) for number in processes.share(problems)]
+    processes, found = current(), {}
+
+    def mine(optimizer: Learned | Baseline, name: str) -> Tensor:
+        parts = [torch.empty(0, steps + 1, dtype=torch.float64)]
+        for number in processes.share(problems):
+            parts.append(_kept(task, optimizer, steps, number, seed))
+            advance(f"{task.name}: {name}")
+        return torch.cat(parts)
+
     for name, optimizer in optimizers.items():
-        losses[name] = processes.rows(lambda optimizer=optimizer: _all(task, optimizer, steps, seeds))  # type: ignore[misc]
-    runs = len(next(iter(losses.values())))
-    return Curves(losses, describe(task, optimizers, steps=steps, runs=runs, seed=seed, backend="auto"))
+        found[name] = processes.rows(lambda optimizer=optimizer, name=name: mine(optimizer, name))  # type: ignore[misc]
+        for _ in range(problems - len(processes.share(problems))):
+            advance(f"{task.name}: {name}")  # those of others
+    runs = len(next(iter(found.values())))
+    return Curves(found, describe(task, optimizers, steps=steps, runs=runs, seed=seed, backend="auto"))
 
 
-def _all(task: Task, optimizer: Learned | Baseline, steps: int, seeds: Sequence[int]) -> Tensor:
-    found = [_follow(task.sample(seed), optimizer, steps) for seed in seeds]
-    return torch.cat(found) if found else torch.empty(0, steps + 1, dtype=torch.float64)
+def _kept(task: Task, optimizer: Learned | Baseline, steps: int, number: int, seed: int) -> Tensor:
+    """Of the functions of one problem, from the cache or into it."""
+    problem = task.sample(problem_seed(seed, "test", number))
+    request = {"task": task.spec(), "optimizer": describe_optimizer(optimizer), "steps": steps, "seed": seed}
+    request |= {"problem": number, "functions": problem.functions}
+    return losses.kept(request, (problem.functions, steps + 1), lambda: _follow(problem, optimizer, steps))
 
 
 def _follow(problem: Problem, optimizer: Learned | Baseline, steps: int) -> Tensor:
@@ -54,23 +76,23 @@ def _follow(problem: Problem, optimizer: Learned | Baseline, steps: int) -> Tens
 
 def _rule(problem: Problem, rule: Learned, steps: int) -> list[Tensor]:
     trajectory = Trajectory(problem, rule)
-    losses = [_losses(problem, trajectory.theta, 0)]
+    found = [_losses(problem, trajectory.theta, 0)]
     for step in range(1, steps + 1):
         trajectory.advance()
-        losses.append(_losses(problem, trajectory.theta, step))
-    return losses
+        found.append(_losses(problem, trajectory.theta, step))
+    return found
 
 
 def _baseline(problem: Problem, baseline: Baseline, steps: int) -> list[Tensor]:
     """Of one that goes coordinate by coordinate."""
     theta = problem.theta0.clone()
     parts = baselines.leaves(problem, theta)
-    optimizer, losses = baseline.build(parts), [_losses(problem, theta, 0)]
+    optimizer, found = baseline.build(parts), [_losses(problem, theta, 0)]
     for step in range(steps):
         baselines.give_gradient(parts, value_and_grad(problem, theta, step)[1])
         optimizer.step()
-        losses.append(_losses(problem, theta, step + 1))
-    return losses
+        found.append(_losses(problem, theta, step + 1))
+    return found
 
 
 @torch.no_grad()

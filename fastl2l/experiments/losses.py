@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,11 @@ def curves(
         """Of the pieces that are this process's."""
         parts = [torch.empty(0, steps + 1, dtype=torch.float64)]
         for number in processes.share(runs // piece):
-            parts.append(_kept(task, optimizer, steps, range(number * piece, (number + 1) * piece), seed))
+            numbers = range(number * piece, (number + 1) * piece)
+            request = {"task": task.spec(), "optimizer": describe_optimizer(optimizer), "steps": steps, "seed": seed}
+            request |= {"first": numbers.start, "problems": piece}
+            follow_them = partial(follow, task, optimizer, steps, numbers, seed=seed)
+            parts.append(kept(request, (piece, steps + 1), follow_them))
             advance(f"{task.name}: {name}")
         return torch.cat(parts)
 
@@ -89,32 +94,24 @@ def curves(
     return Curves(losses, describe(task, tuned, steps=steps, runs=runs, seed=seed, backend="auto", last=last))
 
 
-def _kept(task: Task, optimizer: Learned | Baseline, steps: int, numbers: range, seed: int) -> Tensor:
-    """Losses of the problems of these numbers, from the cache or into it."""
-    request = plain(
-        {
-            "format": FORMAT,
-            "task": task.spec(),
-            "optimizer": describe_optimizer(optimizer),
-            "steps": steps,
-            "seed": seed,
-            "first": numbers.start,
-            "problems": len(numbers),
-        }
-    )
+def kept(request: dict[str, Any], shape: tuple[int, int], run: Callable[[], Tensor]) -> Tensor:
+    """Losses, float64 [runs, steps + 1] of this shape, from the cache, or from `run` and into it.
+
+    A request is all that decides them.
+    """
+    request = plain({"format": FORMAT, **request})
     return cached(
         cache_file("losses", request, ".safetensors"),
-        lambda path: _read(path, request),
-        lambda: follow(task, optimizer, steps, numbers, seed=seed),
+        lambda path: _read(path, request, shape),
+        run,
         lambda path, losses: write_tensors(path, {"losses": losses}, {"request": json.dumps(request)}),
     )
 
 
-def _read(path: Path, request: dict[str, Any]) -> Tensor:
+def _read(path: Path, request: dict[str, Any], shape: tuple[int, int]) -> Tensor:
     with open_tensors(path) as stored:
         if parse_json(stored.metadata.get("request", ""), f"{path}: its request") != request:
             raise FileError(f"{path}: is the answer to another request")
-        expected = {"losses": (request["problems"], request["steps"] + 1)}
-        if stored.shapes != expected or stored.dtypes != {"F64"}:
-            raise FileError(f"{path}: expected float64 {expected}, got {shown(stored.shapes)}")
+        if stored.shapes != {"losses": shape} or stored.dtypes != {"F64"}:
+            raise FileError(f"{path}: expected float64 {shape}, got {shown(stored.shapes)}")
         return stored.load()["losses"]
