@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -61,6 +60,8 @@ class BFGS(torch.optim.Optimizer):
             The lowest loss, which the parameters are left at; where none was finite they are where they were, and it is
             the last.
         """
+        import scipy.optimize  # takes as long as torch to import
+
         start = best = self._read(lambda param: param)
         lowest = last = math.inf
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import os
 import shlex
 import sys
@@ -263,6 +264,8 @@ def train(
     floor = trainer.log_floor
     write(lambda: plots.plot_history(history, out / "training.png", title=f"Meta-training on {task}", log_floor=floor))
     _say(f"validation loss {trainer.kept_loss:.4g} ({keep} epoch)")
+    if not math.isfinite(trainer.kept_loss):
+        _say("the rule diverges on validation problems; try a smaller --output-scale or --meta-lr, or a memory's bounds")
     _say(f"rule:   {out / 'rule.safetensors'}\nfigure: {out / 'training.png'}")
 
 
@@ -418,7 +421,7 @@ def reproduce(
         list[str] | None,
         typer.Option(
             help="NAME=FILE: a rule of yours in place of the shipped one of that name; for own-networks also one of "
-            "any other name, beside them."
+            "any other name, beside them, and for appendix-d those that its recipes are named after."
         ),
     ] = None,
 ) -> None:

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from rich.table import Table
 from rich.text import Text
-from scipy.special import stdtrit  # quantile of Student's t distribution
 from torch import Tensor, nn
 
 from fastl2l.baselines import Baseline, curve, descend, tune
@@ -472,6 +471,8 @@ def _mean_and_half_width(losses: Tensor) -> tuple[Tensor, Tensor]:
     mean = losses.mean(0)
     if runs < 2:
         return mean, torch.full_like(mean, math.inf)
+    from scipy.special import stdtrit  # quantile of Student's t distribution; half a second to import
+
     half = losses.std(0) * (stdtrit(runs - 1, 0.975) / math.sqrt(runs))
     return mean, half.nan_to_num(nan=math.inf)
 

@@ -12,11 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fastl2l import baselines, files, plots, reference
@@ -26,6 +24,9 @@ from fastl2l.progress import Progress
 from fastl2l.rules import Learned, Rule, rules_by_part
 from fastl2l.tasks.base import Problem, Task, generator, integer, problem_seed
 from fastl2l.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 OTHERS = ("sgd", "adam")
 RULE = "rule"
@@ -149,7 +150,7 @@ class Inside:
         ]
         lines.insert(0, axes.axvline(self.actual[at], color="#999999", linewidth=1, linestyle=":", label="as it was"))
         axes.set(xlabel="gradient", ylabel="proposed update")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="y")
         plots.legend_beneath(axes, lines[::-1])
 

@@ -16,6 +16,7 @@ MOST = 1 << 10
 """Of heads and of pairs."""
 LARGEST = 1e30
 """Number, which float32 can hold, and some of its products."""
+SWITCHES = ("inside", "differences", "multiply")
 GRADIENT_AND_DIFFERENCE = 2
 """Reads of a memory whose heads multiply: of the gradient and of what it has changed by."""
 
@@ -64,11 +65,12 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"memory: expected one of {', '.join(KINDS)}, got {shown(self.kind)}")
-        held = self.kind == "pairs"
-        self._count("pairs", 1 if held else 0, MOST if held else 0)
+        if self.kind == "matrix" and self.pairs != 0:
+            raise ValueError(f"pairs: expected none of a matrix, got {shown(self.pairs)}")
+        self._count("pairs", int(self.kind == "pairs"), MOST)
         self._count("reads", 1, MOST)
         self._count("writes", 1, MOST)
-        for name in ("inside", "differences", "multiply"):
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {shown(getattr(self, name))}")
         for name in ("initial", "scale", "memory_bound", "read_bound", "update_bound"):
@@ -157,6 +159,8 @@ def memory_options(text: str) -> dict[str, Any]:
     for name, equals, value in (word.partition("=") for word in words):
         if name not in known:
             raise ValueError(f"memory: expected options such as {', '.join(known)}, got {name!r}")
+        if name in SWITCHES and equals:
+            raise ValueError(f"{name}: expected no value, {name} alone switches it on, got {value!r}")
         if name in found:
             raise ValueError(f"memory: expected each option once, got {name} twice")
         try:

@@ -23,6 +23,7 @@ from fastl2l.optimizer_checks import (
     check_rates,
     check_same_rule,
     check_state_dtype,
+    missing_gradient,
 )
 from fastl2l.optimizer_state import (
     SHAPE,
@@ -468,10 +469,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             batch.check()
         config, entries = batch.group["rule"].config, self._entries(batch.owners)
         if config.memory is not None and len(entries) < len(batch.group["params"]):
-            raise RuntimeError(
-                "gradient: expected one for every parameter of a group whose rule has a memory, which is of all of "
-                f"them, got {len(entries)} of {len(batch.group['params'])}"
-            )
+            raise missing_gradient(batch.group["params"])
         states: list[Any] = [entry.get(STATE) for entry in entries]
         together = self._together.get(batch.number)
         if together is not None and not together.holds(states):

@@ -7,6 +7,7 @@ import inspect
 import math
 import numbers
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,10 +95,24 @@ def _options_of_torch() -> frozenset[str]:
 def check_state_dtype(dtype: torch.dtype | None, rule: Rule) -> None:
     if dtype is not None and rule.dtype != torch.float32:
         raise ValueError(f"state_dtype: expected None for a rule in {rule.dtype}, got {dtype}; float32 rules take it")
+    if dtype is not None and rule.config.coupled:
+        raise ValueError(f"state_dtype: expected None for a rule whose coordinates talk, got {dtype} for {rule}")
     if dtype is not None and not rule.config.takes_bfloat16_state:
         raise ValueError(
             f"state_dtype: expected None for {rule.text}, whose means would lose their last bits, got {dtype}"
         )
+
+
+def missing_gradient(params: Sequence[Tensor]) -> RuntimeError:
+    """What is wrong where only some parameters of a group whose rule has a memory have a gradient."""
+    without = [number for number, param in enumerate(params) if param.grad is None]
+    frozen = [number for number in without if not params[number].requires_grad]
+    first = (frozen or without)[0]
+    return RuntimeError(
+        "gradient: expected one for every parameter of a group whose rule has a memory, which is of all of them, got "
+        f"{len(params) - len(without)} of {len(params)}: none for its parameter {first}, of shape "
+        f"{tuple(params[first].shape)}" + (", which takes none: leave out what requires_grad=False" if frozen else "")
+    )
 
 
 def check_same_rule(index: int, saved: Any, rule: Rule) -> bool:

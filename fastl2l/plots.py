@@ -13,21 +13,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.container import Container
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
 from fastl2l.evaluate import Curves, with_half_width
 from fastl2l.files import write_bytes
 from fastl2l.meta import Epoch
+
+if TYPE_CHECKING:  # matplotlib is imported where something is drawn: most commands draw nothing, or late
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.container import Container
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart. A name keeps its colour in every figure.
 COLOURS = {
@@ -164,7 +163,7 @@ def plot_final_losses(
             axes.axvline(marked, color="#999999", linewidth=1, linestyle=":", zorder=1)
         if log_x:
             axes.set_xscale("log")
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.minorticks_off()
         axes.set(xlabel=xlabel, ylabel=_final_loss(sample))
         axes.set_xticks(list(group), [f"{x:,}" for x in group])
         _loss_axis(axes, finals)
@@ -270,9 +269,7 @@ def plot_ratios(
         axes.grid(axis="both")
         axes.set(xscale="log", xlim=(low, high), xlabel=xlabel, ylim=(len(problems) - 0.5, -0.5))
         axes.set_yticks(range(len(problems)), problems if first else [""] * len(problems))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        _number(axes.xaxis, (1, 2, 5))
         if first:
             legend_beneath(axes, marks[::-1])
 
@@ -358,7 +355,10 @@ def plot_matrices(rows: Mapping[str, Mapping[str, Tensor]], path: str | os.PathL
     """
     suffix = _suffix(path)
     picture = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
         columns = max(len(row) for row in rows.values())
         figure = Figure(figsize=(2.3 * columns, 2.5 * len(rows) + 0.6), layout="constrained")
         grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -385,7 +385,10 @@ def save_panels(
     if not panels:
         raise ValueError("panels: expected at least one, got none")
     picture = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
         width = 6.4 if len(panels) == 1 else 4.6 * len(panels)
         figure = Figure(figsize=(width, _PANEL_HEIGHT), layout="constrained")
         titles = []
@@ -414,6 +417,8 @@ def legend_beneath(axes: Axes, handles: Sequence[Artist | Container], title: str
 
     To be called when the axes are finished: it is placed by what is there.
     """
+    from matplotlib.transforms import ScaledTranslation
+
     figure = axes.figure
     box = axes.get_window_extent()
     written = axes.get_tightbbox() or box
@@ -504,10 +509,17 @@ def _loss_axis(axes: Axes, losses: Iterable[float], log: bool = True) -> None:
     axes.set_ylim(low / 1.25, high * 1.25)
     decades = math.log10(high) - math.log10(low)
     labelled = (1, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=labelled))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _number(axes.yaxis, labelled)
+
+
+def _number(axis: Axis, labelled: Sequence[int]) -> None:
+    """Of an axis in logarithms: these multiples of the powers of ten are marked and written out, and no others."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=labelled))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _label(curves: Curves, name: str) -> str:

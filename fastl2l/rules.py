@@ -337,7 +337,7 @@ class NTMRule(Rule):
 
     Args:
         memory: ``"matrix"``, of N x N numbers and at most 2 GiB; or ``"pairs"``, the last vectors a and b.
-        pairs: of pairs: steps whose vectors are kept, of each write head.
+        pairs: of pairs: steps whose vectors are kept, of each write head; 20 unless it is given.
         reads, writes: heads.
         initial: M_0 is this times the identity.
         inside, differences, multiply, forget, memory_bound, read_bound, update_bound: see
@@ -356,7 +356,7 @@ class NTMRule(Rule):
         self,
         memory: str = "matrix",
         *,
-        pairs: int = 0,
+        pairs: int | None = None,
         reads: int = 1,
         writes: int = 3,
         initial: float = 1.0,
@@ -378,6 +378,8 @@ class NTMRule(Rule):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         config = lstm_config(preprocess, p, scale, output_scale, hidden_size, num_layers)
+        if pairs is None:
+            pairs = PAIRS if memory == "pairs" else 0
         remembers = MemoryConfig(
             memory, pairs, reads, writes, initial, inside, differences, multiply, forget, memory_bound, read_bound,
             update_bound, scale,
@@ -386,6 +388,8 @@ class NTMRule(Rule):
         super().__init__(dataclasses.replace(config, averages=averages, memory=remembers), seed=seed, dtype=dtype)
 
 
+PAIRS = 20
+"""As many as are kept by default."""
 _FIRST_BIASES = {"bias_write": 0.5, "bias_step": -0.3}
 """Of heads: of right vectors, and of how far to go along M g."""
 RULES: dict[str, type[Rule]] = {kind.kind: kind for kind in (LSTMRule, RNNpropRule, GACRule, NTMRule)}

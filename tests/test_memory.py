@@ -308,6 +308,27 @@ def test_an_optimizer_has_a_memory_for_all_parameters_of_a_group(way, kind):
         torch.testing.assert_close(found, theta, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_memory_is_told_of_all_that_parameters_change_by(kind, apart):
+    """Of the decay of weights too, and of a rate that changes; also after a state was loaded."""
+    rule, rates = ntm("what helps, bounded", kind), [0.5, 2.0, 0.3, 1.0, 1.0, 0.7]
+    params, optimizer = optimizer_of(rule, *SHAPES, weight_decay=0.1)
+    theta = torch.cat([param.detach().reshape(-1) for param in params])
+    state = first(rule, theta.numel())
+    for seed, rate in enumerate(rates):
+        give(params, seed)
+        if apart:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.param_groups[0]["lr"] = rate
+        change, state = truth(rule, torch.cat([param.grad.reshape(-1) for param in params]), state)
+        change = rate * change - rate * 0.1 * theta
+        theta, state = theta + change, state._replace(update=change)
+        optimizer.step()
+        found = torch.cat([param.detach().reshape(-1) for param in params])
+        torch.testing.assert_close(found, theta, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", ["saved", "deepcopy"])
 def test_a_saved_state_goes_on_to_the_same_bits(kind, copied, tmp_path):
@@ -357,8 +378,18 @@ def test_parameters_come_and_go_together():
     params, optimizer = stepped(ntm(), (3,), (4,))
     give(params, 1)
     params[0].grad = None
-    with pytest.raises(RuntimeError, match=r"gradient: expected one for every parameter of a group .* got 1 of 2"):
+    before = copy.deepcopy((params, optimizer.state_dict()))
+    missing = (
+        r"gradient: expected one for every parameter of a group .* got 1 of 2: none for its parameter 0, of shape .*"
+    )
+    with pytest.raises(RuntimeError, match=missing + r"\(3,\)$"):
         optimizer.step()
+    params[0].requires_grad_(False)
+    with pytest.raises(RuntimeError, match=missing + ", which takes none: leave out what requires_grad=False"):
+        optimizer.step()
+    params[0].requires_grad_()
+    now = params, optimizer.state_dict()["state"]
+    torch.testing.assert_close(now, (before[0], before[1]["state"]), rtol=0, atol=0)
     with pytest.raises(ValueError, match="old: expected a parameter whose rule has no memory"):
         optimizer.replace_parameter(params[0], torch.zeros(2, dtype=F64, requires_grad=True), [0, 1])
 
@@ -370,8 +401,8 @@ def test_parameters_come_and_go_together():
     ("arguments", "message"),
     [
         ({"memory": "tape"}, "memory: expected one of matrix, pairs, got 'tape'"),
-        ({"memory": "pairs"}, "pairs: expected an integer of at least 1 and at most 1024, got 0"),
-        ({"pairs": 3}, "pairs: expected an integer of at least 0 and at most 0, got 3"),
+        ({"memory": "pairs", "pairs": 0}, "pairs: expected an integer of at least 1 and at most 1024, got 0"),
+        ({"pairs": 3}, "pairs: expected none of a matrix, got 3"),
         ({"reads": 0}, "reads: expected an integer of at least 1 and at most 1024, got 0"),
         ({"writes": 0}, "writes: expected an integer of at least 1 and at most 1024, got 0"),
         ({"initial": 0.0}, "initial: expected a number > 0 and at most 1e30, got 0.0"),
@@ -404,6 +435,12 @@ def test_numbers_of_any_kind_are_kept(tmp_path):
 def test_options_are_told_once():
     with pytest.raises(ValueError, match="memory: expected each option once, got forget twice"):
         memory_options("matrix,forget=0.1,forget=0.2")
+    with pytest.raises(ValueError, match="inside: expected no value, inside alone switches it on, got 'True'"):
+        memory_options("matrix,inside=True")
+
+
+def test_twenty_pairs_are_kept_unless_it_is_said():
+    assert NTMRule("pairs").config.memory == NTMRule("pairs", pairs=20).config.memory
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastl2l import FusedLSTMOptimizer, LSTMRule, RNNpropRule, load_rule, optim, optimizer_state, reference
+from fastl2l import FusedLSTMOptimizer, GACRule, LSTMRule, RNNpropRule, load_rule, optim, optimizer_state, reference
 from fastl2l.ops import dispatch
 from fastl2l.ops import reference as reference_operators
 from fastl2l.ops.dispatch import select
@@ -1346,6 +1346,11 @@ def test_weight_decay_is_adamw_s(rule, backend):
 def test_rules_with_means_take_no_state_in_bfloat16():
     with pytest.raises(ValueError, match=r"state_dtype: expected None for adam.*, whose means would lose"):
         FusedLSTMOptimizer(parameters(), RNNpropRule(), state_dtype=torch.bfloat16)
+
+
+def test_rules_whose_coordinates_talk_take_no_state_in_bfloat16():
+    with pytest.raises(ValueError, match=r"state_dtype: expected None for a rule whose coordinates talk, got torch.b"):
+        FusedLSTMOptimizer(parameters(), GACRule(averages=2), state_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

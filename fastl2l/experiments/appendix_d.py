@@ -44,7 +44,7 @@ LONGER = {"lstm, longer": "lstm-quadratic", "ntm, longer": "ntm-quadratic"}
 ON_MNIST = {"lstm": "lstm-mnist-1", "lstm+gac": "gac-mnist"}
 BASELINES = ("adam", "lbfgs", "bfgs")
 STEPS, SIDE_BY_SIDE = 100, 100
-REMEMBERED = (0, 20, 100)
+REMEMBERED = (0, 20, 50, 100)
 """Steps after which a memory is drawn."""
 
 
@@ -237,28 +237,62 @@ def _write(
         one = of_seeds[min(of_seeds)]
         parts += [f"## {SETTINGS[name].title}", f"{one.runs:,} functions.", markdown(distribution(of_seeds))]
     parts += [] if mnist is None else ["## MLP 784-20-10 on MNIST", mnist.markdown()]
-    files.write_text(folder / "table.md", "\n\n".join(parts) + "\n")
     if "ntm-quadratic" in rules:
+        remembered = memories(rules["ntm-quadratic"])
+        parts += ["## What ntm-quadratic remembers", markdown(cosines(remembered))]
         title = "What ntm-quadratic remembers of three functions; each picture has its own scale"
-        plots.plot_matrices(memories(rules["ntm-quadratic"]), folder / "memory.png", title=title)
+        plots.plot_matrices(_pictures(remembered), folder / "memory.png", title=title)
+    files.write_text(folder / "table.md", "\n\n".join(parts) + "\n")
 
 
-def memories(rule: Learned, number: int = 3) -> dict[str, dict[str, Tensor]]:
-    """Of the first test functions, the memory M [10, 10] after some steps, beside the inverse Hessian.
+class Memories(NamedTuple):
+    """Of test functions, float64 [functions, 10, 10].
 
-    Above M is its cosine with that.
+    Attributes:
+        after: M after so many steps.
+        inverse: the inverse Hessians.
+        conditions: of the Hessians, [functions].
     """
+
+    after: dict[int, Tensor]
+    inverse: Tensor
+    conditions: Tensor
+
+    def cosine(self, step: int) -> Tensor:
+        """Of M with the inverse Hessian, [functions]: 1 where one is a multiple of the other."""
+        memory = self.after[step]
+        return (memory * self.inverse).sum((1, 2)) / memory.norm(dim=(1, 2)) / self.inverse.norm(dim=(1, 2))
+
+
+def memories(rule: Learned) -> Memories:
+    """What the rule, which has a matrix, remembers of the first test functions."""
+    problem = Quadratic(batch=SIDE_BY_SIDE).sample(problem_seed(1, "test", 0))
+    hessian = 2 * problem.w.double().mT @ problem.w.double()
+    trajectory, after = Trajectory(problem, rule), dict[int, Tensor]()
+    for step in range(max(REMEMBERED) + 1):
+        if step in REMEMBERED:
+            after[step] = trajectory.state.memory.double().mT.clone()
+        trajectory.advance()
+    return Memories(after, torch.linalg.inv(hessian), torch.linalg.cond(hessian))
+
+
+def cosines(memories: Memories) -> list[list[str]]:
+    """How the cosines with inverse Hessians are distributed over functions, a row for each step."""
+    shares = (0.05, 0.25, 0.5, 0.75, 0.95)
+    rows = [["cosine of M with the inverse Hessian", *(f"{share:.0%} are below" for share in shares)]]
+    for step in memories.after:
+        quantiles = (memories.cosine(step).quantile(share).item() for share in shares)
+        rows.append([f"after {step} steps", *(f"{quantile:.2f}" for quantile in quantiles)])
+    return rows
+
+
+def _pictures(memories: Memories, number: int = 3) -> dict[str, dict[str, Tensor]]:
+    """Of the first functions a row each; above M is its cosine."""
     found = {}
     for index in range(number):
-        problem = Quadratic(batch=1).sample(problem_seed(1, "test", index))
-        trajectory, row = Trajectory(problem, rule), dict[str, Tensor]()
-        w = problem.w[0].double()
-        inverse = torch.linalg.inv(2 * w.T @ w)
-        for step in range(max(REMEMBERED) + 1):
-            if step in REMEMBERED:
-                memory = trajectory.state.memory[0].T.double()
-                cosine = (memory * inverse).sum() / memory.norm() / inverse.norm()
-                row[f"M after {step} steps ({cosine:.2f})"] = memory
-            trajectory.advance()
-        found[f"condition {torch.linalg.cond(w).item() ** 2:.0f}"] = row | {"inverse Hessian": inverse}
+        row = {
+            f"M after {step} steps ({memories.cosine(step)[index]:.2f})": memory[index]
+            for step, memory in memories.after.items()
+        }
+        found[f"condition {memories.conditions[index]:.0f}"] = row | {"inverse Hessian": memories.inverse[index]}
     return found

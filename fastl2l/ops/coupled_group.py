@@ -80,6 +80,8 @@ class _StepOf:
         if state is not states[0]:
             for own, part in zip(states, state.split([tiles_of(size) for size in sizes]), strict=True):
                 own.copy_(part)
+        if decay and isinstance(now, Remembered) and now.config.differences:
+            now.last_update.sub_(torch.cat([param.reshape(-1) for param in params]), alpha=decay)
         if isinstance(now, Remembered) and self._whole is None:
             for entry, parts in zip(self._entries, of_each(now, sizes), strict=True):
                 for name, part in parts.items():

@@ -80,6 +80,11 @@ class Remembered:
             return self
         return replace(self, memory=RecordedPairs(self.config, self.memory, self.steps, steps))
 
+    @property
+    def last_update(self) -> Tensor:
+        """What coordinates have changed by, [functions, dim], of a memory that is told of differences."""
+        return self.rows[1]
+
     def detach(self) -> Remembered:
         layers = [layer.detach() for layer in self.layers]
         return Remembered(self.config, layers, self.rows.detach(), self.memory.detach(), self.steps)
