@@ -265,7 +265,7 @@ def train(
     write(lambda: plots.plot_history(history, out / "training.png", title=f"Meta-training on {task}", log_floor=floor))
     _say(f"validation loss {trainer.kept_loss:.4g} ({keep} epoch)")
     if not math.isfinite(trainer.kept_loss):
-        _say("the rule diverges on validation problems; try a smaller --output-scale or --meta-lr, or a memory's bounds")
+        _say("the rule diverges on validation problems; a smaller --output-scale or --meta-lr may help, or bounds")
     _say(f"rule:   {out / 'rule.safetensors'}\nfigure: {out / 'training.png'}")
 
 
