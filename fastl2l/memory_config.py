@@ -14,8 +14,10 @@ from fastl2l.files import shown
 KINDS = ("matrix", "pairs")
 MOST = 1 << 10
 """Of heads and of pairs."""
-LARGEST = 1e30
-"""Number, which float32 can hold, and some of its products."""
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Numbers that float32 can hold, and some of their products."""
+LARGEST_SEEN = 1e15
+"""What is more of a gradient that memory is concerned with, or of its change in units of s, counts as this."""
 SWITCHES = ("inside", "differences", "multiply")
 GRADIENT_AND_DIFFERENCE = 2
 """Reads of a memory whose heads multiply: of the gradient and of what it has changed by."""
@@ -74,10 +76,10 @@ class MemoryConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {shown(getattr(self, name))}")
         for name in ("initial", "scale", "memory_bound", "read_bound", "update_bound"):
-            if not name.endswith("bound"):
-                self._number(name, "a number > 0 and at most 1e30", 0 < _float(getattr(self, name)) <= LARGEST)
-            elif getattr(self, name) is not None:
-                self._number(name, "None or a number > 0 and at most 1e30", 0 < _float(getattr(self, name)) <= LARGEST)
+            optional = name.endswith("bound")
+            if not (optional and getattr(self, name) is None):
+                expected = "None or " * optional + "a number from 1e-30 to 1e30"
+                self._number(name, expected, SMALLEST <= _float(getattr(self, name)) <= LARGEST)
         self._number("forget", "a number of at least 0 and below 1", 0 <= _float(self.forget) < 1)
         if self.multiply and not self.differences:
             raise ValueError("differences: expected True with multiply, whose heads multiply them, got False")

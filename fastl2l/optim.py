@@ -34,6 +34,7 @@ from fastl2l.optimizer_state import (
     Together,
     check_factors,
     check_memory,
+    check_remembered,
     check_saved,
     check_shape,
     has_data,
@@ -312,7 +313,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                 before; or any of this, or a lack of memory, in another process that has parts of the parameters.
             torch.OutOfMemoryError: there is no memory for the states of parameters that are stepped for the first time.
             ProcessError: another process has ended, or has said nothing for as long as its group's time-out is.
-                Nothing has been changed in any of these cases.
+                Nothing has been changed in any of these cases, unless a process ends amidst a step of a rule whose
+                coordinates talk: then states have been, and are to be loaded again, as the message says.
         """
         loss = None
         if closure is not None:
@@ -477,6 +479,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         factors = together.factors if together is not None and together.factors.are_of(entries, config) else None
         if factors is None:
             check_factors(entries, config)
+        if together is None or not together.is_of(entries, config):
+            check_remembered(entries, batch.params, batch.group["rule"])
         if together is None or together.shapes != [param.shape for param in batch.params]:
             for param, entry in zip(batch.params, entries, strict=True):
                 if STATE in entry:
@@ -600,6 +604,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             rule = group["rule"]
             same = check_same_rule(index, saved_group.get("rule"), rule)
             check_rates(saved_group.get("lr", 1.0), saved_group.get("weight_decay", 0.0))
+            for key in saved_group["params"]:
+                if not isinstance(entries.get(key, {}), dict):
+                    raise ValueError(f"state of parameter {key}: expected a dictionary, got {shown(entries[key])}")
             keys = zip(group["params"], saved_group["params"], strict=True)
             found = {
                 param: (key, local_entry(key, entries[key], rule, param))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -92,6 +92,8 @@ class Factors(NamedTuple):
 class Together(NamedTuple):
     """The states of a group's parameters side by side in one tensor, which the kernel takes in their place."""
 
+    config: RuleConfig
+    """Of the rule that they were made for."""
     states: list[Tensor]
     shapes: list[torch.Size]  # of the parameters
     state: Tensor
@@ -108,12 +110,15 @@ class Together(NamedTuple):
         """
         shapes = [param.shape for param in params]
         tiles = [state_shape(rule, shape.numel())[0] for shape in shapes]
-        state = _allocate(rule, sum(tiles) * TILE, dtype)
+        where = Coordinates(tuple(shape.numel() for shape in shapes))
         remembered = None
-        if rule.config.memory is not None and shapes:
-            where = Coordinates(tuple(shape.numel() for shape in shapes))
-            remembered = Remembered.new(rule, where, state.device, state.unbind(1))
-        together = cls(list(state.split(tiles)), shapes, state, [], Factors.fresh(rule, len(shapes)), remembered)
+        with _numbers_of_later(), _lack_of_memory(rule, where, dtype):
+            state = new_state(rule, sum(tiles) * TILE, rule.device, dtype)
+            if rule.config.memory is not None and shapes:
+                remembered = Remembered.new(rule, where, state.device, state.unbind(1))
+            states = list(state.split(tiles))
+        factors = Factors.fresh(rule, len(shapes))
+        together = cls(rule.config, states, shapes, state, [], factors, remembered)
         if not torch.compiler.is_compiling() and has_data(state):
             together.places.extend(together._places())
         return together
@@ -132,7 +137,7 @@ class Together(NamedTuple):
         """What was saved of each parameter's part."""
         for own, entry in zip(self._parts(), entries, strict=True):
             for name, part in own.items():
-                part.copy_(entry[name])
+                part.copy_(entry[name].detach())
 
     def _parts(self) -> list[dict[str, Tensor]]:
         """Of the memory, for each parameter."""
@@ -145,11 +150,17 @@ class Together(NamedTuple):
         if self.remembered is None:
             return None
         same = all(
-            part.data_ptr() == entry[name].data_ptr()
+            _is_at(entry.get(name), part)
             for own, entry in zip(self._parts(), entries, strict=True)
             for name, part in own.items()
         )
         return self.remembered if same else None
+
+    def is_of(self, entries: Sequence[dict[str, Any]], config: RuleConfig) -> bool:
+        """Whether it was made for such a rule, and the memory, if there is one, is what is kept of the parameters."""
+        if self.config is not config and self.config != config:
+            return False
+        return self.remembered is None or self.memory_of(entries) is not None
 
     def holds(self, states: Sequence[Tensor | None]) -> bool:
         """Whether these are the states, and still parts of this memory: somebody may have given them other data."""
@@ -247,15 +258,19 @@ def check_saved(key: object, entry: dict[str, Any], rule: Rule, param: Tensor, d
         ValueError: its shape or dtype is another, its parameter had another shape, or it is something else.
     """
     found, sizes = entry[STATE], entry.get(SHAPE, {})
-    if not isinstance(found, Tensor) or found.layout != torch.strided or not isinstance(sizes, dict):
+    dense = isinstance(found, Tensor) and _is_dense(found, param.device)
+    if not dense or not isinstance(sizes, dict):
         got = f"{type(found).__name__} and {type(sizes).__name__}"
         raise ValueError(f"state of parameter {key}: expected a dense tensor and a dictionary of sizes, got {got}")
     if rule.config.relative and not (_is_number(entry.get(UNIT), rule.dtype) and entry[UNIT].to(rule.dtype) > 0):
         got = shown(entry.get(UNIT))
         raise ValueError(f"state of parameter {key}: expected its unit, a finite number > 0 as a 0-d tensor, got {got}")
-    if rule.config.counts_steps and not (_is_number(entry.get(STEP), torch.float32) and entry[STEP] >= 0):
-        got = shown(entry.get(STEP))
-        raise ValueError(f"state of parameter {key}: expected its steps, a number >= 0 as a 0-d tensor, got {got}")
+    steps = entry.get(STEP)
+    counted = _is_number(steps, torch.float32) and float(steps) >= 0 and float(steps).is_integer()
+    if rule.config.counts_steps and not counted:
+        raise ValueError(
+            f"state of parameter {key}: expected its steps, a whole number >= 0 as a 0-d tensor, got {shown(steps)}"
+        )
     if (shape := kept_shape(entry, param)) != tuple(param.shape):
         raise ValueError(
             f"state of parameter {key}: expected one of a parameter of shape {list(param.shape)}, got {list(shape)}"
@@ -283,15 +298,8 @@ def check_memory(number: int, entries: Sequence[dict[str, Any]], params: Sequenc
         )
     numel = sum(param.numel() for param in params)
     for entry, param in zip(entries, params, strict=True):
-        shapes = {ROWS: (config.rows, 1, numel), MEMORY: memory.shape(config, 1, numel)}
-        for name, shape in shapes.items():
-            expected, found = (*shape[:-1], param.numel()), entry.get(name)
-            if not isinstance(found, Tensor) or tuple(found.shape) != expected or found.dtype != rule.dtype:
-                got = f"{list(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else shown(found)
-                raise ValueError(
-                    f"state of group {number}: expected {name} of {list(expected)} of {rule.dtype}, as {numel} "
-                    f"coordinates in all have it, got {got}"
-                )
+        if wrong := _wrong_part(entry, param, rule, numel):
+            raise ValueError(f"state of group {number}: {wrong}")
     if len(steps := {float(entry[STEP]) for entry in entries}) > 1:
         raise ValueError(
             f"state of group {number}: expected {STEP} to be the same of all parameters, which share a memory, got "
@@ -299,7 +307,48 @@ def check_memory(number: int, entries: Sequence[dict[str, Any]], params: Sequenc
         )
 
 
-def _is_number(found: object, dtype: torch.dtype) -> bool:
+def check_remembered(entries: Sequence[dict[str, Any]], params: Sequence[Tensor], rule: Rule) -> None:
+    """That there is the memory that a rule takes of parameters which have been stepped, or none.
+
+    Raises:
+        RuntimeError: they were stepped by a rule of another memory.
+    """
+    numel = sum(param.numel() for param in params)
+    for entry, param in zip(entries, params, strict=True):
+        if STATE in entry and (wrong := _wrong_part(entry, param, rule, numel)):
+            raise RuntimeError(f"state: {wrong}; a rule with another memory takes a new optimizer")
+
+
+def _wrong_part(entry: dict[str, Any], param: Tensor, rule: Rule, numel: int) -> str:
+    """What is wrong with a parameter's part of the memory of so many coordinates."""
+    config = rule.config.memory
+    if config is None:
+        return f"expected no {MEMORY} of {rule}, got one" if MEMORY in entry else ""
+    for name, shape in {ROWS: (config.rows, 1, numel), MEMORY: memory.shape(config, 1, numel)}.items():
+        expected, found = (*shape[:-1], param.numel()), entry.get(name)
+        if not isinstance(found, Tensor):
+            got = shown(found)
+        elif tuple(found.shape) != expected or found.dtype != rule.dtype or not _is_dense(found, rule.device):
+            got = f"{list(found.shape)} of {found.dtype}, {found.layout}, on {found.device}"
+        else:
+            continue
+        return f"expected {name} of {list(expected)} of {rule.dtype}, as {numel} coordinates in all have it, got {got}"
+    return ""
+
+
+def _is_at(found: object, part: Tensor) -> bool:
+    """Whether it is this part of a memory."""
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (part.shape, part.dtype):
+        return False
+    return found.data_ptr() == part.data_ptr()
+
+
+def _is_dense(found: Tensor, device: torch.device) -> bool:
+    """Whether there are numbers, one after the other, that can be copied to this device."""
+    return found.layout == torch.strided and found.is_meta == (device.type == "meta")
+
+
+def _is_number(found: Any, dtype: torch.dtype) -> TypeGuard[Tensor]:
     """Whether it is a 0-d tensor, finite in this dtype."""
     if not isinstance(found, Tensor) or found.shape != () or not found.is_floating_point():
         return False
@@ -347,20 +396,23 @@ def select_rows(entry: dict[str, Any], old: Tensor, new: Tensor, rows: Any) -> d
     return new_entry(layers_apart(state), new.shape)
 
 
-def _allocate(rule: Rule, numel: int, dtype: torch.dtype | None) -> Tensor:
-    """Memory for new states."""
-    device = rule.device
+@contextlib.contextmanager
+def _lack_of_memory(rule: Rule, where: Coordinates, dtype: torch.dtype | None) -> Iterator[None]:
+    """What is raised where there is none for new states says what would help."""
     try:
-        return new_state(rule, numel, device, dtype)
+        yield
     except RuntimeError as error:
         # The CPU's allocator has no error of its own.
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        size = math.prod(state_shape(rule, numel)) * (dtype or rule.dtype).itemsize / 2**30
-        halved = dtype is None and rule.dtype == torch.float32 and rule.config.takes_bfloat16_state
+        config = rule.config
+        size = math.prod(state_shape(rule, where.numel)) * (dtype or rule.dtype).itemsize
+        if config.memory is not None:
+            size += math.prod(memory.shape(config.memory, 1, where.numel)) * rule.dtype.itemsize
+        halved = dtype is None and rule.dtype == torch.float32 and config.takes_bfloat16_state
         half = "state_dtype=torch.bfloat16 (half as much), " if halved else ""
         raise torch.OutOfMemoryError(
-            f"state of {numel:,} coordinates: expected {size:,.1f} GiB of free memory on {device}, got less; take "
-            f"{half}fewer parameters, fewer of them in a group (whose new states are one piece of memory) or a rule of "
-            "fewer units; nothing was changed"
+            f"state of {where.numel:,} coordinates: expected {size / 2**30:,.1f} GiB of free memory on {rule.device}, "
+            f"got less; take {half}fewer parameters, fewer of them in a group (whose new states are one piece of "
+            "memory) or a rule of fewer units; nothing was changed"
         ) from error

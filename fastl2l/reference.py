@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastl2l.memory_config import MemoryConfig
+from fastl2l.memory_config import LARGEST_SEEN, MemoryConfig
 from fastl2l.rule_config import Adam, Features, LogAndSign, LogSign, Raw, RuleConfig
 
 
@@ -234,9 +234,9 @@ def remembering_step(
 ) -> tuple[Tensor, Remembering]:
     """One step of a rule with a memory, for all coordinates of one function; weights are by name."""
     n, size = len(gradient), _rms(state.update)
-    g = memory.scale * gradient
+    g = (memory.scale * gradient).clamp(-LARGEST_SEEN, LARGEST_SEEN)
     s, y = (vector / size if size > 0 else 0.0 * vector for vector in (state.update, g - state.gradient))
-    y = _within(y, memory.read_bound)
+    y = _within(y.clamp(-LARGEST_SEEN, LARGEST_SEEN), memory.read_bound)
 
     def read(h: Tensor, matrix: Tensor) -> Tensor:
         vectors = torch.stack([g, y]) if memory.multiply else _heads(weights, "read", h)

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from fastl2l.files import shown
 from fastl2l.memory_config import MemoryConfig
 from fastl2l.rule_config import RuleConfig, lstm_config, require_int, rnnprop_config
 
@@ -323,7 +325,11 @@ class GACRule(Rule):
 
 def _of_layers(averages: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
     """One number a layer."""
-    return tuple(averages) if isinstance(averages, Sequence) else (averages,) * num_layers
+    if isinstance(averages, Sequence) and not isinstance(averages, str | bytes):
+        return tuple(averages)
+    if not isinstance(averages, numbers.Integral):
+        raise ValueError(f"averages: expected an integer, or one of each layer, got {shown(averages)}")
+    return (averages,) * num_layers
 
 
 class NTMRule(Rule):

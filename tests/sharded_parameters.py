@@ -135,11 +135,19 @@ def talking(folder: Path, *, save: bool) -> dict[str, bool]:
         pairs = zip(whole(one), whole(other), strict=True)
         return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
 
-    def fsdp():
-        net = model()
+    def fsdp(made=model):
+        net = made()
         fully_shard(net, mesh=mesh)
         return net, FusedLSTMOptimizer(net.named_parameters(), rule)
 
+    def one_row():
+        torch.manual_seed(0)
+        return nn.Linear(4, 1)
+
+    little, (net, of_net) = one_row(), fsdp(one_row)  # all of it is in the first process
+    run(FusedLSTMOptimizer(little.parameters(), rule), little, range(3))
+    run(of_net, net, range(3))
+    found["talking, nothing here"] = close(net, little) and not close(net, one_row())
     plain, (net, of_net), (other, of_other) = model(), fsdp(), fsdp()
     optimizer = FusedLSTMOptimizer(plain.parameters(), rule)
     run(optimizer, plain, range(3))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import errors, random_gradients, random_rows, randomized, tiles
@@ -568,12 +569,38 @@ def test_rows_that_stay_keep_their_state():
     ("options", "message"),
     [
         ({"capturable": True, "nonfinite": "skip"}, "capturable: expected False with a rule whose coordinates talk"),
-        ({"state_dtype": torch.bfloat16}, "state_dtype: expected None for log_sign"),
+        ({"state_dtype": torch.bfloat16}, "state_dtype: expected None for a rule whose coordinates talk"),
     ],
 )
 def test_options_that_it_does_not_take_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FusedLSTMOptimizer([torch.zeros(3, requires_grad=True)], gac(dtype=torch.float32), **options)
+
+
+def test_averaged_units_may_be_other_ones_later():
+    """Which a layer's state does not depend on; a memory, it does: see test_memory.py."""
+    params, optimizer = optimizer_of(gac((2, 2)), *SHAPES)
+    give(params, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["rule"] = gac((0, 3))
+    give(params, 1)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first", ["step", "load_state_dict"])
+def test_what_is_made_in_inference_mode_is_of_use_outside(backend, first):
+    rule = gac(dtype=torch.float32)
+    (params, optimizer), (others, other) = (optimizer_of(rule, *SHAPES, dtype=torch.float32) for _ in range(2))
+    for seed in range(2):
+        give(params, seed)
+        give(others, seed)
+        optimizer.step()
+        with torch.inference_mode((first == "step") and seed == 0):
+            other.step()
+    with torch.inference_mode(first == "load_state_dict"):
+        other.load_state_dict(other.state_dict())
+    go_on_alike((params, optimizer), (others, other), range(2, 4))
 
 
 # What it is made of
@@ -582,6 +609,8 @@ def test_options_that_it_does_not_take_are_refused(options, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"averages": np.array([1, 2])}, r"averages: expected an integer, or one of each layer, got array"),
+        ({"averages": b"\x01\x02"}, "averages: expected an integer, or one of each layer, got b'"),
         ({"averages": 21}, "averages: expected an integer of at least 0 and at most 20, got 21"),
         ({"averages": (1, 21)}, "averages: expected an integer of at least 0 and at most 20, got 21"),
         ({"averages": -1}, "averages: expected an integer of at least 0 and at most 20, got -1"),

@@ -177,6 +177,20 @@ def test_a_damaged_file_is_computed_anew(tmp_path, followed):
     assert len(followed) == 7
 
 
+def test_kept_losses_that_are_no_numbers_are_not_taken(tmp_path, followed):
+    """A loss that is not finite is inf, from where it diverged on."""
+    optimizers, options = {"sgd": baselines.SGD(0.02)}, {"steps": 4, "runs": 10, "tuning_runs": 1}
+    losses.curves(SMALL, optimizers, **options)
+    (path,) = (tmp_path / "cache" / "losses").iterdir()
+    with files.open_tensors(path) as stored:
+        request, kept = {"request": stored.metadata["request"]}, stored.load()
+    kept["losses"][3, 2] = float("nan")
+    files.write_tensors(path, kept, request)
+    with pytest.warns(RuntimeWarning, match="expected losses, got NaN; it is computed anew"):
+        losses.curves(SMALL, optimizers, **options)
+    assert len(followed) == 2
+
+
 def test_kept_losses_of_another_size_are_not_read(tmp_path, followed, monkeypatch):
     optimizers, options = {"sgd": baselines.SGD(0.02)}, {"steps": 4, "runs": 10, "tuning_runs": 1}
     losses.curves(SMALL, optimizers, **options)

@@ -573,7 +573,9 @@ def test_a_loaded_ramp_goes_on_to_the_bit():
     assert all(map(torch.equal, params, copied.param_groups[0]["params"]))
     saved = optimizer.state_dict()
     del saved["state"][2]["step"]
-    with pytest.raises(ValueError, match="state of parameter 2: expected its steps, a number >= 0 as a 0-d tensor"):
+    with pytest.raises(
+        ValueError, match="state of parameter 2: expected its steps, a whole number >= 0 as a 0-d tensor"
+    ):
         resumed.load_state_dict(saved)
 
 

@@ -114,4 +114,7 @@ def _read(path: Path, request: dict[str, Any], shape: tuple[int, int]) -> Tensor
             raise FileError(f"{path}: is the answer to another request")
         if stored.shapes != {"losses": shape} or stored.dtypes != {"F64"}:
             raise FileError(f"{path}: expected float64 {shape}, got {shown(stored.shapes)}")
-        return stored.load()["losses"]
+        losses = stored.load()["losses"]
+    if losses.isnan().any():  # what diverged is inf
+        raise FileError(f"{path}: expected losses, got NaN")
+    return losses

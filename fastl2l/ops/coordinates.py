@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastl2l.ops.layout import TILE, from_rows, tiles_of, to_rows
+from fastl2l.processes import ProcessError
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,21 @@ def mean_of(total: Tensor, count: int, groups: Sequence[dist.ProcessGroup]) -> T
     """The means of so many numbers here, whose sums are `total`, and of those in the other processes of `groups`.
 
     Sums and counts are reduced, so that processes may have different numbers of coordinates, and some none.
+
+    Raises:
+        ProcessError: another process has ended, or has said nothing for as long as its group's time-out is.
     """
     if not groups:
         return total / count
     sums = torch.cat([total.reshape(-1), total.new_full((1,), count)])
     for group in groups:
-        dist.all_reduce(sums, group=group)
+        try:
+            dist.all_reduce(sums, group=group)
+        except RuntimeError as error:
+            raise ProcessError(
+                "step: expected all processes that have parts of the parameters to take it, but another has ended "
+                f"amidst it, or said nothing until the time-out ({str(error)[:200]}); load the optimizer's state again"
+            ) from error
     return (sums[:-1] / sums[-1]).view_as(total)
 
 

@@ -70,7 +70,7 @@ class _StepOf:
         if rate is not None:  # what a memory is told of are the steps as they are
             update_scale, decay = update_scale * float(rate), decay * float(rate)
         sizes = tuple(param.numel() for param in params)
-        if not sum(sizes):
+        if not sum(sizes) and not self._groups:  # others wait for what this process has of means: nothing
             return
         where, dtype = Coordinates(sizes, groups=self._groups), self._rule.dtype
         gradient = torch.cat([grad.reshape(-1).to(dtype) for grad in grads]) * grad_scale

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastl2l.memory_config import MemoryConfig
+from fastl2l.memory_config import LARGEST_SEEN, MemoryConfig
 from fastl2l.ops import memory
 from fastl2l.ops.averaged_layer import LayerStep
 from fastl2l.ops.bounds import limited, reciprocal, rms
@@ -106,13 +106,18 @@ def step_(network: Network, gradient: Tensor, state: Remembered) -> Tensor:
     return told.update
 
 
+def _seen(vector: Tensor) -> Tensor:
+    """So that squares are finite in float32, and a bound has something to measure."""
+    return vector.clamp(-LARGEST_SEEN, LARGEST_SEEN)
+
+
 class _Step:
     """What is done before anything is written; afterwards `rows` says what is to be kept of the coordinates."""
 
     def __init__(self, network: Network, gradient: Tensor, state: Remembered) -> None:
         self.config, self._network, self._state = state.config, network, state
         self._where = network.where
-        self._g = self.config.scale * self._by_function(gradient)
+        self._g = _seen(self.config.scale * self._by_function(gradient))
         self._reads = state.rows[2 * self.config.differences :]
         if self.config.differences:
             self._s, self._y = self._differences()
@@ -134,7 +139,7 @@ class _Step:
         """The last update and the change of the gradient in units of that update's root mean square."""
         before, update = self._state.rows[:2]
         s, y = torch.stack([update, self._g - before]) * reciprocal(rms(update))
-        return s, limited(y, self.config.read_bound)
+        return s, limited(_seen(y), self.config.read_bound)
 
     def _extra(self, number: int, before: LayerStep | None) -> Tensor | None:
         """What layers are given: differences and results for the first, what this step reads for the second."""
