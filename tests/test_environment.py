@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,15 @@ from rich.console import Console
 
 from fastl2l import environment
 from fastl2l.ops.dispatch import available_backends
+
+
+def test_what_takes_long_to_import_waits_until_it_is_needed():
+    late = {"matplotlib", "optuna", "scipy", "sklearn", "torchvision", "triton"}
+    code = (
+        f"import sys, torch; late = {late} - sys.modules.keys(); import fastl2l.cli; print(late & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
 
 
 def test_description_is_in_order_and_can_be_json():
