@@ -477,11 +477,20 @@ def _mean_and_half_width(losses: Tensor) -> tuple[Tensor, Tensor]:
     return mean, half.nan_to_num(nan=math.inf)
 
 
+_MOST_DECIMALS = 6
+
+
 def with_half_width(mean: float, half: float) -> str:
-    """A mean and half the width of its interval as text: 0.0661 ± 0.0049. The mean alone where the width is unknown."""
+    """A mean and half the width of its interval as text: 0.0661 ± 0.0049, or (6.6 ± 2.2)e-15 of what is small.
+
+    The mean alone where the width is unknown.
+    """
     if not 0 < half < math.inf:
         return f"{mean:.4g}"
     decimals = max(0, 1 - math.floor(math.log10(half)))
+    if decimals > _MOST_DECIMALS:
+        power = math.floor(math.log10(max(abs(mean), half)))
+        return f"({mean / 10**power:.{decimals + power}f} ± {half / 10**power:.{decimals + power}f})e{power}"
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 

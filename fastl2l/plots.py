@@ -42,6 +42,15 @@ COLOURS = {
     "momentum": "#44AA99",
     "adagrad": "#999933",
     "adadelta": "#332288",
+    "lstm, longer": "#8C3D00",
+    "lstm+gac": "#E377C2",
+    "ntm": "#2CA02C",
+    "ntm, longer": "#004D1A",
+    "ntm, paper": "#999933",
+    "ntm, 5 pairs": "#88CCEE",
+    "ntm, 20 pairs": "#332288",
+    "bfgs": "#404040",
+    "lbfgs": "#7F7F7F",
 }
 _OTHER_COLOURS = ("#000000", "#117733", "#AA4499", "#661100", "#DDAA33")
 _MARKERS = {"adam-default": "D", "nag": "^", "rmsprop": "s"}

@@ -181,6 +181,10 @@ def test_one_run_has_no_interval():
         (0.5, math.inf, "0.5"),
         (math.inf, math.inf, "inf"),
         (0.25, 0.0, "0.25"),
+        (0.000011234, 0.0000123, "0.000011 ± 0.000012"),
+        (6.6e-15, 2.24e-15, "(6.6 ± 2.2)e-15"),
+        (3.0e-10, 4.2e-10, "(3.0 ± 4.2)e-10"),
+        (0.00015641, 0.0000063, "(1.564 ± 0.063)e-4"),
     ],
 )
 def test_numbers_are_shown_to_their_precision(mean, half, text):
