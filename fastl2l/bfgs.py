@@ -60,7 +60,7 @@ class BFGS(torch.optim.Optimizer):
             The lowest loss, which the parameters are left at; where none was finite they are where they were, and it is
             the last.
         """
-        import scipy.optimize  # takes as long as torch to import
+        import scipy.optimize  # slow to import
 
         start = best = self._read(lambda param: param)
         lowest = last = math.inf

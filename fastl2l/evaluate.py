@@ -471,7 +471,7 @@ def _mean_and_half_width(losses: Tensor) -> tuple[Tensor, Tensor]:
     mean = losses.mean(0)
     if runs < 2:
         return mean, torch.full_like(mean, math.inf)
-    from scipy.special import stdtrit  # quantile of Student's t distribution; half a second to import
+    from scipy.special import stdtrit  # quantile of Student's t distribution; slow to import
 
     half = losses.std(0) * (stdtrit(runs - 1, 0.975) / math.sqrt(runs))
     return mean, half.nan_to_num(nan=math.inf)

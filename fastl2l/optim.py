@@ -16,6 +16,7 @@ from fastl2l.files import shown
 from fastl2l.ops.coupled_group import MEMORY, ROWS, STEP, step_of
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.ops.memory import check_size
+from fastl2l.ops.remembering import Remembered
 from fastl2l.optimizer_checks import (
     check_gradient,
     check_group,
@@ -119,6 +120,8 @@ class _Kept(NamedTuple):
     """The states side by side, if they are."""
     factors: Factors | None
     """Side by side as well, if they are."""
+    whole: Remembered | None
+    """The memory that they have parts of, if they have parts of one still."""
 
 
 class _Ready(NamedTuple):
@@ -448,9 +451,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
     def _call(self, batch: _Batch, kept: _Kept, units: Tensor | None, finite: Tensor | None) -> None:
         rule: Rule = batch.group["rule"]
         scale, decay, rate = _scales(batch.group, rule)
-        whole = kept.together.memory_of(kept.entries) if kept.together is not None else None
         groups = groups_between(batch.owners) if rule.config.coupled else ()
-        step_of(rule, self._backend(batch), kept.entries, whole, groups)(
+        step_of(rule, self._backend(batch), kept.entries, kept.whole, groups)(
             batch.params,
             batch.grads,
             kept.states if kept.together is None else [kept.together.state],
@@ -479,7 +481,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         factors = together.factors if together is not None and together.factors.are_of(entries, config) else None
         if factors is None:
             check_factors(entries, config)
-        if together is None or not together.is_of(entries, config):
+        whole = together.memory_of(entries, config) if together is not None else None
+        if whole is None and (config.memory is not None or any(MEMORY in entry for entry in entries)):
             check_remembered(entries, batch.params, batch.group["rule"])
         if together is None or together.shapes != [param.shape for param in batch.params]:
             for param, entry in zip(batch.params, entries, strict=True):
@@ -487,7 +490,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
                     check_shape(entry, param)
         missing = [param for param, state in zip(batch.owners, states, strict=True) if state is None]
         if not missing:
-            return _Kept(states, entries, {}, together, factors)
+            return _Kept(states, entries, {}, together, factors, whole)
         return self._begun(batch, entries, missing)
 
     def _begun(self, batch: _Batch, entries: Sequence[dict[str, Any]], missing: list[Tensor]) -> _Kept:
@@ -508,8 +511,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         entries = [new.get(param, entry) for param, entry in zip(batch.owners, entries, strict=True)]
         states = [entry[STATE] for entry in entries]
         if len(missing) < len(states):  # side by side are the new ones alone
-            return _Kept(states, entries, new, None, None)
-        return _Kept(states, entries, new, together, together.factors)
+            return _Kept(states, entries, new, None, None, None)
+        return _Kept(states, entries, new, together, together.factors, together.remembered)
 
     def _entries(self, params: list[Tensor]) -> Sequence[dict[str, Any]]:
         """What is kept of parameters. Looking does not make entries."""

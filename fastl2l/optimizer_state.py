@@ -92,8 +92,6 @@ class Factors(NamedTuple):
 class Together(NamedTuple):
     """The states of a group's parameters side by side in one tensor, which the kernel takes in their place."""
 
-    config: RuleConfig
-    """Of the rule that they were made for."""
     states: list[Tensor]
     shapes: list[torch.Size]  # of the parameters
     state: Tensor
@@ -118,7 +116,7 @@ class Together(NamedTuple):
                 remembered = Remembered.new(rule, where, state.device, state.unbind(1))
             states = list(state.split(tiles))
         factors = Factors.fresh(rule, len(shapes))
-        together = cls(rule.config, states, shapes, state, [], factors, remembered)
+        together = cls(states, shapes, state, [], factors, remembered)
         if not torch.compiler.is_compiling() and has_data(state):
             together.places.extend(together._places())
         return together
@@ -145,9 +143,9 @@ class Together(NamedTuple):
             return [{} for _ in self.shapes]
         return of_each(self.remembered, [shape.numel() for shape in self.shapes])
 
-    def memory_of(self, entries: Sequence[dict[str, Any]]) -> Remembered | None:
-        """The memory, if these are parts of it still: somebody may have put others there."""
-        if self.remembered is None:
+    def memory_of(self, entries: Sequence[dict[str, Any]], config: RuleConfig) -> Remembered | None:
+        """The memory, if the rule takes it and these are parts of it still: somebody may have put others there."""
+        if self.remembered is None or self.remembered.config != config.memory:
             return None
         same = all(
             _is_at(entry.get(name), part)
@@ -155,12 +153,6 @@ class Together(NamedTuple):
             for name, part in own.items()
         )
         return self.remembered if same else None
-
-    def is_of(self, entries: Sequence[dict[str, Any]], config: RuleConfig) -> bool:
-        """Whether it was made for such a rule, and the memory, if there is one, is what is kept of the parameters."""
-        if self.config is not config and self.config != config:
-            return False
-        return self.remembered is None or self.memory_of(entries) is not None
 
     def holds(self, states: Sequence[Tensor | None]) -> bool:
         """Whether these are the states, and still parts of this memory: somebody may have given them other data."""
