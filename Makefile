@@ -14,11 +14,13 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 PORTABLE := $(shell find tests/portable -name '*.cpp' -o -name '*.h')
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test gpu lint format bench clean
+.PHONY: help install demo test gpu lint format bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
-	@echo "also: make lint, format, bench, clean"
+	@echo "also: make install, lint, format, bench, clean"
+
+install: $(READY)
 
 demo: $(READY)
 	$(BIN)/fastl2l train --task digits --epochs 75 --out runs/demo
@@ -26,7 +28,8 @@ demo: $(READY)
 
 # A process a core, each with one thread: by default all would use all cores, and wait for each other.
 test: $(READY)
-	FASTL2L_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	FASTL2L_REQUIRE_EXT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	  --no-loadscope-reorder $(ARGS)
 
 gpu:
 	@$(PYTHON) -c 'import torch' || \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 
 import numpy as np
@@ -18,6 +19,13 @@ from fastl2l.tasks import datasets, vgg
 def supported_isas() -> list[str]:
     """What this machine has as torch, not fastl2l, sees it: a set of ours that goes missing must not go unnoticed."""
     return list(ISAS[{"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2) :])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those with many: what one process is still at in the end should be short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    tests = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))  # keeps the order within a file
 
 
 @pytest.fixture(scope="session", autouse=True)

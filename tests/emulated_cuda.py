@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from helpers import RNNPROP, lstm
 
 from fastl2l import build
 from fastl2l.ops import dispatch
@@ -14,6 +15,20 @@ from fastl2l.ops import dispatch
 HERE = Path(__file__).parent / "portable"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+FAST = [
+    "raw:0.7 lstm:20,20 linear",
+    "log_sign:10 lstm:20,20 tanh",
+    "adam:0.9,0.99,1e-06 lstm:20,20 linear",
+    RNNPROP,
+    "log_sign:5 elu:20 lstm:20,20 linear",
+    "raw:0.7 lstm:20 tanh",
+    "log_sign:10 lstm:12,12,12 linear",
+    "adam:0.9,0.99,1e-06 elu:8 lstm:12,12,12 tanh",
+    "raw:0.7 elu:4 lstm:12 linear",
+]
+"""All parts at the sizes that portable/run_cuda_kernels.cpp has kernels on tensor cores for."""
+ANY_SIZE = [lstm(hidden=7, layers=3), "adam:0.9,0.99,1e-06 elu:33 lstm:5 tanh"]
+"""Rules whose sizes have none, so that the kernels for every size take them."""
 _DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 

@@ -370,6 +370,7 @@ def test_build_that_was_killed_does_not_stop_the_next(package):
     assert use(package, FASTL2L_REQUIRE_EXT=1) == "42"
 
 
+@pytest.mark.slow
 def test_a_library_that_is_damaged_or_missing_beside_the_mark_is_built_anew(package):
     assert use(package) == "42"
     library = next(package.glob("cache/native/*/fastl2l_C.so"))
@@ -386,6 +387,7 @@ def test_a_library_that_is_damaged_or_missing_beside_the_mark_is_built_anew(pack
     assert use(package, FASTL2L_REQUIRE_EXT=1) == "42"
 
 
+@pytest.mark.slow
 def test_pure_wheel_builds_the_real_kernels(installed):
     code = """
 import torch, fastl2l

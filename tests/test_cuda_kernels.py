@@ -1,16 +1,13 @@
-"""The CUDA kernels, run by an emulator on the host: as accurate as PyTorch, one result only, nothing out of bounds."""
+"""The CUDA kernels, run by an emulator on the host: as accurate as PyTorch, one result only."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from emulated_cuda import SANITIZE, backend, compile_library, elementwise, offset_of_output, set_multiprocessors
+from emulated_cuda import ANY_SIZE, FAST, backend, compile_library, elementwise, offset_of_output, set_multiprocessors
 from helpers import (
     GIVEN,
     RNNPROP,
@@ -36,18 +33,6 @@ from fastl2l import reference
 from fastl2l.ops.layout import from_rows, new_state, to_rows
 from fastl2l.rule_config import RuleConfig
 
-FAST = [
-    "raw:0.7 lstm:20,20 linear",
-    "log_sign:10 lstm:20,20 tanh",
-    "adam:0.9,0.99,1e-06 lstm:20,20 linear",
-    RNNPROP,
-    "log_sign:5 elu:20 lstm:20,20 linear",
-    "raw:0.7 lstm:20 tanh",
-    "log_sign:10 lstm:12,12,12 linear",
-    "adam:0.9,0.99,1e-06 elu:8 lstm:12,12,12 tanh",
-    "raw:0.7 elu:4 lstm:12 linear",
-]
-"""All parts at the sizes that portable/run_cuda_kernels.cpp has kernels on tensor cores for."""
 SIZES = ((1, 1, 64), (1, 20, 16), (15, 1, 16), (16, 2, 16), (17, 5, 16))
 """Coordinates, steps, and how often to draw."""
 CASES = [
@@ -63,7 +48,7 @@ EXTREMES = [
     for extreme in ({"gain": 10.0}, {"gain": 0.01}, {"magnitude": largest}, {"magnitude": 1e-36})
 ]
 """Saturated gates, gates that are hardly open, huge gradients, denormal gradients."""
-ONE_OF_EACH = [lstm(), RNNPROP, lstm(hidden=7, layers=3), "adam:0.9,0.99,1e-06 elu:33 lstm:5 tanh"]
+ONE_OF_EACH = [lstm(), RNNPROP, *ANY_SIZE]
 """Without and with state of the features: with kernels on tensor cores, and by those for every size."""
 HALVED = [rule for rule in FAST + RULES if RuleConfig.parse(rule).takes_bfloat16_state]
 
@@ -191,7 +176,7 @@ def test_nonfinite_numbers_are_found_wherever_they_are(emulated, dtype, place, v
     assert finite.item() == math.isfinite(value)
 
 
-@pytest.mark.parametrize("text", [*FAST, *ONE_OF_EACH[2:], GIVEN[2]])
+@pytest.mark.parametrize("text", [*FAST, *ANY_SIZE, GIVEN[2]])
 def test_what_is_not_asked_for_changes_nothing_else(emulated, text):
     rule, n = rule_of(text), 37
     state, grads, adjoints, dstate = window_arguments(rule)
@@ -326,46 +311,3 @@ def test_a_rule_without_output_leaves_parameters_alone(emulated):
     emulated.step_([param], [random_gradients(n)], [state], *rest)
     assert bits(param) == bits(torch.ones(n))
     assert to_rows(state, n).any()
-
-
-SANITIZED = """
-import sys
-import torch
-from emulated_cuda import backend
-from helpers import Case, assert_bfloat16_is_float32_rounded, backward_by, steps_by
-torch.set_num_threads(1)
-emulated = backend(sys.argv[1])
-for rule in sys.argv[2:]:
-    for n, steps in ((1, 1), (17, 3), (140, 2), (3, 33)):
-        case = Case(rule, n, steps, 1)
-        steps_by(emulated, case, torch.float32)
-        backward_by(emulated, case, torch.float32)
-    if case.rules()[0].config.takes_bfloat16_state and not case.rules()[0].config.given:
-        assert_bfloat16_is_float32_rounded(emulated, case.rules()[0], 37)
-    backward_by(emulated, case, torch.float64)
-print("done")
-"""
-
-
-def test_nothing_is_read_or_written_out_of_bounds(tmp_path):
-    library = tmp_path / "kernels.so"
-    compile_library(library, SANITIZE)
-    runtime = [
-        subprocess.run(["c++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
-    variables = {
-        "LD_PRELOAD": " ".join(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "PYTHONMALLOC": "malloc",  # so that memory ends where a tensor does
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(library), *FAST, *ONE_OF_EACH[2:], *GIVEN],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
-    assert result.stdout.strip() == "done"

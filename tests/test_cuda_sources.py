@@ -44,6 +44,7 @@ def sources():
     return found
 
 
+@pytest.mark.slow
 def test_all_sources_compile_and_no_kernel_spills(nvcc, sources, tmp_path):
     flags = [*build.parameters().compile_args["nvcc"], "-Xptxas=-v", "-c"]
     report = "".join(nvcc(*flags, source, "-o", tmp_path / f"{source.stem}.o") for source in sources)

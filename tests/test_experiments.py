@@ -395,13 +395,12 @@ def little(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTL2L_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(appendix_d, "STEPS", 5)
     monkeypatch.setattr(appendix_d, "FULL", appendix_d.Effort(2, 1, 10))
+    quadratic, ill_conditioned = (partial(kind, dim=3, batch=4) for kind in (tasks.Quadratic, tasks.IllConditioned))
+    small = quadratic, quadratic, ill_conditioned, ill_conditioned, tasks.Digits
     settings = {
-        name: setting._replace(task=partial(kind, dim=3, batch=4))
-        for (name, setting), kind in zip(
-            appendix_d.SETTINGS.items(), (tasks.Quadratic, tasks.Quadratic, tasks.IllConditioned, tasks.IllConditioned),
-            strict=True,
-        )
-    }  # fmt: skip
+        name: setting._replace(task=task)
+        for (name, setting), task in zip(appendix_d.SETTINGS.items(), small, strict=True)
+    }
     monkeypatch.setattr(appendix_d, "SETTINGS", settings)
     return appendix_d.AppendixD()
 
@@ -409,25 +408,26 @@ def little(tmp_path, monkeypatch):
 def test_appendix_d_shows_the_rules_that_there_are(little, tmp_path):
     """Function by function, those of several seeds together."""
     rule = NTMRule("pairs", pairs=3, preprocess="raw", hidden_size=4)
-    given = {f"ntm-5-pairs-quadratic-{seed}": rule for seed in (0, 2)} | {
-        "gac-ill-conditioned-0": GACRule("raw", averages=2)
-    }
+    averages = dict.fromkeys(("gac-ill-conditioned-0", "gac-on-mnist-1", "gac-on-mnist-2"), GACRule("raw", averages=2))
+    given = {f"ntm-5-pairs-quadratic-{seed}": rule for seed in (0, 2)} | averages
     told = little.run(tmp_path, rules=given, quick=False, progress=False)
     folder = tmp_path / "appendix-d"
     written = (folder / "table.md").read_text()
     assert told[1] in written
     assert "spiked" not in written
-    found = {name: Curves.load(folder / name) for name in ("quadratic-0", "quadratic-2", "ill-conditioned-0")}
+    found = {name: Curves.load(folder / name) for name in ("quadratic-0", "quadratic-2", "mnist-1", "mnist-2")}
     assert set(found["quadratic-0"].losses) == {
         "lstm, longer", "ntm, longer", "ntm, 5 pairs", "adam", "lbfgs", "bfgs"
     }  # fmt: skip
     assert list(found["quadratic-2"].losses) == ["ntm, 5 pairs"]
     assert found["quadratic-0"].runs == 8
-    assert "lstm+gac" in found["ill-conditioned-0"].losses
+    assert "lstm+gac" in Curves.load(folder / "ill-conditioned-0").losses
+    assert (list(found["mnist-1"].losses), found["mnist-1"].runs) == (["lstm+gac", "adam"], 10)
+    assert list(found["mnist-2"].losses) == ["lstm+gac"]
     rows = {row[0]: row for row in appendix_d.distribution({0: found["quadratic-0"], 2: found["quadratic-2"]})}
     final = found["quadratic-0"].losses["ntm, 5 pairs"][:, -1]
     assert rows["ntm, 5 pairs"][-1] == f"{final.mean():.3g}, {final.mean():.3g}"
-    assert Image.open(folder / "figure.png").width == 3 * 920
+    assert Image.open(folder / "figure.png").width == 4 * 920
     assert (folder / "memory.png").exists()
 
 

@@ -177,6 +177,7 @@ def weights(folder: Path):
     return [weight.tolist() for weight in load_rule(folder / "rule.safetensors").weights()]
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_after_a_kill_to_the_same_bits(tmp_path):
     command = [*TRAIN, "--epochs", "12"]
     subprocess.run(

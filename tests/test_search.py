@@ -101,6 +101,7 @@ def found_by(process):
     return output.splitlines()
 
 
+@pytest.mark.slow
 def test_searches_that_are_killed_or_share_a_folder_find_the_same(tmp_path):
     expected = [str(trial) for trial in search(tmp_path / "alone", trials=6, epochs=40)]
     for delay in (0.05, 0.2, 0.4):  # with a relative folder, as on the command line
@@ -115,6 +116,7 @@ def test_searches_that_are_killed_or_share_a_folder_find_the_same(tmp_path):
 STORAGES = ["trials.journal", "sqlite:///trials.db"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 def test_machines_that_share_a_storage_and_no_folder_find_the_same(storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

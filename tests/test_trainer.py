@@ -272,6 +272,7 @@ def killed(path, saves, delay):
     return first
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     whole, numbers = start(tmp_path / "whole"), random.Random()
     path = tmp_path / "checkpoint"

@@ -1,4 +1,4 @@
-"""The Triton kernels: on a GPU where there is one, else by Triton's interpreter; and what the compiler makes of them.
+"""The Triton kernels: on a GPU where there is one, else by Triton's interpreter.
 
 The interpreter computes every matrix product in float32 whatever the precision asked for, so here the logic is tested,
 not the rounding of tensor cores.
@@ -6,19 +6,15 @@ not the rounding of tensor cores.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import subprocess
 import sys
 from importlib import util
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
     GIVEN,
-    LSTMS,
     RNNPROP,
     RULES,
     Case,
@@ -616,61 +612,3 @@ def test_cuda_tensors_get_native_kernels_where_there_are_some_else_triton(monkey
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: has_kernels)
     assert dispatch.select("auto", "cuda:0").name == ("native" if has_kernels else "triton")
     assert dispatch.select("triton", "cuda:0").name == "triton"
-
-
-# What the compiler makes of them
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """What compile_triton.py says of each kernel; in a process that does not interpret."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    package = str(Path(dispatch.__file__).parents[2])
-    variables |= {"PYTHONPATH": package, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    program = Path(__file__).with_name("compile_triton.py")
-    result = subprocess.run(
-        [sys.executable, program, "80", "90"], env=variables, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-HOPPER, AMPERE = [9, 0], [8, 0]
-SHARED = {8: 99 * 1024, 9: 227 * 1024}
-
-
-def test_kernels_fit_the_gpu(compiled):
-    assert {tuple(kernel["capability"]) for kernel in compiled} == {(8, 0), (9, 0)}
-    assert {kernel["rule"] for kernel in compiled} >= {*RULES, *GIVEN} - {*LSTMS}
-    for kernel in compiled:
-        assert kernel["registers"] <= 255, kernel
-        assert kernel["shared"] <= SHARED[kernel["capability"][0]], kernel
-
-
-def most_stack(kernel):
-    """Bytes that may spill: the few loop invariants that do not fit, read back from L1.
-
-    Of Ampere's instructions, which take both operands from registers; where a window's last state has a gradient, which
-    only the functional form has; and of exact products, most of a layer that reads x.
-    """
-    name = kernel["kernel"]
-    if kernel["rule"] == RNNPROP and name == "backward, ieee":
-        return 256
-    return 160 if kernel["capability"] == AMPERE or "states" in name or "float64" in name else 0
-
-
-def test_the_rules_of_the_papers_spill_nothing(compiled):
-    if not triton.__version__.startswith("3.6."):  # which `make` installs, and so CI
-        pytest.skip("the figures are those of Triton 3.6")
-    for kernel in compiled:
-        if kernel["rule"] in (lstm(), RNNPROP):
-            assert kernel["stack"] <= most_stack(kernel), kernel
-
-
-def test_matrix_instructions_are_where_they_are_meant(compiled):
-    for kernel in compiled:
-        part, _, variant = kernel["kernel"].partition(",")
-        multiplies = part in ("step", "forward", "gradient", "backward", "backward with states")
-        tensor_cores = multiplies and not variant.endswith(("ieee", "float64"))
-        assert (kernel["wgmma"] > 0) == (tensor_cores and kernel["capability"] == HOPPER), kernel
-        assert (kernel["mma"] > 0) == (tensor_cores and kernel["capability"] == AMPERE), kernel

@@ -38,30 +38,45 @@ KINDS = {
     "ntm, 5 pairs": "ntm-5-pairs",
     "ntm, 20 pairs": "ntm-20-pairs",
 }
-"""What is compared, each trained on 400 trajectories of 128 functions: names of recipes, without task and seed."""
+"""What is compared, each trained on 400 trajectories: names of recipes, without task and seed."""
 LONGER = {"lstm, longer": "lstm-quadratic", "ntm, longer": "ntm-quadratic"}
 """The same of as many more trajectories as their recipes have: those that come with fastl2l."""
-ON_MNIST = {"lstm": "lstm-mnist-1", "lstm+gac": "gac-mnist"}
+WITHOUT_MEMORY = {label: KINDS[label] for label in ("lstm", "lstm+gac")}
 BASELINES = ("adam", "lbfgs", "bfgs")
-STEPS, SIDE_BY_SIDE = 100, 100
+STEPS, SIDE_BY_SIDE, PIECE = 100, 100, 10
 REMEMBERED = (0, 20, 50, 100)
 """Steps after which a memory is drawn."""
 
 
 class Setting(NamedTuple):
-    """A kind of functions, and the rules that are shown on it."""
+    """A kind of functions, and the optimizers that are shown on it.
+
+    Attributes:
+        title: of its figure and table.
+        task: what is minimized.
+        trained_on: the middle of its rules' names.
+        seeds: of their training.
+        longer: further rules, which have one seed.
+        kinds: of rules; a part of `KINDS`.
+        baselines: names.
+        alone: whether a problem is one function, and its last loss that of a minibatch; else they are many.
+    """
 
     title: str
     task: Callable[[], Task]
     trained_on: str
     seeds: Sequence[int] = (0,)
     longer: Mapping[str, str] = {}
+    kinds: Mapping[str, str] = KINDS
+    baselines: Sequence[str] = BASELINES
+    alone: bool = False
 
     def rules(self) -> dict[str, dict[int, str]]:
         """Names of rules by seed, by what they are called."""
         named = {label: {0: name} for label, name in self.longer.items()}
         return named | {
-            label: {seed: f"{name}-{self.trained_on}-{seed}" for seed in self.seeds} for label, name in KINDS.items()
+            label: {seed: f"{name}-{self.trained_on}-{seed}" for seed in self.seeds}
+            for label, name in self.kinds.items()
         }
 
 
@@ -82,6 +97,9 @@ SETTINGS = {
         lambda: IllConditioned(dim=50, batch=SIDE_BY_SIDE),
         "ill-conditioned",
     ),
+    "mnist": Setting(
+        "MLP 784-20-10 on MNIST", MNIST, "on-mnist", (0, 1, 2), kinds=WITHOUT_MEMORY, baselines=("adam",), alone=True
+    ),
 }
 
 
@@ -91,7 +109,12 @@ class Effort(NamedTuple):
     problems: int
     """Of 100 functions each."""
     tuning_problems: int
-    mnist_runs: int
+    alone: int
+    """Functions, of settings whose problems are one each."""
+
+    def pieces(self, setting: Setting) -> int:
+        """What an optimizer is followed in."""
+        return self.alone // PIECE if setting.alone else self.problems
 
 
 FULL, QUICK = Effort(20, 2, 100), Effort(1, 1, 10)
@@ -114,10 +137,7 @@ class AppendixD:
     @property
     def trained(self) -> set[str]:
         """All that are compared."""
-        of_settings = {
-            name for setting in SETTINGS.values() for names in setting.rules().values() for name in names.values()
-        }
-        return of_settings | set(ON_MNIST.values())
+        return {name for setting in SETTINGS.values() for names in setting.rules().values() for name in names.values()}
 
     def run(
         self, out: str | os.PathLike[str], *, rules: Mapping[str, Learned], quick: bool, progress: bool = True
@@ -131,17 +151,18 @@ class AppendixD:
         rules = {name: load_rule(name) for name in self.rules - rules.keys()} | dict(rules)
         effort, folder, processes = QUICK if quick else FULL, Path(out) / folder_name(self, quick), current()
         work = {name: compared for name, setting in SETTINGS.items() if (compared := _compared(setting, rules))}
-        on_mnist = _compared_on_mnist(rules)
-        pieces = effort.problems * sum(len(learned) for compared in work.values() for learned in compared.values())
-        pieces += len(on_mnist) * effort.mnist_runs // 10
+        pieces = sum(
+            effort.pieces(SETTINGS[name]) * len(learned)
+            for name, compared in work.items()
+            for learned in compared.values()
+        )
         with Progress(self.name, pieces, shown=progress and not processes.rank) as shown:
-            found = {name: _curves(SETTINGS[name].task(), compared, effort, shown) for name, compared in work.items()}
-            mnist = _mnist_curves(on_mnist, effort, shown) if on_mnist else None
-        processes.first(lambda: _write(folder, self.title, found, mnist, rules))
+            found = {name: _curves(SETTINGS[name], compared, effort, shown) for name, compared in work.items()}
+        processes.first(lambda: _write(folder, self.title, found, rules))
         told: list[str | Table] = []
         for name, of_seeds in found.items():
             told += [SETTINGS[name].title, markdown(distribution(of_seeds))]
-        return told + ([] if mnist is None else [mnist.table("MNIST")])
+        return told
 
 
 def _check_kind(name: str, rule: Learned) -> None:
@@ -162,21 +183,23 @@ def _compared(setting: Setting, rules: Mapping[str, Learned]) -> dict[int, dict[
             label: rules[names[seed]] for label, names in setting.rules().items() if names.get(seed) in rules
         }
         if learned and not found:
-            learned |= {name: baselines.by_name(name) for name in BASELINES}
+            learned |= {name: baselines.by_name(name) for name in setting.baselines}
         if learned:
             found[seed] = learned
     return found
 
 
 def _curves(
-    task: Task, compared: Mapping[int, Mapping[str, Learned | Baseline]], effort: Effort, shown: Progress
+    setting: Setting, compared: Mapping[int, Mapping[str, Learned | Baseline]], effort: Effort, shown: Progress
 ) -> dict[int, Curves]:
-    found: dict[int, Curves] = {}
-    for seed, optimizers in compared.items():
-        shown.note(f"{task.name}: tuning")
-        tuned = {name: _tuned(task, optimizer, effort) for name, optimizer in optimizers.items()}
-        found[seed] = functions.curves(task, tuned, steps=STEPS, problems=effort.problems, advance=shown.advance)
-    return found
+    follow = _alone if setting.alone else _side_by_side
+    return {seed: follow(setting.task(), optimizers, effort, shown) for seed, optimizers in compared.items()}
+
+
+def _side_by_side(task: Task, optimizers: Mapping[str, Learned | Baseline], effort: Effort, shown: Progress) -> Curves:
+    shown.note(f"{task.name}: tuning")
+    tuned = {name: _tuned(task, optimizer, effort) for name, optimizer in optimizers.items()}
+    return functions.curves(task, tuned, steps=STEPS, problems=effort.problems, advance=shown.advance)
 
 
 def _tuned(task: Task, optimizer: Learned | Baseline, effort: Effort) -> Learned | Baseline:
@@ -185,15 +208,17 @@ def _tuned(task: Task, optimizer: Learned | Baseline, effort: Effort) -> Learned
     return optimizer.with_lr(baselines.tune(task, optimizer, STEPS, runs=effort.tuning_problems))
 
 
-def _compared_on_mnist(rules: Mapping[str, Learned]) -> dict[str, Learned | Baseline]:
-    learned: dict[str, Learned | Baseline] = {label: rules[name] for label, name in ON_MNIST.items() if name in rules}
-    return learned | {"adam": baselines.Adam()} if learned else {}
-
-
-def _mnist_curves(optimizers: Mapping[str, Learned | Baseline], effort: Effort, shown: Progress) -> Curves:
-    runs, tuning = effort.mnist_runs, max(1, effort.mnist_runs // 5)
+def _alone(task: Task, optimizers: Mapping[str, Learned | Baseline], effort: Effort, shown: Progress) -> Curves:
+    runs, tuning = effort.alone, max(1, effort.alone // 5)
     return losses.curves(
-        MNIST(), optimizers, steps=STEPS, runs=runs, tuning_runs=tuning, note=shown.note, advance=shown.advance
+        task,
+        optimizers,
+        steps=STEPS,
+        runs=runs,
+        tuning_runs=tuning,
+        piece=PIECE,
+        note=shown.note,
+        advance=shown.advance,
     )
 
 
@@ -221,22 +246,21 @@ def _write(
     folder: Path,
     title: str,
     found: Mapping[str, Mapping[int, Curves]],
-    mnist: Curves | None,
     rules: Mapping[str, Learned],
 ) -> None:
     panels = {SETTINGS[name].title: of_seeds[min(of_seeds)] for name, of_seeds in found.items()}
-    if mnist is not None:
-        panels["MLP 784-20-10 on MNIST"] = mnist
     for name, of_seeds in found.items():
         for seed, curves in of_seeds.items():
             curves.save(folder / f"{name}-{seed}")
     if panels:
         plots.plot_panels(panels, folder / "figure.png", title=title)
-    parts = [f"# {title}", "Final losses, function by function, after 100 steps (of lbfgs and bfgs: evaluations)."]
+    parts = [
+        f"# {title}",
+        "Final losses, function by function, after 100 steps (of lbfgs and bfgs: evaluations; on MNIST: a minibatch).",
+    ]
     for name, of_seeds in found.items():
         one = of_seeds[min(of_seeds)]
         parts += [f"## {SETTINGS[name].title}", f"{one.runs:,} functions.", markdown(distribution(of_seeds))]
-    parts += [] if mnist is None else ["## MLP 784-20-10 on MNIST", mnist.markdown()]
     if "ntm-quadratic" in rules:
         remembered = memories(rules["ntm-quadratic"])
         parts += ["## What ntm-quadratic remembers", markdown(cosines(remembered))]
