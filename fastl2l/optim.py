@@ -20,8 +20,8 @@ from fastl2l.ops.remembering import Remembered
 from fastl2l.optimizer_checks import (
     check_gradient,
     check_group,
+    check_options,
     check_parameter,
-    check_rates,
     check_same_rule,
     check_state_dtype,
     missing_gradient,
@@ -606,7 +606,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         for index, (group, saved_group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=True)):
             rule = group["rule"]
             same = check_same_rule(index, saved_group.get("rule"), rule)
-            check_rates(saved_group.get("lr", 1.0), saved_group.get("weight_decay", 0.0))
+            check_options(saved_group)
             for key in saved_group["params"]:
                 if not isinstance(entries.get(key, {}), dict):
                     raise ValueError(f"state of parameter {key}: expected a dictionary, got {shown(entries[key])}")

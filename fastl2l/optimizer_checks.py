@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,11 +40,11 @@ def check_gradient(param: Tensor, grad: Tensor) -> None:
 
 
 def check_group(group: dict[str, Any], backend: str, optimizer: type[torch.optim.Optimizer]) -> None:
-    rule, lr, decay = group["rule"], group["lr"], group["weight_decay"]
+    rule, lr = group["rule"], group["lr"]
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a rule for every parameter group, got {type(rule).__name__}")
     rule.check_alone()
-    check_rates(lr, decay)
+    check_options(group)
     if 0 < float(lr) < SMALL_LR:
         warnings.warn(
             f"lr: expected a factor on the rule's own steps, as a rule 1, got {float(lr):g}: next to nothing will move",
@@ -66,11 +66,15 @@ def check_group(group: dict[str, Any], backend: str, optimizer: type[torch.optim
     select(backend, rule.device)
 
 
-def check_rates(lr: Any, decay: Any) -> None:
+def check_options(group: Mapping[str, Any]) -> None:
+    """Of a group, or of one in a state_dict, where what is missing is the default."""
+    lr, decay, maximize = group.get("lr", 1.0), group.get("weight_decay", 0.0), group.get("maximize", False)
     if not _is_rate(lr):
         raise ValueError(f"lr: expected a finite number >= 0, got {shown(lr)}")
     if isinstance(decay, Tensor) or not _is_rate(decay):
         raise ValueError(f"weight_decay: expected a finite number >= 0, got {shown(decay)}")
+    if not isinstance(maximize, bool):
+        raise ValueError(f"maximize: expected True or False, got {shown(maximize)}")
 
 
 def _is_rate(lr: Any) -> bool:

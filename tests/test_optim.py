@@ -304,6 +304,7 @@ def test_a_group_may_come_later(rule):
             "weight_decay: expected a finite number >= 0",
         ),
         ({"params": parameters(seed=1), "weight_decay": torch.ones(())}, ValueError, "weight_decay: expected a finite"),
+        ({"params": parameters(seed=1), "maximize": "no"}, ValueError, "maximize: expected True or False, got 'no'"),
         (
             {"params": parameters(seed=1), "betas": (0.9, 0.999)},
             ValueError,
