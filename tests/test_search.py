@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,8 +18,6 @@ from fastl2l.build import locked
 from fastl2l.meta import search as search_module
 from fastl2l.meta import search_meta_lr
 from fastl2l.tasks import Quadratic
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_trainer(meta_lr, checkpoint):
@@ -76,41 +72,46 @@ def test_a_search_that_was_stopped_anywhere_is_the_same_search(tmp_path, epochs,
     assert len(epochs) - 1 == 8
 
 
-SEARCH = f"""
-import sys
-sys.path.insert(0, {os.fspath(Path(__file__).parent)!r})
-import torch
-from test_search import search
-torch.set_num_threads(1)
-print("ready", flush=True)
-for trial in search(sys.argv[1], trials=6, epochs=40, storage=sys.argv[2] or None):
-    print(trial, flush=True)
-"""
+fork = multiprocessing.get_context("fork")  # they begin at once, and import nothing
 
 
-def start(folder, cwd, storage=""):
-    command, environment = [sys.executable, "-c", SEARCH, folder, storage], os.environ | {"PYTHONPATH": os.fspath(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd, env=environment)
-    assert process.stdout.readline() == "ready\n"
-    return process
+class Searching:
+    """A process that searches in a folder, from a working directory."""
 
+    def __init__(self, folder, cwd, storage=None):
+        self.answer, sender = fork.Pipe(duplex=False)
+        self.process = fork.Process(target=self._search, args=(folder, cwd, storage, sender))
+        self.process.start()
+        sender.close()
+        assert self.answer.recv() == "ready"
 
-def found_by(process):
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0
-    return output.splitlines()
+    @staticmethod
+    def _search(folder, cwd, storage, sender):
+        os.chdir(cwd)
+        sender.send("ready")
+        sender.send(search(folder, trials=6, epochs=40, storage=storage))
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+    def found(self):
+        assert self.answer.poll(100)
+        found = self.answer.recv()
+        self.process.join()
+        assert self.process.exitcode == 0
+        return found
 
 
 @pytest.mark.slow
 def test_searches_that_are_killed_or_share_a_folder_find_the_same(tmp_path):
-    expected = [str(trial) for trial in search(tmp_path / "alone", trials=6, epochs=40)]
+    expected = search(tmp_path / "alone", trials=6, epochs=40)
     for delay in (0.05, 0.2, 0.4):  # with a relative folder, as on the command line
-        killed = start("shared", tmp_path)
+        killed = Searching("shared", tmp_path)
         time.sleep(delay)
         killed.kill()
-        killed.communicate()
-    together = [start("shared", tmp_path) for _ in range(3)]
-    assert [found_by(one) for one in together] == [expected] * 3
+    together = [Searching("shared", tmp_path) for _ in range(3)]
+    assert [one.found() for one in together] == [expected] * 3
 
 
 STORAGES = ["trials.journal", "sqlite:///trials.db"]
@@ -121,12 +122,11 @@ STORAGES = ["trials.journal", "sqlite:///trials.db"]
 def test_machines_that_share_a_storage_and_no_folder_find_the_same(storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = search("alone", trials=6, epochs=40)
-    killed = start("killed", tmp_path, storage)
+    killed = Searching("killed", tmp_path, storage)
     time.sleep(0.3)
     killed.kill()
-    killed.communicate()
-    together = [start(folder, tmp_path, storage) for folder in ("one", "other")]
-    assert [found_by(one) for one in together] == [list(map(str, expected))] * 2
+    together = [Searching(folder, tmp_path, storage) for folder in ("one", "other")]
+    assert [one.found() for one in together] == [expected] * 2
     assert search("late", trials=6, epochs=40, storage=storage) == expected
     assert not list(Path("late").glob("*.pt"))  # all was there
 
@@ -165,7 +165,6 @@ def study_of_a_new_database(storage, barrier, answers):
 
 
 def test_machines_may_begin_with_a_new_database_at_once(tmp_path):
-    fork = multiprocessing.get_context("fork")  # so that they begin at once
     barrier, answers = fork.Barrier(3), fork.Queue()
     arguments = f"sqlite:///{tmp_path}/trials.db", barrier, answers
     begun = [fork.Process(target=study_of_a_new_database, args=arguments) for _ in range(3)]
