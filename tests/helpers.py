@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 from typing import NamedTuple
 
 import torch
@@ -134,7 +133,12 @@ class Case(NamedTuple):
     seed: int = 0
 
     def rules(self) -> list[Rule]:
-        return [rule_of(self.rule, gain=self.gain, seed=seed) for seed in range(self.seed, self.seed + self.draws)]
+        return _rules(self)
+
+
+@functools.lru_cache(maxsize=2)
+def _rules(case: Case) -> list[Rule]:
+    return [rule_of(case.rule, gain=case.gain, seed=seed) for seed in range(case.seed, case.seed + case.draws)]
 
 
 class Inputs(NamedTuple):
@@ -222,10 +226,10 @@ def steps_by(backend: dispatch.Backend, case: Case, dtype: torch.dtype) -> dict[
     """Updates and last states by the operator step_."""
     updates, states = [], []
     for rule, grads, rows, _, _, given in zip(case.rules(), *inputs(case), strict=True):
-        state, draw = tiles(rows, dtype), []
+        state, draw, arguments = tiles(rows, dtype), [], (detached(rule, dtype), *constants(rule), 1.0, None)
         for grad, outside in zip(grads.to(dtype), given_tiles(given, dtype), strict=True):
             update = torch.zeros_like(grad)
-            backend.step_([update], [grad], [state], detached(rule, dtype), *constants(rule), 1.0, None, outside)
+            backend.step_([update], [grad], [state], *arguments, outside)
             draw.append(update)
         updates.append(torch.stack(draw))
         states.append(to_rows(state, case.n))
@@ -380,22 +384,28 @@ def assert_units_multiply_updates_alone(
 
 def errors(found: Tensor, truth: Tensor) -> dict[str, float]:
     """Root mean square error and largest error, each relative to the truth's."""
-    difference, rms = found.double() - truth, lambda x: x.square().mean().sqrt()
+    return {kind: error.item() for kind, error in errors_by_draw(found[None], truth[None]).items()}
+
+
+def errors_by_draw(found: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """The same of each draw, which the first axis is over."""
+    difference, truth = (x.reshape(len(truth), -1) for x in (found.double() - truth, truth))
     tiny = 1e-300
     return {
-        "rms": (rms(difference) / rms(truth).clamp_min(tiny)).item(),
-        "largest": (difference.abs().max() / truth.abs().max().clamp_min(tiny)).item(),
+        "rms": difference.square().mean(1).sqrt() / truth.square().mean(1).sqrt().clamp_min(tiny),
+        "largest": difference.abs().amax(1) / truth.abs().amax(1).clamp_min(tiny),
     }
 
 
-def excess(found: Tensor, truth: Tensor, single: Tensor) -> dict[str, float]:
+def excess(found: Tensor, truth: Tensor, single: Tensor) -> dict[str, Tensor]:
     """Errors of `found` in units of what is allowed: twice those of `single`, which is float32 PyTorch, and a floor.
 
-    In float64 the truth is rounded as well, so its error counts once more: three times float32 PyTorch's, scaled.
+    In float64 the truth is rounded as well, so its error counts once more: three times float32 PyTorch's, scaled. The
+    first axis is over draws.
     """
     eps = torch.finfo(found.dtype).eps
     times = 2 if found.dtype == torch.float32 else 3 * eps / torch.finfo(torch.float32).eps
-    mine, theirs = errors(found, truth), errors(single, truth)
+    mine, theirs = errors_by_draw(found, truth), errors_by_draw(single, truth)
     return {kind: mine[kind] / (times * theirs[kind] + floor * eps) for kind, floor in FLOORS.items()}
 
 
@@ -413,10 +423,10 @@ def assert_as_accurate_as_pytorch(
     """
     for name, mine in found.items():
         assert mine.shape == truth[name].shape, name
-        draws = [excess(*draw) for draw in zip(mine, truth[name], single[name], strict=True)]
-        for kind in FLOORS:
+        assert mine.shape == single[name].shape, name
+        for kind, draws in excess(mine, truth[name], single[name]).items():
             # An exact result of one draw must not make up for the others.
-            ratio = statistics.geometric_mean(max(draw[kind], LEAST) for draw in draws)
+            ratio = draws.clamp_min(LEAST).log().mean().exp().item()
             assert ratio <= 1, f"{name}: {kind} error is {ratio:.2f} times what is allowed"
 
 
