@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import signal
 
 import numpy as np
 import pytest
@@ -26,6 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     tests = collections.Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))  # keeps the order within a file
+
+
+def pytest_configure():
+    """Shells start what is in the background deaf to Ctrl-C, which tests send to processes that inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

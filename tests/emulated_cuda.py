@@ -14,7 +14,7 @@ from fastl2l.ops import dispatch
 
 HERE = Path(__file__).parent / "portable"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FAST = [
     "raw:0.7 lstm:20,20 linear",
     "log_sign:10 lstm:20,20 tanh",

@@ -38,16 +38,17 @@ def nvcc():
 
 
 @pytest.fixture(scope="module")
-def sources():
-    found = sorted(build.source_folder().glob("cuda/*.cu"))
-    assert found
-    return found
+def compiled(nvcc, tmp_path_factory):
+    """What nvcc says of all sources, and the folder that it has kept what it makes on the way in."""
+    sources, folder = sorted(build.source_folder().glob("cuda/*.cu")), tmp_path_factory.mktemp("cuda")
+    assert sources
+    flags = [*build.parameters().compile_args["nvcc"], "-Xptxas=-v", "--keep", f"--keep-dir={folder}", "-c"]
+    return "".join(nvcc(*flags, source, "-o", folder / f"{source.stem}.o") for source in sources), folder
 
 
 @pytest.mark.slow
-def test_all_sources_compile_and_no_kernel_spills(nvcc, sources, tmp_path):
-    flags = [*build.parameters().compile_args["nvcc"], "-Xptxas=-v", "-c"]
-    report = "".join(nvcc(*flags, source, "-o", tmp_path / f"{source.stem}.o") for source in sources)
+def test_all_sources_compile_and_no_kernel_spills(compiled):
+    report, _ = compiled
     assert "warning" not in report, report
     kernel = (
         r"Compiling entry function '(\w+)' for '(\w+)'"
@@ -67,13 +68,9 @@ def test_all_sources_compile_and_no_kernel_spills(nvcc, sources, tmp_path):
     assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}  # of functions that are not inlined, too
 
 
-def test_fast_kernels_multiply_on_tensor_cores(nvcc, sources, tmp_path):
-    flags = [flag for flag in build.parameters().compile_args["nvcc"] if not flag.startswith("-gencode")]
-    ptx = ""
-    for source in sources:
-        target = tmp_path / f"{source.stem}.ptx"
-        nvcc(*flags, "-arch=compute_80", "-ptx", source, "-o", target)
-        ptx += target.read_text()
+def test_fast_kernels_multiply_on_tensor_cores(compiled):
+    _, folder = compiled
+    ptx = "".join(path.read_text() for path in folder.glob("*.compute_80.ptx"))
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.DOTALL))
     product = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
     for name in REGISTERS:

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 import process_group
 import pytest
 import torch
@@ -35,21 +37,32 @@ def free_port() -> str:
         return str(one.getsockname()[1])
 
 
-def run(script: str, name: str, folder: Path, size: int, **more: str) -> list[dict]:
-    """What the processes of a group answer, in their order; None from those that ended otherwise."""
+def run(script: str, name: str, folder: Path, size: int, *, fresh: bool = False, **more: str) -> list[dict]:
+    """What the processes of a group answer, in their order; None from those that ended otherwise.
+
+    Where they are to find the same numbers, they are `fresh`: each has its sets in an order of its own.
+    """
     group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **more}
-    started = [
-        subprocess.Popen([sys.executable, HERE / script, name, folder], env=environment(RANK=str(rank), **group))
-        for rank in range(size)
-    ]
+    begin = _begin_fresh if fresh else _begin_forked
+    started = [begin(HERE / script, name, folder, environment(RANK=str(rank), **group)) for rank in range(size)]
     try:
         for one in started:
-            one.wait(LONGEST)
+            one.join(LONGEST)
     finally:
         for one in started:
             one.kill()
     paths = [folder / f"{name}-{size}-{rank}.json" for rank in range(size)]
     return [json.loads(path.read_text()) if path.exists() else None for path in paths]
+
+
+def _begin_forked(script: Path, name: str, folder: Path, variables: dict[str, str]) -> BaseProcess:
+    code = f"import runpy, sys; sys.argv[1:] = {name!r}, {str(folder)!r}; "
+    return forked.start(f"{code}runpy.run_path({str(script)!r}, run_name='__main__')", variables, folder)
+
+
+def _begin_fresh(script: Path, name: str, folder: Path, variables: dict[str, str]) -> BaseProcess:
+    arguments = [sys.executable, str(script), name, str(folder)]
+    return forked.start(f"import os; os.execv({sys.executable!r}, {arguments!r})", variables, folder)
 
 
 # The same numbers
@@ -74,7 +87,7 @@ def in_one_process(tmp_path_factory):
 def test_training_evaluation_and_tuning_give_the_same_bits_in_any_number_of_processes(size, in_one_process, tmp_path):
     expected, folder = in_one_process
     assert expected["skipped"][-1] == 1  # the window of one process's problem is skipped by all
-    for found in run("process_group.py", "numbers", tmp_path, size):
+    for found in run("process_group.py", "numbers", tmp_path, size, fresh=True):
         assert found == expected
     for path in folder.glob("*.pt"):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
@@ -230,7 +243,7 @@ def test_means_over_one_process_are_means():
 
 def test_sharded_parameters_are_stepped_as_whole_ones_and_saved_for_any_number_of_processes(tmp_path):
     for name, size in (("save", 2), ("load", 1), ("load", 4)):
-        for answer in run("sharded_parameters.py", name, tmp_path, size):
+        for answer in run("sharded_parameters.py", name, tmp_path, size, fresh=True):
             assert answer is not None
             assert answer == dict.fromkeys(answer, True)
 

@@ -10,14 +10,13 @@ import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 import time
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 from small_training import TASK, Cliff, finished, outcome, seeds, small_rule, trainer
@@ -236,7 +235,6 @@ def test_a_run_that_could_not_be_saved_can_be_taken_up_again(moment, tmp_path, m
 
 
 CHILD = """
-    import sys
     import torch
     from fastl2l import LSTMRule, MetaTrainer
     from fastl2l.tasks import Quadratic
@@ -244,45 +242,49 @@ CHILD = """
     torch.set_num_threads(1)
     rule = LSTMRule("raw", output_scale=1.0, hidden_size=4, num_layers=1)
     trainer = MetaTrainer(rule, Quadratic(dim=3, batch=4), horizon=8, unroll=4, trajectories=3, validation_problems=2,
-                          meta_lr=0.3, schedule="cosine", checkpoint=sys.argv[1])
+                          meta_lr=0.3, schedule="cosine", checkpoint="checkpoint")
     print(len(trainer.history), flush=True)
     trainer.fit(200, progress=False)
     print([tuple(epoch) for epoch in trainer.history], trainer.best_loss, [w.tolist() for w in rule.weights()])
 """
 
 
-def start(path):
-    arguments, folder = [sys.executable, "-c", textwrap.dedent(CHILD), str(path)], Path(__file__).resolve().parents[1]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=folder)
+def start(folder):
+    folder.mkdir(exist_ok=True)
+    return forked.start(textwrap.dedent(CHILD), os.environ, folder, folder)
 
 
-def killed(path, saves, delay):
+def written(folder):
+    return (folder / forked.OUTPUT).read_text().splitlines()
+
+
+def killed(folder, saves, delay):
     """How many epochs a run had behind it that was killed `delay` seconds after it had saved so many times."""
-    child, last = start(path), None
-    first = int(child.stdout.readline())
+    child, last, path = start(folder), None, folder / "checkpoint"
     while saves >= 0:
         now = path.stat().st_ino if path.exists() else None
         saves, last = saves - (now != last), now
-        assert child.poll() is None, "it was over before it was killed"
+        assert child.exitcode is None, "it was over before it was killed"
         time.sleep(0.0005)
     time.sleep(delay)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    child.stdout.close()
-    return first
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    return int(written(folder)[0])
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     whole, numbers = start(tmp_path / "whole"), random.Random()
-    path = tmp_path / "checkpoint"
-    behind = [killed(path, saves, numbers.uniform(0, 0.02)) for saves in (1, 20, 30)]
-    last = start(path)
-    resumed = last.communicate()[0].splitlines()
+    behind = [killed(tmp_path / "killed", saves, numbers.uniform(0, 0.02)) for saves in (1, 20, 30)]
+    last = start(tmp_path / "killed")
+    for process in (last, whole):
+        process.join()
+        assert process.exitcode == 0
+    first, outcome = written(tmp_path / "killed")
     assert behind[0] == 0
-    assert behind[0] < behind[1] < behind[2] < int(resumed[0]) < 200
-    assert last.returncode == 0
-    assert resumed[1] == whole.communicate()[0].splitlines()[1]
+    assert behind[0] < behind[1] < behind[2] < int(first) < 200
+    assert outcome == written(tmp_path / "whole")[1]
 
 
 # Checkpoints
