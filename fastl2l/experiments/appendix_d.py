@@ -39,6 +39,8 @@ KINDS = {
     "ntm, 20 pairs": "ntm-20-pairs",
 }
 """What is compared, each trained on 400 trajectories: names of recipes, without task and seed."""
+SEEDS = (0, 1, 2)
+"""Of their training."""
 LONGER = {"lstm, longer": "lstm-quadratic", "ntm, longer": "ntm-quadratic"}
 """The same of as many more trajectories as their recipes have: those that come with fastl2l."""
 WITHOUT_MEMORY = {label: KINDS[label] for label in ("lstm", "lstm+gac")}
@@ -55,7 +57,6 @@ class Setting(NamedTuple):
         title: of its figure and table.
         task: what is minimized.
         trained_on: the middle of its rules' names.
-        seeds: of their training.
         longer: further rules, which have one seed.
         kinds: of rules; a part of `KINDS`.
         baselines: names.
@@ -65,7 +66,6 @@ class Setting(NamedTuple):
     title: str
     task: Callable[[], Task]
     trained_on: str
-    seeds: Sequence[int] = (0,)
     longer: Mapping[str, str] = {}
     kinds: Mapping[str, str] = KINDS
     baselines: Sequence[str] = BASELINES
@@ -75,15 +75,12 @@ class Setting(NamedTuple):
         """Names of rules by seed, by what they are called."""
         named = {label: {0: name} for label, name in self.longer.items()}
         return named | {
-            label: {seed: f"{name}-{self.trained_on}-{seed}" for seed in self.seeds}
-            for label, name in self.kinds.items()
+            label: {seed: f"{name}-{self.trained_on}-{seed}" for seed in SEEDS} for label, name in self.kinds.items()
         }
 
 
 SETTINGS = {
-    "quadratic": Setting(
-        "quadratics, 10 coordinates", lambda: Quadratic(batch=SIDE_BY_SIDE), "quadratic", (0, 1, 2), LONGER
-    ),
+    "quadratic": Setting("quadratics, 10 coordinates", lambda: Quadratic(batch=SIDE_BY_SIDE), "quadratic", LONGER),
     "spiked": Setting(
         "quadratics, gradients 100 times too large at a tenth of the steps",
         lambda: Spiked(Quadratic(batch=SIDE_BY_SIDE)),
@@ -98,7 +95,7 @@ SETTINGS = {
         "ill-conditioned",
     ),
     "mnist": Setting(
-        "MLP 784-20-10 on MNIST", MNIST, "on-mnist", (0, 1, 2), kinds=WITHOUT_MEMORY, baselines=("adam",), alone=True
+        "MLP 784-20-10 on MNIST", MNIST, "on-mnist", kinds=WITHOUT_MEMORY, baselines=("adam",), alone=True
     ),
 }
 
@@ -178,7 +175,7 @@ def _check_kind(name: str, rule: Learned) -> None:
 def _compared(setting: Setting, rules: Mapping[str, Learned]) -> dict[int, dict[str, Learned | Baseline]]:
     """By seed of training; the first that has rules has what has no seeds as well."""
     found: dict[int, dict[str, Learned | Baseline]] = {}
-    for seed in setting.seeds:
+    for seed in SEEDS:
         learned: dict[str, Learned | Baseline] = {
             label: rules[names[seed]] for label, names in setting.rules().items() if names.get(seed) in rules
         }
