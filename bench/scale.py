@@ -4,8 +4,8 @@ Everything with one thread a process, on a machine that does nothing else; all t
 measured by turns of a few seconds, since cores of shared machines change their speed by half from one minute to the
 next, and what is told is the median of each turn's ratio. It writes bench/results/scale/NAME.csv:
 
-- processes: problems a second of meta-training, batches of 16 and of 64, in one process, in two, and in two that know
-  nothing of each other, which is what the machine itself gives.
+- processes: problems a second of meta-training, batches of 16, in one process, in two, in two that keep to a core each,
+  and in two that know nothing of each other, which is what the machine itself gives.
 - group: batches of 16 in one process, in pieces, with a process group of one and without, and without pieces.
 - coordinates: bytes and nanoseconds a coordinate of a step of 3e7 coordinates under the papers' LSTM rule.
 """
@@ -13,6 +13,7 @@ next, and what is told is the median of each turn's ratio. It writes bench/resul
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from fastl2l.ops.dispatch import select
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "scale"
-BATCHES = (16, 64)
+BATCH = 16
 """Of meta-training in two processes, which wait for each other once a window of a batch."""
 TASKS: dict[str, Callable[[], tasks.Task]] = {"quadratic": tasks.Quadratic, "digits": tasks.Digits}
 
@@ -45,7 +46,7 @@ class Sizes(NamedTuple):
 
     rounds: int
     trajectories: int
-    """Of a turn, at least."""
+    """Of a turn."""
     coordinates: int
     steps: int
 
@@ -78,10 +79,9 @@ class Step(NamedTuple):
     processor: str
 
 
-def trainer(task: str, batch: int, sizes: Sizes, pieces: int = 4) -> MetaTrainer:
+def trainer(task: str, sizes: Sizes, pieces: int = 4) -> MetaTrainer:
     short = {"validation_problems": 16, "validation_horizon": 20}
-    trajectories = max(batch, sizes.trajectories)
-    return MetaTrainer(LSTMRule(), TASKS[task](), trajectories=trajectories, batch=batch, pieces=pieces, **short)
+    return MetaTrainer(LSTMRule(), TASKS[task](), trajectories=sizes.trajectories, batch=BATCH, pieces=pieces, **short)
 
 
 def speed(trained: MetaTrainer) -> float:
@@ -91,41 +91,51 @@ def speed(trained: MetaTrainer) -> float:
     return trained.trajectories / (time.perf_counter() - began)
 
 
+@contextlib.contextmanager
+def on_a_core(number: int) -> Iterator[None]:
+    """This process runs on one core of those that it may run on."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(cores)[number % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 # In processes of their own
 
 Turns = list[dict[str, float]]
 """Problems a second, by what has worked, of each turn."""
 
 
-def in_a_group_of_two(on: str, sizes: Sizes) -> Turns:
+def in_a_group_of_two(task: str, sizes: Sizes) -> Turns:
     """The first process while the other one waits, both together, and both as if there were no other."""
-    task, batch = on.split()
     with processes.alone():
-        alone, apart = (trainer(task, int(batch), sizes) for _ in range(2))
-    together, group = trainer(task, int(batch), sizes), processes.current()
+        alone, apart = (trainer(task, sizes) for _ in range(2))
+    together, group = trainer(task, sizes), processes.current()
     for one in (alone, apart, together):  # what is done once
         one.fit(1, progress=False)
 
     def turn() -> dict[str, float]:
         first = group.first(lambda: speed(alone))
         both = speed(together)
+        with on_a_core(group.rank):
+            each = speed(together)
         dist.barrier()
         return {
             "1 process": first,
             "2 processes": both,
+            "2 processes, a core each": each,
             "2 processes, each by itself": sum(group.everyone(lambda: speed(apart))),
         }
 
     return [turn() for _ in range(sizes.rounds)]
 
 
-def in_a_group_of_one(on: str, sizes: Sizes) -> Turns:
-    task, batch = on.split()
+def in_a_group_of_one(task: str, sizes: Sizes) -> Turns:
     with processes.alone():
-        made = {
-            what: trainer(task, int(batch), sizes, n) for what, n in (("no group", 4), ("no group, in one piece", 1))
-        }
-    made["group of one"] = trainer(task, int(batch), sizes)
+        made = {what: trainer(task, sizes, n) for what, n in (("no group", 4), ("no group, in one piece", 1))}
+    made["group of one"] = trainer(task, sizes)
     for one in made.values():
         one.fit(1, progress=False)
     return [{what: speed(one) for what, one in made.items()} for _ in range(sizes.rounds)]
@@ -189,25 +199,24 @@ def processor() -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.ops.fastl2l.cpu_isa()}"
 
 
-def speeds(where: str, size: int, batches: Sequence[int], quick: bool, sizes: Sizes) -> list[Speed]:
+def speeds(where: str, size: int, quick: bool, sizes: Sizes) -> list[Speed]:
     rows = []
     for task in TASKS:
-        for batch in batches:
-            turns: Turns = started(where, f"{task} {batch}", size, sizes.rounds, quick)
-            first = next(iter(turns[0]))
-            for what in turns[0]:
-                middle = statistics.median(turn[what] for turn in turns)
-                times = statistics.median(turn[what] / turn[first] for turn in turns)
-                rows.append(Speed(task, batch, what, round(middle, 2), round(times, 3), len(turns), processor()))
+        turns: Turns = started(where, task, size, sizes.rounds, quick)
+        first = next(iter(turns[0]))
+        for what in turns[0]:
+            middle = statistics.median(turn[what] for turn in turns)
+            times = statistics.median(turn[what] / turn[first] for turn in turns)
+            rows.append(Speed(task, BATCH, what, round(middle, 2), round(times, 3), len(turns), processor()))
     return rows
 
 
 def measure_processes(sizes: Sizes, quick: bool) -> Sequence[Any]:
-    return speeds("in_a_group_of_two", 2, BATCHES, quick, sizes)
+    return speeds("in_a_group_of_two", 2, quick, sizes)
 
 
 def measure_group(sizes: Sizes, quick: bool) -> Sequence[Any]:
-    return speeds("in_a_group_of_one", 1, BATCHES[:1], quick, sizes)
+    return speeds("in_a_group_of_one", 1, quick, sizes)
 
 
 def measure_coordinates(sizes: Sizes, quick: bool) -> Sequence[Any]:
