@@ -289,26 +289,8 @@ def tune(
     Raises:
         TypeError, ValueError: an argument is not as above, or no learning rate gives a finite loss.
     """
-    if not isinstance(task, Task):
-        raise TypeError(f"task: expected a fastl2l Task, got {type(task).__name__}")
-    if not isinstance(baseline, Baseline):
-        raise TypeError(f"baseline: expected a Baseline such as Adam(), got {baseline!r}")
-    integer("steps", steps)
-    integer("runs", runs)
-    integer("seed", seed, least=0)
-    if integer("last", last) > steps:
-        raise ValueError(f"last: expected at most the {steps} steps, got {last}")
-    request = plain(
-        {
-            "format": FORMAT,
-            "task": task.spec(),
-            "baseline": {"name": baseline.name, **baseline.options},
-            "steps": steps,
-            "runs": runs,
-            "seed": seed,
-            **({"last": last} if last > 1 else {}),  # rates that were kept before there was a choice are found
-        }
-    )
+    processes = current()
+    request = processes.everyone(lambda: _request(task, baseline, steps, runs, seed, last))[processes.rank]
 
     def search() -> dict[str, Any]:
         check_start(task.sample(problem_seed(seed, "tune", 0)))
@@ -327,7 +309,7 @@ def tune(
         return start, final
 
     # In a process group the first process alone reads and writes, and its word is everybody's.
-    path, processes = cache_file("tuning", request, ".json"), current()
+    path = cache_file("tuning", request, ".json")
     processes.check_same(lambda: {"tune": request, "cache": cache})
 
     def read(path: Path) -> dict[str, Any]:
@@ -339,6 +321,31 @@ def tune(
     answer = cached(path, read, search, write) if cache else search()
     lr: float = answer["lr"]
     return lr
+
+
+def _request(task: Task, baseline: Baseline, steps: int, runs: int, seed: int, last: int) -> dict[str, Any]:
+    """What is tuned, as files tell it."""
+    if not isinstance(task, Task):
+        raise TypeError(f"task: expected a fastl2l Task, got {type(task).__name__}")
+    if not isinstance(baseline, Baseline):
+        raise TypeError(f"baseline: expected a Baseline such as Adam(), got {baseline!r}")
+    integer("steps", steps)
+    integer("runs", runs)
+    integer("seed", seed, least=0)
+    if integer("last", last) > steps:
+        raise ValueError(f"last: expected at most the {steps} steps, got {last}")
+    found: dict[str, Any] = plain(
+        {
+            "format": FORMAT,
+            "task": task.spec(),
+            "baseline": {"name": baseline.name, **baseline.options},
+            "steps": steps,
+            "runs": runs,
+            "seed": seed,
+            **({"last": last} if last > 1 else {}),  # rates that were kept before there was a choice are found
+        }
+    )
+    return found
 
 
 def _mean_losses(task: Task, baseline: Baseline, steps: int, runs: int, seed: int, last: int) -> tuple[float, float]:

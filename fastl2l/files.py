@@ -74,6 +74,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # a full disk does not say of what file
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -46,7 +46,7 @@ from fastl2l.optimizer_state import (
 from fastl2l.processes import ProcessError
 from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import Rule
-from fastl2l.sharded import FAILED, READY, agree, any_sharded, groups_between, groups_of, local, with_gradients
+from fastl2l.sharded import BEGINS, FAILED, READY, agree, any_sharded, digests_of, groups_between, groups_of, local
 from fastl2l.sharded import check as check_sharding
 from fastl2l.units import unit_of
 
@@ -134,6 +134,22 @@ class _Ready(NamedTuple):
     """For each what is kept of its parameters."""
     word: Tensor | None = None
     """What several processes have agreed on: see `sharded.agree`."""
+    begins: bool = False
+    """Whether states are made and nothing else."""
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing can move, and all states are new."""
+        return all(_at_rest(batch, kept) for batch, kept in zip(self.batches, self.kept, strict=True))
+
+    @property
+    def only_begins(self) -> bool:
+        """Whether this is torch's way to have states made, which are to be those of no step at all.
+
+        `torch.distributed.checkpoint.state_dict` takes a step with a rate and gradients of 0 if there are no states.
+        """
+        grads = (grad for batch in self.batches for grad in batch.grads)
+        return self.at_rest and all(has_data(grad) and not bool(grad.any()) for grad in grads)
 
     @property
     def needs_units(self) -> bool:
@@ -327,7 +343,7 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         ready = self._ready_together(groups) if groups else self._ready(look=False)
         self._put_units(ready)
         for batch, kept, finite in zip(ready.batches, ready.kept, ready.flags, strict=True):
-            if _only_begins(batch, kept):
+            if ready.begins:
                 self._keep(kept)
             elif not self._apply(batch, kept, finite):
                 self._refuse(ready)
@@ -358,24 +374,30 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if look or len(batches) > 1 or one_by_one:
             batches = [batch.checked() for batch in batches]
         flags = self._flags(batches, look)
-        return _Ready(batches, flags, [self._kept(batch) for batch in batches])  # all memory must have been had
+        ready = _Ready(batches, flags, [self._kept(batch) for batch in batches])  # all memory must have been had
+        return ready._replace(begins=ready.only_begins)
 
     def _ready_together(self, groups: list[ProcessGroup]) -> _Ready:
         """As `_ready`, in all processes of these groups or in none: what is wrong in one is an error in all of them."""
+        device = self.param_groups[0]["rule"].device
         if self.nonfinite == "propagate":  # which does not communicate
             self._check_sharding()
-            return self._ready(look=False)
-        device = self.param_groups[0]["rule"].device
+            ready = self._ready(look=False)
+            if ready.at_rest:  # but here, where the gradients of all processes decide
+                word = torch.full((1,), BEGINS if ready.begins else READY, dtype=torch.int32, device=device)
+                ready = ready._replace(begins=int(agree(word, groups)[0]) == BEGINS)
+            return ready
         word = torch.full((1,), FAILED, dtype=torch.int32, device=device)
         ready, failure = _Ready([], [], []), None
         try:
             self._check_sharding()
             ready = self._ready(look=True)
-            word.copy_(ready.flags[0] if ready.flags and ready.flags[0] is not None else torch.tensor([READY]))
+            finite = ready.flags[0] if ready.flags else None
+            word.copy_(torch.tensor([BEGINS]) if ready.begins or finite is None else finite)
         except Exception as error:
             failure = error
         try:
-            word, alike = agree(word, groups, with_gradients(_params(self.param_groups)))
+            word, alike = agree(word, groups, digests_of(_params(self.param_groups), self._has_begun))
         except ProcessError:
             if failure is None:
                 raise
@@ -384,16 +406,32 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if self.capturable:
             word = torch.where(alike, word, FAILED)
         elif not alike and int(word) != FAILED:
-            raise RuntimeError(
-                "gradients: expected those of the same parameters in all processes that have parts of them, got others "
-                "in another process; nothing was changed"
-            )
-        ready = _Ready(ready.batches, [(word == READY).to(b.device) for b in ready.batches], ready.kept, word)
+            raise self._others_elsewhere()
+        ready = ready._replace(
+            flags=[(word >= READY).to(batch.device) for batch in ready.batches],
+            word=word,
+            begins=ready.begins and int(word) == BEGINS,
+        )
         # Otherwise the kernels look, so that nobody waits for the device.
-        nothing_here = not ready.batches and not self.capturable and int(word) != READY
+        nothing_here = not ready.batches and not self.capturable and int(word) < READY
         if nothing_here or (ready.needs_units and int(word) == FAILED):
             self._refuse(ready)
         return ready
+
+    def _others_elsewhere(self) -> RuntimeError:
+        """For parameters that have a gradient, or a state, in one process and none in another."""
+        names = {
+            param: _name(group, number, index)
+            for number, group in enumerate(self.param_groups)
+            for index, param in enumerate(group["params"])
+        }
+        lacks = [name for param, name in names.items() if param.grad is None]
+        fresh = [name for param, name in names.items() if not self._has_begun(param)]
+        here = [f"no {what} of {shown(', '.join(of))}" for what, of in (("gradient", lacks), ("state", fresh)) if of]
+        return RuntimeError(
+            "gradients: expected those of the same parameters in all processes that have parts of them, and states of "
+            f"the same ones, got others in another process (here: {' and '.join(here) or 'all'}); nothing was changed"
+        )
 
     def _check_sharding(self) -> None:
         for number, group in enumerate(self.param_groups):
@@ -520,6 +558,9 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if len(kept) == len(params) and all(map(operator.is_, kept, params)):
             return list(kept.values())  # faster: parameters are slow to look up
         return [kept.get(param, {}) for param in params]
+
+    def _has_begun(self, param: Tensor) -> bool:
+        return STATE in self.state.get(param, {})
 
     def _backend(self, batch: _Batch) -> Backend:
         return select(self.backend, batch.device)
@@ -660,19 +701,14 @@ def _params(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
     return (param for group in groups for param in group["params"])
 
 
-def _only_begins(batch: _Batch, kept: _Kept) -> bool:
-    """Whether a step is torch's way to have states made, which are to be those of no step at all.
-
-    `torch.distributed.checkpoint.state_dict` takes one with a rate and gradients of 0 if there are no states yet.
-    """
+def _at_rest(batch: _Batch, kept: _Kept) -> bool:
+    """Whether the rate is 0 and all states are new."""
     if len(kept.new) < len(batch.params) or torch.compiler.is_compiling() or _is_captured(batch.device):
         return False
     lr = batch.group["lr"]
     if isinstance(lr, Tensor):  # on the CPU, where torch puts its 0, nobody waits for it
-        at_rest = lr.device.type == "cpu" and has_data(lr) and not lr.detach().numpy().any()
-    else:
-        at_rest = lr == 0
-    return at_rest and all(has_data(grad) and not bool(grad.any()) for grad in batch.grads)
+        return lr.device.type == "cpu" and has_data(lr) and not lr.detach().numpy().any()
+    return bool(lr == 0)
 
 
 def _scales(group: dict[str, Any], rule: Rule) -> tuple[float, float, Tensor | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import os
 import pickle
@@ -45,22 +46,24 @@ class Processes(NamedTuple):
         """Which of so many pieces of work are this process's: what comes first is the first process's."""
         return range(pieces * self.rank // self.size, pieces * (self.rank + 1) // self.size)
 
-    def everyone(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives in each process, in their order.
+    def everyone(self, work: Callable[[], T], name: str | None = None) -> list[T]:
+        """What `work` gives in each process, in their order; `name` says what it is, by default that of the function.
 
         Raises:
-            ProcessError: another process has ended, or has said nothing for as long as the group's time-out is.
+            ProcessError: another process has ended, has said nothing for as long as the group's time-out is, or is at
+                other work.
             Exception: what `work` has raised in any process, in all of them.
         """
         if self.size == 1:
             return [work()]
+        name = name or _name(work)
         value: Any = None
         error: Exception | None = None
         try:
             value = work()
         except Exception as caught:
             error = caught
-        outcomes = [pickle.loads(sent) for sent in self._exchange(_packed(value, error), error)]
+        outcomes = [pickle.loads(sent) for sent in self._exchange(name, _packed(value, error), error)]
         if error is not None:
             raise error
         for rank, (_, theirs) in enumerate(outcomes):
@@ -72,7 +75,7 @@ class Processes(NamedTuple):
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` gives in the first process, the only one that does it. Raises as `everyone` does."""
-        results: list[Any] = self.everyone(work if self.rank == 0 else lambda: None)
+        results: list[Any] = self.everyone(work if self.rank == 0 else lambda: None, _name(work))
         answer: T = results[0]
         return answer
 
@@ -88,7 +91,7 @@ class Processes(NamedTuple):
             device = rows.device
             return rows.detach().cpu()
 
-        return torch.cat(self.everyone(sent)).to(device)
+        return torch.cat(self.everyone(sent, _name(work))).to(device)
 
     def check_same(self, of: Callable[[], dict[str, Any]]) -> None:
         """That `of` gives the same in every process, in the same order where it gives dicts.
@@ -97,7 +100,7 @@ class Processes(NamedTuple):
         """
         if self.size == 1:
             return
-        found = self.everyone(lambda: versions() | of())
+        found = self.everyone(lambda: versions() | of(), _name(of))
         for rank, other in enumerate(found[1:], 1):
             for name in sorted(found[0].keys() | other.keys()):
                 if (differ := _difference(found[0].get(name), other.get(name))) is not None:
@@ -107,10 +110,10 @@ class Processes(NamedTuple):
                         f"{rank}"
                     )
 
-    def _exchange(self, mine: bytes, error: Exception | None) -> list[bytes]:
+    def _exchange(self, name: str, mine: bytes, error: Exception | None) -> list[bytes]:
         outcomes: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(outcomes, mine)
+            dist.all_gather_object(outcomes, (name, mine))
         except Exception as failure:
             if error is not None:
                 raise error from None
@@ -118,7 +121,15 @@ class Processes(NamedTuple):
                 f"process {self.rank} of {self.size}: another process has ended, or said nothing until the time-out "
                 f"({type(failure).__name__}: {str(failure)[:200]})"
             ) from failure
-        return outcomes
+        for rank, (other, _) in enumerate(outcomes):
+            if other != name:  # one of them has left its work by an exception, and has gone on to something else
+                if error is not None:
+                    raise error
+                raise ProcessError(
+                    f"process {self.rank} of {self.size}: expected all processes at the same work, got {name} here and "
+                    f"{other} in process {rank}"
+                )
+        return [sent for _, sent in outcomes]
 
 
 def current() -> Processes:
@@ -165,11 +176,15 @@ def joined() -> Iterator[Processes]:
         except SystemExit as ending:  # which a command that has done its work ends with
             if ending.code:
                 raise
-            dist.barrier()
+            current().everyone(_leave)
             raise
-        dist.barrier()  # nobody leaves while another still listens
+        current().everyone(_leave)
     finally:
         dist.destroy_process_group()
+
+
+def _leave() -> None:
+    """Nobody leaves while another still listens."""
 
 
 def versions() -> dict[str, str]:
@@ -195,6 +210,12 @@ def _timeout() -> float:
     if not 0 < seconds < 10**8:
         raise ValueError(f"FASTL2L_TIMEOUT: expected a number of seconds > 0, got {text!r}")
     return seconds
+
+
+def _name(work: Callable[..., object]) -> str:
+    """What work is called, wherever it is written."""
+    function = work.func if isinstance(work, functools.partial) else work
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def _packed(value: Any, error: Exception | None) -> bytes:

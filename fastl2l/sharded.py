@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -67,16 +67,21 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def groups_of(params: Iterable[Tensor], first: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
-    """`first`, and all groups of processes that have parts of these, in the same order everywhere."""
+    """`first`, and all groups of this process and others that have parts of these, in the same order everywhere."""
     found = list(first)
     for param in params:
         if is_sharded(param):
-            found += param.device_mesh.get_all_groups()  # type: ignore[attr-defined]
+            found += _groups(param.device_mesh)  # type: ignore[attr-defined]
     return list(dict.fromkeys(found))
 
 
-READY, NOT_FINITE, FAILED = 1, 0, -1
-"""What a process says of a step; of several the least counts."""
+def _groups(mesh: Any) -> list[dist.ProcessGroup]:
+    """One for each dimension; none if this process is not in the mesh."""
+    return [] if mesh.get_coordinate() is None else mesh.get_all_groups()
+
+
+BEGINS, READY, NOT_FINITE, FAILED = 2, 1, 0, -1
+"""What a process says of a step; of several the least counts. One that only begins makes states, and nothing else."""
 
 
 def agree(
@@ -87,7 +92,7 @@ def agree(
     Args:
         word: what this process says.
         groups: of processes, in the same order everywhere.
-        digests: what `with_gradients` gave.
+        digests: what `digests_of` gave.
 
     Returns:
         The word, and whether the digests were the same in all processes of each mesh [1].
@@ -98,7 +103,7 @@ def agree(
     # The least of numbers, and of the numbers below 0, are opposite if all are the same.
     least = {mesh: word.new_tensor([digest, -digest]) for mesh, digest in digests.items()}
     for group in groups:
-        meshes = [mesh for mesh in least if group in mesh.get_all_groups()]
+        meshes = [mesh for mesh in least if group in _groups(mesh)]
         said = torch.cat([word, *(least[mesh] for mesh in meshes)])
         try:
             dist.all_reduce(said, dist.ReduceOp.MIN, group=group)
@@ -113,12 +118,13 @@ def agree(
     return word, (ends[:, 0] == -ends[:, 1]).all().reshape(1)
 
 
-def with_gradients(params: Iterable[Tensor]) -> dict[Any, int]:
-    """For each mesh of processes a digest of which of its parameters have a gradient here."""
-    flags: dict[Any, list[bool]] = {}
+def digests_of(params: Iterable[Tensor], begun: Callable[[Tensor], bool]) -> dict[Any, int]:
+    """For each mesh of processes a digest of which of its parameters have a gradient here, and which have `begun`."""
+    flags: dict[Any, list[int]] = {}
     for param in params:
         if is_sharded(param):
-            flags.setdefault(param.device_mesh, []).append(param.grad is not None)  # type: ignore[attr-defined]
+            mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+            flags.setdefault(mesh, []).append(2 * begun(param) + (param.grad is not None))
     return {mesh: zlib.crc32(bytes(found)) >> 1 for mesh, found in flags.items()}
 
 
@@ -135,7 +141,8 @@ def groups_between(params: Sequence[Tensor]) -> tuple[dist.ProcessGroup, ...]:
             f"coordinates talk, got {len(kinds)} kinds"
         )
     mesh, shards = kinds.pop() if kinds else (None, ())
-    return tuple(group for group, shard in zip(mesh.get_all_groups(), shards, strict=True) if shard) if mesh else ()
+    groups = _groups(mesh) if mesh else []
+    return tuple(group for group, shard in zip(groups, shards, strict=False) if shard)
 
 
 def _mesh_and_shards(param: Any) -> tuple[Any, tuple[bool, ...]]:

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from process_group import main
 from small_training import small_rule
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastl2l import FusedLSTMOptimizer
 from fastl2l.processes import ProcessError, current
@@ -113,6 +113,26 @@ def other_data(param) -> Iterator[None]:
     set_gradient(param)
 
 
+@contextlib.contextmanager
+def no_state(optimizer, param) -> Iterator[None]:
+    kept = dict(optimizer.state[param])
+    if is_last():
+        optimizer.state.pop(param)
+    yield
+    optimizer.state[param] = kept
+
+
+def outside_of_the_mesh() -> bool:
+    """Whether a parameter that is the first process's is stepped there, beside one of all processes."""
+    optimizer, param = sharded()
+    theirs = nn.Parameter(distribute_tensor(torch.ones(4, 3), DeviceMesh("cpu", [0]), [Shard(0)]))
+    optimizer.add_param_group({"params": [("theirs", theirs)]})
+    set_gradient(param)
+    theirs.grad = distribute_tensor(torch.ones(4, 3), theirs.device_mesh, theirs.placements)
+    optimizer.step()
+    return bool((local(theirs) != 1).all()) and bool((local(param) != 1).all())
+
+
 def outcome(optimizer, param, spoiled, good_steps: int = 0) -> list[object]:
     """What a spoiled step says, whether it has changed nothing, and whether the next one has changed all."""
     set_gradient(param)
@@ -146,6 +166,9 @@ def one(folder: Path) -> dict[str, list[object]]:
     found["no gradient elsewhere"] = outcome(optimizer, param, sparse_gradient(param, optimizer.zero_grad))
     optimizer, param = sharded()
     found["no gradient"] = outcome(optimizer, param, no_gradient(param))
+    optimizer, param = sharded()
+    found["no state"] = outcome(optimizer, param, no_state(optimizer, param), good_steps=1)
+    found["outside of the mesh"] = [outside_of_the_mesh()]
     found["flat pieces"] = [flat_pieces()]
     return found
 

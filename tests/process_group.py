@@ -110,6 +110,12 @@ def gradient_elsewhere() -> None:
     optimizer.step()
 
 
+def frozen_in_one() -> None:
+    made = trainer(**BATCH)
+    made.rule.weights()[0].requires_grad_(current().rank == 0)
+    made.fit(1, progress=False)
+
+
 def errors(folder: Path) -> dict[str, str]:
     """What each of these raises here."""
     rank = current().rank
@@ -127,6 +133,13 @@ def errors(folder: Path) -> dict[str, str]:
         "keep": lambda: trainer(**BATCH, keep=("best", "last")[rank]),
         "no checkpoint": lambda: trainer(**BATCH, checkpoint=folder / "mine.pt" if rank == 0 else None),
         "epochs": lambda: trainer(**BATCH).fit(1 + rank, progress=False),
+        "fit": lambda: trainer(**BATCH).fit(-1 if rank else 1, progress=False),
+        "frozen": frozen_in_one,
+        "searching": lambda: search_meta_lr(lambda lr, path: trainer(meta_lr=lr), folder, trials=-1 if rank else 1),
+        "tuning runs": lambda: baselines.tune(TASK, baselines.SGD(), 2, runs=-1 if rank else 2),
+        "other work": (lambda: trainer(**BATCH))
+        if rank
+        else (lambda: baselines.tune(TASK, baselines.SGD(), 2, runs=2)),
         "versions": other_versions,
         "one problem": lambda: trainer(FailsOnce(dim=3, batch=4, number=6), **BATCH).fit(1, progress=False),
         "checkpoint": lambda: seen_by_one(folder),
@@ -156,6 +169,17 @@ def lost(folder: Path) -> dict[str, object]:
     return {}
 
 
+def leaves(folder: Path) -> dict[str, object]:
+    """The last process is done, while the others are not."""
+    if current().rank == current().size - 1:
+        raise SystemExit
+    try:
+        trainer(**BATCH)
+    except ProcessError as error:
+        return {"error": str(error)}
+    return {}
+
+
 def silent(folder: Path) -> dict[str, object]:
     """The last process says nothing for longer than the time-out."""
     start = time.monotonic()
@@ -180,4 +204,4 @@ def main(works: Mapping[str, Any], without_others: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(globals(), ("lost", "silent"))
+    main(globals(), ("lost", "silent", "leaves"))

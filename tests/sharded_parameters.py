@@ -171,6 +171,38 @@ def talking(folder: Path, *, save: bool) -> dict[str, bool]:
     return found
 
 
+def at_rate_0() -> dict[str, bool]:
+    """A warm-up whose first rate is 0, while the first process has gradients of 0 alone."""
+    found = {}
+
+    def moved(net, rule, **options):
+        optimizer = FusedLSTMOptimizer(net.parameters(), rule, **options)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+        for step in range(4):
+            random = torch.Generator().manual_seed(step)
+            for param in net.parameters():
+                gradient = torch.randn(param.shape, generator=random)
+                gradient[: len(gradient) // 2] *= step > 0
+                param.grad = distributed(gradient, param)
+            optimizer.step()
+            schedule.step()
+        return torch.cat([value.flatten() for value in whole(net)])
+
+    for name, (rule, options) in {
+        "lstm": (rule_of("raw:0.7 lstm:5 linear"), {}),
+        "ramp, propagate": (stepping(rule_of(RNNPROP), ramp=4), {"nonfinite": "propagate"}),
+        "talking": (randomized(GACRule(averages=(2, 3), hidden_size=6, ramp=3)), {}),
+    }.items():
+        plain, net = (nn.Linear(3, 4, bias=False) for _ in range(2))
+        for param in (plain.weight, net.weight):
+            param.data = torch.linspace(-1, 1, 12).view(4, 3)
+        fully_shard(net)
+        mine, theirs = moved(net, rule, **options), moved(plain, rule, **options)
+        found[f"rate 0, {name}"] = torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6 if name == "talking" else 0.0)
+        found[f"rate 0, {name}, moves"] = bool((mine != torch.linspace(-1, 1, 12)).all())
+    return found
+
+
 def refused(params, rule) -> bool:
     try:
         FusedLSTMOptimizer(params, rule)
@@ -221,5 +253,5 @@ if __name__ == "__main__":
     with processes.joined() as group:
         answer = sharded(folder, save=name == "save") | talking(folder, save=name == "save")
         if name == "save":
-            answer |= in_parallel()
+            answer |= in_parallel() | at_rate_0()
         (folder / f"{name}-{group.size}-{group.rank}.json").write_text(json.dumps(answer))

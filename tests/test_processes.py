@@ -111,6 +111,11 @@ def test_bad_input_is_an_error_in_every_process(tmp_path):
         "keep": ("ValueError: keep: expected the same in every process, got 'best' in process 0 and 'last'",) * 2,
         "no checkpoint": ("ValueError: checkpoint: expected the same in every process, got True in process 0",) * 2,
         "epochs": ("ValueError: epochs: expected the same in every process, got 1 in process 0 and 2",) * 2,
+        "fit": ("ValueError: epochs: expected an integer >= 0, got -1",) * 2,
+        "frozen": ("ValueError: rule: expected",) * 2,
+        "searching": ("ValueError: trials: expected an integer >= 1, got -1",) * 2,
+        "tuning runs": ("ValueError: runs: expected an integer >= 1, got -1",) * 2,
+        "other work": ("at the same work, got fastl2l.baselines.tune", "at the same work, got fastl2l.meta.trainer"),
         "versions": ("ValueError: torch: expected the same in every process, got '0.0' in process 0 and '0.1'",) * 2,
         "one problem": ("ValueError: there is no such problem",) * 2,
         "checkpoint": ("of-0/checkpoint.pt: expected a folder that all", "of-1/checkpoint.pt: expected a folder that"),
@@ -131,6 +136,12 @@ def test_a_process_that_dies_is_an_error_in_the_others_and_leaves_the_checkpoint
     assert survivor["epochs"] == 1
     after = process_group.trainer(**process_group.BATCH, checkpoint=tmp_path / "checkpoint.pt")
     assert len(after.history) == 1
+
+
+def test_a_process_that_leaves_well_is_an_error_in_those_that_have_not_finished(tmp_path):
+    waiting, _ = run("process_group.py", "leaves", tmp_path, 2)  # long before the time-out
+    assert "expected all processes at the same work" in waiting["error"]
+    assert "_leave in process 1" in waiting["error"]
 
 
 def test_a_process_that_says_nothing_is_an_error_after_the_time_out(tmp_path):
@@ -261,7 +272,13 @@ def test_what_goes_wrong_with_a_step_in_one_process_is_an_error_in_all_and_chang
     for found in (first, last):
         told, *rest = found.pop("no gradient")
         assert "gradients: expected those of the same parameters in all processes" in told
+        assert ("here: no gradient of 'parameter scale.weight'" in told) == (found is last)
         assert rest == [True, True]
+        told, *rest = found.pop("no state")
+        assert "states of the same ones, got others in another process" in told
+        assert ("here: no state of 'parameter scale.weight'" in told) == (found is last)
+        assert rest == [True, True]
+        assert found.pop("outside of the mesh") == [True]
         assert "FullyShardedDataParallel's flat pieces" in found.pop("flat pieces")[0]
     theirs = "RuntimeError: step: expected every process to take it, got an error in another process"
     assert (first.pop("skipped"), last.pop("skipped")) == ([1], [0])

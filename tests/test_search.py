@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from small_training import small_rule, trainer
 from typer.testing import CliRunner
 
 from fastl2l import LSTMRule, MetaTrainer, cli
@@ -154,6 +155,20 @@ def test_trials_that_diverged_are_kept_in_a_storage(storage, tmp_path, monkeypat
     assert {trial.validation_loss == math.inf for trial in found} == {True, False}
     monkeypatch.setattr(MetaTrainer, "fit", None)
     assert search("other", storage=storage) == found
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_trials_in_a_storage_are_of_their_first_weights(storage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for folder, seed, kept in (("a", 0, storage), ("b", 1, storage), ("c", 1, None)):
+        found.append(
+            search_meta_lr(
+                lambda lr, path, seed=seed: trainer(rule=small_rule(seed=seed), meta_lr=lr, checkpoint=path),
+                folder, trials=2, epochs=1, storage=kept, progress=False,
+            )
+        )  # fmt: skip
+    assert found[1] == found[2] != found[0]
 
 
 def study_of_a_new_database(storage, barrier, answers):

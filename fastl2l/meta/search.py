@@ -77,6 +77,28 @@ def search_meta_lr(
         ImportError: optuna is not installed.
         TypeError, ValueError: an argument is not as above, or `folder` holds a search with other settings.
     """
+    processes = current()
+    processes.everyone(lambda: _check(trials, epochs, low, high, seed))
+    rates = _rates(trials, low, high, seed)
+    folder = Path(folder)
+
+    def search() -> dict[int, Trial]:
+        with alone():  # each trial is one process's
+            made = make_trainer(rates[0], folder / "none.pt")
+            settings = made.settings() | {"meta_lr": [low, high], "epochs": epochs, "search_seed": seed}
+            _claim(folder, settings)
+            # In a folder checkpoints know what the first weights were.
+            study = None if storage is None else _study(storage, settings | {"weights": made.first_weights})
+            begin = processes.share(trials).start
+            order = [*range(begin, trials), *range(begin)]
+            return _search(make_trainer, folder, rates, order, epochs, study, progress and not processes.rank)
+
+    # All come back with all trials: what others have done they find in the folder or in the storage.
+    found = processes.everyone(search)[processes.rank]
+    return sorted(found.values(), key=lambda trial: trial.validation_loss)
+
+
+def _check(trials: int, epochs: int, low: float, high: float, seed: int) -> None:
     integer("trials", trials)
     integer("epochs", epochs)
     if integer("seed", seed, least=0) >= 2**32:
@@ -85,23 +107,6 @@ def search_meta_lr(
         raise ValueError(f"low, high: expected 0 < low < high, got {low} and {high}")
     if high == math.inf:
         raise ValueError(f"high: expected a finite number, got {high}")
-    rates = _rates(trials, low, high, seed)
-    folder = Path(folder)
-    processes = current()
-
-    def search() -> dict[int, Trial]:
-        with alone():  # each trial is one process's
-            settings = make_trainer(rates[0], folder / "none.pt").settings()
-            settings |= {"meta_lr": [low, high], "epochs": epochs, "search_seed": seed}
-            _claim(folder, settings)
-            study = None if storage is None else _study(storage, settings)
-            begin = processes.share(trials).start
-            order = [*range(begin, trials), *range(begin)]
-            return _search(make_trainer, folder, rates, order, epochs, study, progress and not processes.rank)
-
-    # All come back with all trials: what others have done they find in the folder or in the storage.
-    found = processes.everyone(search)[processes.rank]
-    return sorted(found.values(), key=lambda trial: trial.validation_loss)
 
 
 def _search(

@@ -249,6 +249,11 @@ class MetaTrainer:
             if self.capture and number > 1:
                 raise ValueError(f"{name}: expected 1 with captured windows, got {number}")
 
+    @property
+    def first_weights(self) -> str:
+        """A fingerprint of the weights that training began with."""
+        return self._first
+
     def settings(self) -> dict[str, Any]:
         """All that decides what this run computes, as JSON would hold it: a checkpoint is good for these alone."""
         names = ["horizon", "unroll", "meta_lr", "seed", "trajectories", "batch", "validation_problems", "step_weights"]
@@ -308,15 +313,8 @@ class MetaTrainer:
             CheckpointError: another run has been there, with other settings.
             ValueError: the finished epochs followed a schedule of another length, or weights were frozen or thawed.
         """
-        epochs = integer("epochs", epochs, least=0)
-        if patience is not None:
-            integer("patience", patience)
-        if _identity(self._rules) != self._identity:
-            raise ValueError(
-                f"rule: expected {self._identity} with the same weights to train as when the trainer was made, got "
-                f"{_identity(self._rules)}"
-            )
-        done = len(self.history)
+        self._processes.everyone(lambda: self._check_fit(epochs, patience))
+        epochs, done = int(epochs), len(self.history)
         self._processes.check_same(lambda: {"epochs": epochs, "patience": patience, "epochs that are done": done})
         with self._alone():
             self._take_up()
@@ -326,6 +324,16 @@ class MetaTrainer:
             finally:
                 self._load_weights(self._best if self.keep == "best" else self._current)
         return self.history
+
+    def _check_fit(self, epochs: int, patience: int | None) -> None:
+        integer("epochs", epochs, least=0)
+        if patience is not None:
+            integer("patience", patience)
+        if _identity(self._rules) != self._identity:
+            raise ValueError(
+                f"rule: expected {self._identity} with the same weights to train as when the trainer was made, got "
+                f"{_identity(self._rules)}"
+            )
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
