@@ -140,7 +140,8 @@ class _Ready(NamedTuple):
     @property
     def at_rest(self) -> bool:
         """Whether nothing can move, and all states are new."""
-        return all(_at_rest(batch, kept) for batch, kept in zip(self.batches, self.kept, strict=True))
+        pairs = zip(self.batches, self.kept, strict=True)
+        return bool(self.batches) and all(_at_rest(batch, kept) for batch, kept in pairs)
 
     @property
     def only_begins(self) -> bool:
@@ -383,7 +384,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
         if self.nonfinite == "propagate":  # which does not communicate
             self._check_sharding()
             ready = self._ready(look=False)
-            if ready.at_rest:  # but here, where the gradients of all processes decide
+            # But here: whether such a step is one depends on the gradients of all processes.
+            if ready.at_rest and any(any_sharded(batch.owners) for batch in ready.batches):
                 word = torch.full((1,), BEGINS if ready.begins else READY, dtype=torch.int32, device=device)
                 ready = ready._replace(begins=int(agree(word, groups)[0]) == BEGINS)
             return ready
