@@ -142,7 +142,7 @@ def groups_between(params: Sequence[Tensor]) -> tuple[dist.ProcessGroup, ...]:
         )
     mesh, shards = kinds.pop() if kinds else (None, ())
     groups = _groups(mesh) if mesh else []
-    return tuple(group for group, shard in zip(groups, shards, strict=False) if shard)
+    return tuple(group for group, shard in zip(groups, shards, strict=True) if shard) if groups else ()
 
 
 def _mesh_and_shards(param: Any) -> tuple[Any, tuple[bool, ...]]:

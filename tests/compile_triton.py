@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from helpers import RNNPROP, lstm
+from helpers import GIVEN, LSTMS, RNNPROP, RULES, lstm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -28,18 +28,6 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HOPPER = (9, 0)
 INTEGERS = {"number": "i32", "numel": "i64", "first_block": "i64", "steps": "i32", "layer": "i32", "programs": "i32"}
 NUMBERS = {"update_scale", "grad_scale", "decay", *(f"constant{i}" for i in range(launch.CONSTANTS))}
-
-
-OTHER = [
-    "raw:0.7 lstm:5 linear",
-    "adam:0.9,0.99,1e-06 lstm:7,7,7 linear",
-    "adam:0.5,0.5,0.001 elu:33 lstm:5 tanh",
-    "log_and_sign:5 lstm:20,20 linear",
-    "given:20 lstm:20 none",
-    "log_sign:10 given:2 lstm:7,7 none",
-    "adam:0.9,0.99,1e-06 given:1 elu:5 lstm:5 none",
-]
-"""Every part, and one to three layers, besides the rules of the papers."""
 
 
 def rule(text, precision="tf32x3", dtype=torch.float32):
@@ -123,7 +111,7 @@ def variants():
     for text in (lstm(), RNNPROP):
         yield rule(text, "ieee"), ", ieee"
         yield rule(text, "ieee", torch.float64), ", float64"
-    for text in OTHER:
+    for text in (lstm("raw", 5), *(text for text in (*RULES, *GIVEN) if text not in (*LSTMS, RNNPROP))):
         yield rule(text), ", other parts"
 
 

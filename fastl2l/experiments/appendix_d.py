@@ -21,7 +21,7 @@ from fastl2l.baselines import Baseline
 from fastl2l.evaluate import Curves, markdown
 from fastl2l.experiments import functions, losses
 from fastl2l.experiments.experiment import check_rules, folder_name
-from fastl2l.experiments.recipes import RECIPES
+from fastl2l.experiments.recipes import RECIPES, SEEDS
 from fastl2l.processes import current
 from fastl2l.progress import Progress
 from fastl2l.rule_files import load_rule, shipped
@@ -39,8 +39,6 @@ KINDS = {
     "ntm, 20 pairs": "ntm-20-pairs",
 }
 """What is compared, each trained on 400 trajectories: names of recipes, without task and seed."""
-SEEDS = (0, 1, 2)
-"""Of their training."""
 LONGER = {"lstm, longer": "lstm-quadratic", "ntm, longer": "ntm-quadratic"}
 """The same of as many more trajectories as their recipes have: those that come with fastl2l."""
 WITHOUT_MEMORY = {label: KINDS[label] for label in ("lstm", "lstm+gac")}
