@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastl2l import reference
+from fastl2l import heap, reference
 from fastl2l.ops import averaged_layer, remembering
 from fastl2l.ops.coordinates import Coordinates
-from fastl2l.ops.coupled import State, together
+from fastl2l.ops.coupled import State
 from fastl2l.ops.coupled_network import Network
 from fastl2l.ops.dispatch import Backend
 from fastl2l.ops.remembering import Remembered
@@ -49,35 +49,37 @@ def record(rule: Rule, state: State, steps: int, where: Coordinates, backend: Ba
     with reference.exact(state.rows.device if isinstance(state, Remembered) else state.device):
         if isinstance(state, Remembered):
             return _WithMemory(rule, state.recorded(steps), where, backend)
-        return _OfAverages(rule, state, where, backend)
+        return _OfAverages(rule, state, steps, where, backend)
 
 
 class _OfAverages:
     """Layer by layer, and back by hand: no graph, and no copy of a state but the one that is kept."""
 
-    def __init__(self, rule: Rule, state: Tensor, where: Coordinates, backend: Backend) -> None:
+    def __init__(self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend) -> None:
         weights = [weight.detach() for weight in rule.weights()]
         scale = rule.config.output_scale
         self._network = Network(rule.config, weights, averaged_layer.step_, where, scale, backend)
         self._backend = backend
-        self._states = [[layer.contiguous() for layer in state.unbind(1)]]
-        self._means: list[Tensor] = []
+        layers = state.transpose(0, 1)
+        self._states = heap.borrow((steps + 1, *layers.shape), state)  # [steps + 1, layers, tiles, rows, 16]
+        self._states[0] = layers
+        self._means: list[Tensor] = []  # of the last layer, of each step
 
     @property
     def state(self) -> Tensor:
-        return together(self._states[-1])
+        return self._states[len(self._means)].transpose(0, 1).clone()
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> Tensor:
+        before, after = self._states[len(self._means) :][:2]
         with reference.exact(gradient.device):
-            update, steps = self._network.run(gradient, [layer.clone() for layer in self._states[-1]])
-        self._states.append([one.state for one in steps])
+            update, steps = self._network.run(gradient, after.copy_(before).unbind())
         self._means.append(steps[-1].means)
         return update
 
     @torch.no_grad()
     def backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
-        network, dstates = self._network, [torch.zeros_like(layer) for layer in self._states[-1]]
+        network, dstates = self._network, list(torch.zeros_like(self._states[0]).unbind())
         totals = [gradients.new_zeros(sum(weight.numel() for weight in layer.weights)) for layer in network.layers]
         shared = gradients.new_zeros(network.layers[-1].averages)
         with reference.exact(gradients.device):
@@ -89,6 +91,7 @@ class _OfAverages:
                     total += dweights
         # In the last layer's own output are no averaged units.
         totals[-1].split([weight.numel() for weight in network.layers[-1].weights])[3][: len(shared)] = shared
+        heap.keep(self._states)
         return torch.cat(totals)
 
     def _step_backward(
@@ -100,11 +103,11 @@ class _OfAverages:
         for number in range(last, -1, -1):
             layer, given = network.layers[number], None
             if number:
-                given = self._states[step + 1][number - 1][:, : network.layers[number - 1].units].contiguous()
+                given = self._states[step + 1, number - 1, :, : network.layers[number - 1].units].contiguous()
             of_last = (dupdate, dstates[number], dmeans, None)
             adjoints = of_last if number == last else (nothing, dstates[number], None, dunits)
             dweights, _, dstates[number], dunits = averaged_layer.backward_(
-                layer, gradient, self._states[step][number], given, network.where, network.scale, self._backend,
+                layer, gradient, self._states[step, number], given, network.where, network.scale, self._backend,
                 adjoints, (False, step > 0, number > 0),
             )  # fmt: skip
             found.append(dweights)
