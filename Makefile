@@ -12,8 +12,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.fastl2l-installed
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PORTABLE := $(shell find tests/portable -name '*.cpp' -o -name '*.h')
-# Python compiles what is imported when it is; all of it would take a minute.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Python compiles what is imported when it is; to compile all takes a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt \
+  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help install demo test gpu lint format bench clean
 
