@@ -29,7 +29,8 @@ template <typename T>
 struct Segment {
   char* param;
   const char* grad;
-  void* state;  // of T, or bfloat16
+  void* state;         // of T, or bfloat16; written
+  const void* before;  // read; the state itself, or of T elsewhere
   int64_t numel;
   T unit;  // what updates are multiplied by
   int element_size;
@@ -49,6 +50,7 @@ struct StepArgs {
   int64_t segment_count;
   const int64_t* first_tile;  // [segment_count + 1]: running number of each segment's first tile
   bool state_is_bfloat16;     // for T = float
+  int given_rows;             // between tiles of `given`, which may be the first rows of something larger
 };
 
 template <typename T>
@@ -59,12 +61,14 @@ struct WindowArgs {
   int64_t numel, steps;
   const T* state;     // [tile][row][16], before the first step
   const T* grads;     // [steps][numel]
-  const T* adjoints;  // [steps][numel]: dL/dupdate
+  const T* adjoints;  // [steps][numel]: dL/dupdate, or null
   const T* dstate;    // [tile][row][16], dL/d(state after the last step), or null
   const T* given;     // [steps][tile][given row][16], or null
-  T* dstate_first;    // [tile][row][16], or null
+  T* dstate_first;    // [tile][row][16], or null; may be where dstate is
   T* dgrads;          // [steps][numel], or null
   T* dgiven;          // as given, or null
+  int given_rows;     // between tiles of `given` and `dgiven`, which may be the first rows of something larger
+  bool adds_dgiven;   // to what is there
 };
 
 // How an instruction set blocks its loops; the packed weights follow it.

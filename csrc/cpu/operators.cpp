@@ -19,41 +19,10 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
-#include "cpu/pack.h"
-#include "cpu/parallel.h"
+#include "cpu/run.h"
 
 namespace fastl2l::cpu {
 namespace {
-
-// Tiles that are worth waking another thread for.
-constexpr int64_t kTilesPerThread = 16;
-// Tiles of a step that a thread takes at a time: some microseconds.
-constexpr int64_t kTilesAtOnce = 8;
-// Weight gradients are summed in at most so many parts, whose bounds depend on N and the steps alone: the same bits for
-// any number of threads. Of a single step, which rules whose coordinates talk go by, a part has as many blocks as the
-// kernel reduces together; windows are summed as they were in the first version.
-constexpr int64_t kMostParts = 64;
-// And so few that their sums, of float64, stay below so many bytes; what is more than a few megabytes of them is given
-// back after the call.
-constexpr int64_t kMostSums = int64_t(1) << 28, kMostKept = int64_t(1) << 24;
-
-// Memory that a thread keeps from call to call, aligned to cache lines.
-template <typename T>
-T* scratch(size_t elements) {
-  struct Free {
-    void operator()(void* at) const { ::operator delete(at, std::align_val_t(64)); }
-  };
-  static thread_local std::unique_ptr<void, Free> memory;
-  static thread_local size_t bytes = 0;
-  if (bytes < elements * sizeof(T)) {
-    memory.reset();
-    bytes = 0;
-    memory.reset(::operator new(elements * sizeof(T), std::align_val_t(64)));
-    bytes = elements * sizeof(T);
-  }
-  return static_cast<T*>(memory.get());
-}
 
 template <typename T, typename Stored>
 void read(const void* source, T* target, int n) {
@@ -68,22 +37,6 @@ void add(void* param, double kept, const T* update, int n) {
   const Wide factor = static_cast<Wide>(kept);  // 1 changes no bit
   for (int i = 0; i < n; ++i) {
     to[i] = static_cast<Stored>(factor * static_cast<Wide>(to[i]) + static_cast<Wide>(update[i]));
-  }
-}
-
-template <typename T>
-std::vector<const T*> pointers(const std::vector<Tensor>& tensors) {
-  std::vector<const T*> result;
-  for (const Tensor& tensor : tensors) result.push_back(static_cast<const T*>(tensor.data_ptr()));
-  return result;
-}
-
-template <typename T>
-const Kernels<T>& kernels() {
-  if constexpr (std::is_same_v<T, float>) {
-    return *instruction_set().f32;
-  } else {
-    return *instruction_set().f64;
   }
 }
 
@@ -114,6 +67,7 @@ void step_all(const std::vector<Parameter>& parameters, const std::vector<Tensor
     segments[i].param = static_cast<char*>(parameter.data);
     segments[i].grad = static_cast<const char*>(parameter.grad);
     segments[i].state = parameter.state;
+    segments[i].before = parameter.state;
     segments[i].numel = parameter.numel;
     segments[i].unit = units ? units[i] : 1;
     set_dtype(segments[i], parameter.dtype);
@@ -121,20 +75,8 @@ void step_all(const std::vector<Parameter>& parameters, const std::vector<Tensor
   }
   static thread_local Packer<T> packer;
   const PackedWeights<T> packed = packer.pack(rule, pointers<T>(weights), kernel.blocking, false);
-  const StepArgs<T> args{rule,
-                         part_constants<T>(rule),
-                         packed,
-                         (T)grad_scale,
-                         1 - decay,
-                         given,
-                         segments.data(),
-                         (int64_t)segments.size(),
-                         first_tile.data(),
-                         state_is_bfloat16};
-  const int64_t tiles = first_tile.back(), block = kernel.block_tiles, blocks = (tiles + block - 1) / block;
-  share_out(blocks, kTilesPerThread / block, kTilesAtOnce / block, [&](int64_t begin, int64_t end) {
-    kernel.step(args, begin * block, std::min(end * block, tiles), scratch<T>(kernel.step_scratch(rule)));
-  });
+  run_step<T>({rule, part_constants<T>(rule), packed, (T)grad_scale, 1 - decay, given, segments.data(),
+               (int64_t)segments.size(), first_tile.data(), state_is_bfloat16, rule.given});
 }
 
 // x - x is 0 for finite x and NaN otherwise; the sum of such terms is vectorized by any compiler.
@@ -222,28 +164,12 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
 // Sums the weight gradients of all coordinates into `dweights`.
 template <typename T>
 void window_all(WindowArgs<T> args, const std::vector<Tensor>& weights, T* dweights) {
-  const Kernels<T>& kernel = kernels<T>();
   static thread_local Packer<T> packer;
-  args.weights = packer.pack(args.rule, pointers<T>(weights), kernel.blocking, true);
-  const int64_t tiles = tiles_of(args.numel), block = kernel.block_tiles, blocks = (tiles + block - 1) / block;
-  const int64_t count = weight_count(args.rule), most = kMostSums / (count * (int64_t)sizeof(double));
-  const int64_t together = args.steps == 1 ? kernel.blocks_together(1) : 1;
-  const int64_t parts = std::min((blocks + together - 1) / together, std::clamp<int64_t>(most, 1, kMostParts));
-  static thread_local std::vector<double> sums_memory;
-  std::vector<double>& sums = sums_memory;  // the lambda below runs on other threads, which have their own
-  sums.assign(std::max<int64_t>(parts, 1) * count, 0.0);
-  share_out(parts, 1, 1, [&](int64_t begin, int64_t end) {
-    T* memory = scratch<T>(kernel.window_scratch(args.rule, args.steps));
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t first = part * blocks / parts * block, last = std::min((part + 1) * blocks / parts * block, tiles);
-      kernel.window_backward(args, first, last, &sums[part * count], memory);
-    }
-  });
-  for (int64_t part = 1; part < parts; ++part) {
-    for (int64_t i = 0; i < count; ++i) sums[i] += sums[part * count + i];
-  }
-  unpack_gradients(args.rule, sums.data(), dweights);
-  if ((int64_t)(sums.size() * sizeof(double)) > kMostKept) std::vector<double>().swap(sums);
+  static thread_local WeightSums<T> sums;
+  args.weights = packer.pack(args.rule, pointers<T>(weights), kernels<T>().blocking, true);
+  sums.begin(args.rule, args.numel, args.steps);
+  sums.add(args);
+  sums.write(dweights);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor grads, Tensor adjoints,
@@ -278,7 +204,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_backward(Tensor state, Tensor 
                              data_or_null<T>(given),
                              need_dstate ? data(dstate_first) : nullptr,
                              need_dgrads ? data(dgrads) : nullptr,
-                             need_dgiven ? data(dgiven) : nullptr};
+                             need_dgiven ? data(dgiven) : nullptr,
+                             rule.given,
+                             false};
     window_all<T>(args, weights, data(dweights));
   };
   if (dtype == ScalarType::Float) {

@@ -9,6 +9,7 @@ struct TileOf {
   int64_t offset;  // of the first coordinate in the segment
   int count;       // coordinates of the tile that exist
   typename P::T* state;
+  const typename P::T* before;
   uint16_t* rounded;  // where the state is stored in bfloat16, or null
 };
 
@@ -35,16 +36,18 @@ INLINE void round_to_bfloat16(const FloatBits* __restrict__ from, uint16_t* __re
   }
 }
 
-// A block is NV vectors: several whole tiles, or a part of one. `state` and `given` point at each vector's first row.
+// A block is NV vectors: several whole tiles, or a part of one. `before`, `state` and `given` point at each vector's
+// first row; the state may be where it was before.
 template <class P, int NV>
 INLINE void step_block(const StepArgs<typename P::T>& args, const typename P::T* gradient, typename P::T* update,
-                       Rows<P, NV> state, Rows<P, NV> given, typename P::T* scratch) {
+                       Rows<P, NV> before, Rows<P, NV> state, Rows<P, NV> given, typename P::T* scratch) {
   using V = typename P::V;
   const Rule& rule = args.rule;
   const int hidden = rule.hidden;
   const Rows<P, NV> features = dense<P, NV>(scratch), projected = features.from(rule.inputs());
-  const Rows<P, NV> gates = projected.from(rule.projected), own = state.from(rule.lstm_rows());
-  write_features<P, NV>(args.constants, gradient, own, own, features);
+  const Rows<P, NV> gates = projected.from(rule.projected);
+  const int lstm_rows = rule.lstm_rows();
+  write_features<P, NV>(args.constants, gradient, before.from(lstm_rows), state.from(lstm_rows), features);
   for (int k = 0; k < rule.given; ++k) {
     for (int v = 0; v < NV; ++v) features.store(rule.feature_count() + k, v, given.load(k, v));
   }
@@ -54,9 +57,9 @@ INLINE void step_block(const StepArgs<typename P::T>& args, const typename P::T*
     input = projected;
   }
   for (int layer = 0; layer < rule.layers; ++layer) {
-    const Rows<P, NV> h = state.from(2 * layer * hidden), c = h.from(hidden);
-    layer_forward<P, NV>(args.weights.layer[layer].forward, input, rule.layer_inputs(layer), h, c, hidden, gates, c, h,
-                         [](int, int, V) INLINE_LAMBDA {});
+    const Rows<P, NV> h_before = before.from(2 * layer * hidden), h = state.from(2 * layer * hidden);
+    layer_forward<P, NV>(args.weights.layer[layer].forward, input, rule.layer_inputs(layer), h_before,
+                         h_before.from(hidden), hidden, gates, h.from(hidden), h, [](int, int, V) INLINE_LAMBDA {});
     input = h;
   }
   if (rule.output == Output::kNone) return;
@@ -81,15 +84,16 @@ INLINE void step_tiles(const StepArgs<typename P::T>& args, const TileOf<P>* til
     for (int i = 0; i < kTile; ++i) target[i] *= args.grad_scale;
   }
   for (int first = 0; first < vectors; first += NV) {
-    Rows<P, NV> state, given;
-    state.stride = given.stride = kTile;
+    Rows<P, NV> before, state, given;
+    before.stride = state.stride = given.stride = kTile;
     for (int v = 0; v < NV; ++v) {
       const int lane = (first + v) * P::lanes;
       const auto& tile = tiles[lane / kTile];
+      before.at[v] = const_cast<T*>(tile.before) + lane % kTile;
       state.at[v] = tile.state + lane % kTile;
-      given.at[v] = const_cast<T*>(args.given) + (tile.number * args.rule.given * kTile + lane % kTile);
+      given.at[v] = const_cast<T*>(args.given) + (tile.number * args.given_rows * kTile + lane % kTile);
     }
-    step_block<P, NV>(args, gradient + first * P::lanes, update + first * P::lanes, state, given, scratch);
+    step_block<P, NV>(args, gradient + first * P::lanes, update + first * P::lanes, before, state, given, scratch);
   }
   for (int t = 0; t < NT; ++t) {
     const auto& tile = tiles[t];
@@ -124,12 +128,13 @@ void step(const StepArgs<typename P::T>& args, int64_t begin, int64_t end, typen
     const auto& segment = args.segments[s];
     const int64_t in_segment = tile - args.first_tile[s], offset = in_segment * kTile;
     const int64_t left = segment.numel - offset, element = in_segment * tile_elements;
-    TileOf<P> found{&segment, tile, offset, left < kTile ? (int)left : kTile, nullptr, nullptr};
+    TileOf<P> found{&segment, tile, offset, left < kTile ? (int)left : kTile, nullptr, nullptr, nullptr};
     if (args.state_is_bfloat16) {
-      found.state = widened + place * tile_elements;
+      found.before = found.state = widened + place * tile_elements;
       found.rounded = (uint16_t*)segment.state + element;
     } else {
       found.state = (typename P::T*)segment.state + element;
+      found.before = (const typename P::T*)segment.before + element;
     }
     return found;
   };

@@ -114,13 +114,24 @@ struct WindowBlock {
       }
     }
   }
+  INLINE void add_to_row(T* to, int rows, int row, const T* source) const {
+    const int64_t n = valid();
+    for (int lane = 0; lane < lanes; lane += run) {
+      T* at = to + row_at(rows, row, lane);
+      if (lane + run <= n) {
+        for (int i = 0; i < run; i += P::lanes) P::store(at + i, P::load(at + i) + P::load(source + lane + i));
+      } else {
+        for (int i = 0; lane + i < n; ++i) at[i] += source[lane + i];
+      }
+    }
+  }
   INLINE void read_coordinates(const T* source, T* target) const {
     const int64_t n = valid();
     for (int i = 0; i < lanes; ++i) target[i] = i < n ? source[first + i] : T(0);
   }
 
-  // Where given rows [tile][given][16] of step t begin.
-  INLINE int64_t given_at(int64_t t) const { return t * tiles_of(args.numel) * args.rule.given * kTile; }
+  // Where given rows of step t begin.
+  INLINE int64_t given_at(int64_t t) const { return t * tiles_of(args.numel) * args.given_rows * kTile; }
 
   INLINE void load_inputs() const {
     each_state_row([&](int row, int64_t kept, Rows<P, NV>)
@@ -132,16 +143,20 @@ struct WindowBlock {
                             rows(layout.input(t)));
       T* given = base + (layout.input(t) + args.rule.feature_count()) * lanes;
       for (int k = 0; k < args.rule.given; ++k) {
-        read_row(args.given + given_at(t), args.rule.given, k, given + k * lanes);
+        read_row(args.given + given_at(t), args.given_rows, k, given + k * lanes);
       }
       write_ones(layout.input(t) + layout.inputs);
       if (layout.projected > 0) write_ones(layout.project(t) + layout.projected);
       for (int layer = 0; layer < layout.layers; ++layer) write_ones(layout.h(layer, t + 1) + layout.hidden);
-      read_coordinates(args.adjoints + t * args.numel, base + layout.dupdate(t) * lanes);
-      const Rows<P, NV> dupdate = rows(layout.dupdate(t));
-      for (int v = 0; v < NV; ++v) {
-        dupdate.store(0, v, dupdate.load(0, v) * P::set1((T)args.rule.update_scale));
-      }
+      load_adjoints(t);
+    }
+  }
+  INLINE void load_adjoints(int64_t t) const {
+    if (args.adjoints) read_coordinates(args.adjoints + t * args.numel, base + layout.dupdate(t) * lanes);
+    const Rows<P, NV> dupdate = rows(layout.dupdate(t));
+    for (int v = 0; v < NV; ++v) {
+      const V adjoint = args.adjoints ? dupdate.load(0, v) : P::set1(0);
+      dupdate.store(0, v, adjoint * P::set1((T)args.rule.update_scale));
     }
   }
   INLINE void write_ones(int64_t row) const {
@@ -300,7 +315,11 @@ struct WindowBlock {
     if (!args.dgiven) return;
     const T* found = dinputs.from(args.rule.feature_count()).at[0];
     for (int k = 0; k < args.rule.given; ++k) {
-      write_row(args.dgiven + given_at(t), args.rule.given, k, found + k * lanes);
+      if (args.adds_dgiven) {
+        add_to_row(args.dgiven + given_at(t), args.given_rows, k, found + k * lanes);
+      } else {
+        write_row(args.dgiven + given_at(t), args.given_rows, k, found + k * lanes);
+      }
     }
   }
 };

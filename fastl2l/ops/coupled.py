@@ -2,7 +2,7 @@
 
 A kernel is one coordinate's network between two means over all coordinates, so there is a call for each layer
 (``RuleConfig.chain``, averaged_layer.py), and what mixes coordinates, such as a memory (remembering.py), is done
-between them.
+between them. On the CPU, and without a memory, one call does all of it (averaged_native.py).
 
 A state is [tiles, layers, rows, 16], or `Remembered` of a rule with a memory.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastl2l import reference
-from fastl2l.ops import averaged_layer, remembering
+from fastl2l.ops import averaged_layer, averaged_native, remembering
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.coupled_network import Network
 from fastl2l.ops.dispatch import Backend, select
@@ -72,6 +72,8 @@ def step_(
     rule: Rule, gradient: Tensor, state: State, where: Coordinates, scale: float, backend: Backend
 ) -> Tensor:  # fmt: skip
     """One step of a coupled rule, whose state is changed in place; returns the update [N], times `scale`."""
+    if isinstance(state, Tensor) and averaged_native.takes(rule, state.transpose(0, 1), where, backend):
+        return averaged_native.step_(rule, None, state.transpose(0, 1), gradient, where, scale)
     weights = [weight.detach() for weight in rule.weights()]
     with reference.exact(gradient.device):
         network = Network(rule.config, weights, averaged_layer.step_, where, scale, backend)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastl2l import heap, reference
-from fastl2l.ops import averaged_layer, remembering
+from fastl2l.ops import averaged_layer, averaged_native, remembering
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.coupled import State
 from fastl2l.ops.coupled_network import Network
@@ -49,36 +49,77 @@ def record(rule: Rule, state: State, steps: int, where: Coordinates, backend: Ba
     with reference.exact(state.rows.device if isinstance(state, Remembered) else state.device):
         if isinstance(state, Remembered):
             return _WithMemory(rule, state.recorded(steps), where, backend)
-        return _OfAverages(rule, state, steps, where, backend)
+        native = averaged_native.takes(rule, state.transpose(0, 1), where, backend)
+        return (_Native if native else _ByLayer)(rule, state, steps, where, backend)
 
 
 class _OfAverages:
-    """Layer by layer, and back by hand: no graph, and no copy of a state but the one that is kept."""
+    """Whose states are kept side by side, so that the way back needs no graph."""
 
     def __init__(self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend) -> None:
+        layers = state.transpose(0, 1)
+        self._states = heap.borrow((steps + 1, *layers.shape), state)  # [steps + 1, layers, tiles, rows, 16]
+        self._states[0] = layers
+        self._steps = 0
+
+    @property
+    def state(self) -> Tensor:
+        return self._states[self._steps].transpose(0, 1).clone()
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> Tensor:
+        before, after = self._states[self._steps : self._steps + 2]
+        update = self._step(gradient, before, after)
+        self._steps += 1
+        return update
+
+    @torch.no_grad()
+    def backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
+        found = self._backward(gradients, adjoints)
+        heap.keep(self._states)
+        return found
+
+    def _step(self, gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """One step, from the layers' states `before` to `after`, which holds anything."""
+        raise NotImplementedError
+
+    def _backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _Native(_OfAverages):
+    """By one call a step, and one for the way back."""
+
+    def __init__(self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend) -> None:
+        super().__init__(rule, state, steps, where, backend)
+        self._rule, self._where = rule, where
+
+    def _step(self, gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        scale = self._rule.config.output_scale
+        return averaged_native.step_(self._rule, before, after, gradient, self._where, scale)
+
+    def _backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
+        return averaged_native.window_backward(self._rule, self._states, gradients, adjoints, self._where)
+
+
+class _ByLayer(_OfAverages):
+    """By a call of the backend's operators for each layer and step."""
+
+    def __init__(self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend) -> None:
+        super().__init__(rule, state, steps, where, backend)
         weights = [weight.detach() for weight in rule.weights()]
         scale = rule.config.output_scale
         self._network = Network(rule.config, weights, averaged_layer.step_, where, scale, backend)
         self._backend = backend
-        layers = state.transpose(0, 1)
-        self._states = heap.borrow((steps + 1, *layers.shape), state)  # [steps + 1, layers, tiles, rows, 16]
-        self._states[0] = layers
         self._means: list[Tensor] = []  # of the last layer, of each step
 
-    @property
-    def state(self) -> Tensor:
-        return self._states[len(self._means)].transpose(0, 1).clone()
-
-    @torch.no_grad()
-    def step(self, gradient: Tensor) -> Tensor:
-        before, after = self._states[len(self._means) :][:2]
+    def _step(self, gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
         with reference.exact(gradient.device):
             update, steps = self._network.run(gradient, after.copy_(before).unbind())
         self._means.append(steps[-1].means)
         return update
 
-    @torch.no_grad()
-    def backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
+    def _backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
         network, dstates = self._network, list(torch.zeros_like(self._states[0]).unbind())
         totals = [gradients.new_zeros(sum(weight.numel() for weight in layer.weights)) for layer in network.layers]
         shared = gradients.new_zeros(network.layers[-1].averages)
@@ -91,7 +132,6 @@ class _OfAverages:
                     total += dweights
         # In the last layer's own output are no averaged units.
         totals[-1].split([weight.numel() for weight in network.layers[-1].weights])[3][: len(shared)] = shared
-        heap.keep(self._states)
         return torch.cat(totals)
 
     def _step_backward(

@@ -27,6 +27,16 @@ window_backward
     to the weights (flat, in their order), to the first state if ``need_dstate``, to grads if ``need_dgrads`` and to
     given if ``need_dgiven``; what is not needed comes back with a first dimension of 0, and no given rows as [0].
 
+averaged_step_
+    One step of a rule whose coordinates talk by means alone, on the CPU. ``state``: [layers, tiles, rows, 16], changed
+    in place; with ``before`` that is the state before the step, and ``state`` is only written. ``grad``: [N];
+    ``weights``: of all layers; ``rules``: the text of each (``RuleConfig.chain``); ``averages``: how many of its units
+    are averaged; ``tensors``, ``parts``, ``functions``: see coordinates.py. Returns the update [N].
+
+averaged_window_backward
+    The way back of a window of such steps. ``states``: [T + 1, layers, tiles, rows, 16], before the first and after
+    each step; ``grads``, ``adjoints``: [T, N]. Returns the gradient with respect to the weights, flat, in their order.
+
 find_nonfinite_
     Sets ``finite``, a bool [1], to False if a number in ``tensors`` is not finite, or not as a float32 with
     ``in_float32``: gradients in float64 may be too large for a rule. The host does not wait for it.
@@ -97,6 +107,35 @@ def _find_nonfinite(finite: Tensor, tensors: list[Tensor], in_float32: bool = Fa
     return None
 
 
+def _averaged_step(
+    before: Tensor | None,
+    state: Tensor,
+    grad: Tensor,
+    weights: list[Tensor],
+    rules: list[str],
+    averages: list[int],
+    update_scale: float,
+    tensors: list[int],
+    parts: list[int],
+    functions: int,
+) -> Tensor:
+    return torch.empty_like(grad)
+
+
+def _averaged_window_backward(
+    states: Tensor,
+    grads: Tensor,
+    adjoints: Tensor,
+    weights: list[Tensor],
+    rules: list[str],
+    averages: list[int],
+    update_scale: float,
+    parts: list[int],
+    functions: int,
+) -> Tensor:
+    return states.new_empty(sum(weight.numel() for weight in weights))
+
+
 def _define(namespace: str) -> torch.library.Library:
     """The operators that every backend has, and what torch.compile has to know of them."""
     library = torch.library.Library(namespace, "DEF")
@@ -122,6 +161,17 @@ def _define(namespace: str) -> torch.library.Library:
 
 triton_library = _define("fastl2l_triton")
 library = _define("fastl2l")
+_AVERAGED = "Tensor[] weights, str[] rules, int[] averages, float update_scale"
+library.define(
+    f"averaged_step_(Tensor? before, Tensor(a!) state, Tensor grad, {_AVERAGED}, int[] tensors, int[] parts, "
+    "int functions) -> Tensor"
+)
+library.define(
+    f"averaged_window_backward(Tensor states, Tensor grads, Tensor adjoints, {_AVERAGED}, int[] parts, int functions) "
+    "-> Tensor"
+)
+torch.library.register_fake("fastl2l::averaged_step_", _averaged_step, lib=library)
+torch.library.register_fake("fastl2l::averaged_window_backward", _averaged_window_backward, lib=library)
 library.define("elementwise(Tensor x, str function) -> Tensor")
 library.define("describe_rule(str rule) -> str")
 library.define("cpu_isa() -> str")

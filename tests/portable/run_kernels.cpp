@@ -46,6 +46,7 @@ int main(int argc, char** argv) {
         reinterpret_cast<char*>(updates.data()),
         reinterpret_cast<const char*>(&gradients[t * n]),
         state.data(),
+        state.data(),
         n,
         1,
         sizeof(float),
@@ -54,12 +55,12 @@ int main(int argc, char** argv) {
           float* numbers = static_cast<float*>(to);
           for (int i = 0; i < count; ++i) numbers[i] = (float)kept * numbers[i] + update[i];
         }};
-    kernel.step({rule, constants, packed, 1.0f, 1.0, nullptr, &segment, 1, first_tile, false}, 0, tiles,
+    kernel.step({rule, constants, packed, 1.0f, 1.0, nullptr, &segment, 1, first_tile, false, rule.given}, 0, tiles,
                 scratch.data());
   }
   std::vector<double> sums(weight_count(rule));
   kernel.window_backward({rule, constants, packed, n, steps, first.data(), gradients.data(), adjoints.data(), nullptr,
-                          nullptr, nullptr, nullptr, nullptr},
+                          nullptr, nullptr, nullptr, nullptr, rule.given, false},
                          0, tiles, sums.data(), scratch.data());
   std::vector<float> dweights(sums.size());
   unpack_gradients(rule, sums.data(), dweights.data());
