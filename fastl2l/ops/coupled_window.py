@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -53,7 +54,7 @@ def record(rule: Rule, state: State, steps: int, where: Coordinates, backend: Ba
         return (_Native if native else _ByLayer)(rule, state, steps, where, backend)
 
 
-class _OfAverages:
+class _OfAverages(ABC):
     """Whose states are kept side by side, so that the way back needs no graph."""
 
     def __init__(self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend) -> None:
@@ -79,12 +80,13 @@ class _OfAverages:
         heap.keep(self._states)
         return found
 
+    @abstractmethod
     def _step(self, gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """One step, from the layers' states `before` to `after`, which holds anything."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
-        raise NotImplementedError
+        """As `backward`."""
 
 
 class _Native(_OfAverages):
