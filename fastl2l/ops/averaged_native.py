@@ -12,23 +12,24 @@ from fastl2l.ops.dispatch import Backend
 from fastl2l.rules import Rule
 
 
-def takes(rule: Rule, layers: Tensor, where: Coordinates, backend: Backend) -> bool:
-    """Whether this is for these kernels.
-
-    Args:
-        rule: one whose coordinates talk.
-        layers: its state, [layers, tiles, rows, 16].
-        where: which function each coordinate belongs to.
-        backend: that was chosen.
-    """
-    here = backend.name == "native" and layers.device.type == "cpu" and layers.is_contiguous()
-    return here and rule.config.memory is None and not where.groups
+def takes(rule: Rule, device: torch.device, where: Coordinates, backend: Backend) -> bool:
+    """Whether these kernels are for a rule whose coordinates talk, over which coordinates, and by the chosen backend."""
+    return backend.name == "native" and device.type == "cpu" and rule.config.memory is None and not where.groups
 
 
 def step_(
     rule: Rule, before: Tensor | None, layers: Tensor, gradient: Tensor, where: Coordinates, scale: float
 ) -> Tensor:  # fmt: skip
-    """One step: `layers` are changed in place, or from `before` where that is given; returns the update [N]."""
+    """One step; returns the update [N].
+
+    Args:
+        rule: as its weights are now.
+        before: None, or the state before the step, which is left as it is then.
+        layers: the state, [layers, tiles, rows, 16], contiguous; it is written to.
+        gradient: [N].
+        where: which function each coordinate belongs to.
+        scale: factor on the update.
+    """
     return torch.ops.fastl2l.averaged_step_.default(
         before, layers, gradient.contiguous(), *_network(rule), scale, where.tensors, where.parts, where.functions
     )

@@ -72,8 +72,10 @@ def step_(
     rule: Rule, gradient: Tensor, state: State, where: Coordinates, scale: float, backend: Backend
 ) -> Tensor:  # fmt: skip
     """One step of a coupled rule, whose state is changed in place; returns the update [N], times `scale`."""
-    if isinstance(state, Tensor) and averaged_native.takes(rule, state.transpose(0, 1), where, backend):
-        return averaged_native.step_(rule, None, state.transpose(0, 1), gradient, where, scale)
+    if isinstance(state, Tensor) and averaged_native.takes(rule, state.device, where, backend):
+        layers = state.transpose(0, 1)
+        if layers.is_contiguous():
+            return averaged_native.step_(rule, None, layers, gradient, where, scale)
     weights = [weight.detach() for weight in rule.weights()]
     with reference.exact(gradient.device):
         network = Network(rule.config, weights, averaged_layer.step_, where, scale, backend)

@@ -50,7 +50,7 @@ def record(rule: Rule, state: State, steps: int, where: Coordinates, backend: Ba
     with reference.exact(state.rows.device if isinstance(state, Remembered) else state.device):
         if isinstance(state, Remembered):
             return _WithMemory(rule, state.recorded(steps), where, backend)
-        native = averaged_native.takes(rule, state.transpose(0, 1), where, backend)
+        native = averaged_native.takes(rule, state.device, where, backend)
         return (_Native if native else _ByLayer)(rule, state, steps, where, backend)
 
 
@@ -78,6 +78,7 @@ class _OfAverages(ABC):
     def backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
         found = self._backward(gradients, adjoints)
         heap.keep(self._states)
+        del self._states  # they are the next window's
         return found
 
     @abstractmethod
