@@ -13,7 +13,7 @@ from fastl2l.rules import Rule
 
 
 def takes(rule: Rule, device: torch.device, where: Coordinates, backend: Backend) -> bool:
-    """Whether these kernels are for a rule whose coordinates talk, over which coordinates, and by the chosen backend."""
+    """Whether these kernels are for such a rule, over which coordinates, and by the chosen backend."""
     return backend.name == "native" and device.type == "cpu" and rule.config.memory is None and not where.groups
 
 
