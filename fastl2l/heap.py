@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
@@ -17,36 +16,8 @@ EVERY = 256
 """Steps between two times that memory is given back, which takes about a millisecond."""
 
 
-class _Kept(threading.local):
-    """Of each thread, the memory that it has lent back last."""
-
-    memory: Tensor | None = None
-
-
-_kept = _Kept()
-
-
-def borrow(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Memory with anything in it, in the dtype and on the device of `like`: to be given to :func:`keep` after use.
-
-    Fresh pages of the system's take longer to come by than to fill, and glibc returns what is large when it is freed.
-    """
-    memory, _kept.memory = _kept.memory, None
-    wanted = like.dtype, like.device, math.prod(shape)
-    if memory is None or (memory.dtype, memory.device, memory.numel()) != wanted:
-        return like.new_empty(*shape)
-    return memory.view(*shape)
-
-
-def keep(memory: Tensor) -> None:
-    """Keep what was borrowed and nobody uses any longer, for who borrows as much; :func:`give_back` frees it."""
-    if memory.device.type == "cpu" and not memory.is_inference():  # torch itself keeps that of a GPU
-        _kept.memory = memory
-
-
 def give_back() -> None:
-    """Give back what is kept, and glibc's free pages: of those between what is in use it keeps ever more."""
-    _kept.memory = None
+    """Give glibc's free pages back: it keeps those between what is in use, ever more of them in a long run."""
     if (trim := _trim()) is not None:
         trim(0)
 
@@ -60,6 +31,40 @@ def tidily(steps: Iterable[T]) -> Iterator[T]:
         yield step
         if number % EVERY == 0:
             give_back()
+
+
+class Scratch:
+    """Memory for what is done again and again: what was used once is there for the next time.
+
+    Fresh pages of the system's take longer to come by than to fill, and glibc returns what is large when it is freed.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def borrow(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory with anything in it, in the dtype and on the device of `like`."""
+        wanted = like.dtype, like.device, math.prod(shape)
+        if type(like) is Tensor:
+            for number, memory in enumerate(self._kept):
+                if (memory.dtype, memory.device, memory.numel()) == wanted:
+                    return self._kept.pop(number).view(*shape)
+        self.clear()  # what is of another size now is of no use
+        return like.new_empty(*shape)
+
+    def keep(self, memory: Tensor) -> None:
+        """Take back what was borrowed, which nobody may use any longer."""
+        plain = type(memory) is Tensor and not (memory.is_inference() or memory.requires_grad)
+        if plain and memory.device.type == "cpu":  # torch itself keeps that of a GPU
+            self._kept.append(memory)
+
+    def clear(self) -> None:
+        """Free what is kept."""
+        self._kept.clear()
+
+    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
+        """Copies have memory of their own."""
+        return Scratch, ()
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastl2l.heap import Scratch
 from fastl2l.ops import coupled, coupled_window
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.dispatch import Backend
@@ -68,8 +69,8 @@ class Track:
         """The state, from which a window of so many steps is gone through for autograd."""
         return self.state
 
-    def begin_window(self, steps: int) -> None:
-        """From here on are the steps of a window, which ends with its way back."""
+    def begin_window(self, steps: int, scratch: Scratch) -> None:
+        """From here on are the steps of a window, which ends with its way back; what it keeps may be in `scratch`."""
         self._first_state = self.state.clone()
 
     def window_backward(self, grads: Tensor, adjoints: Tensor, steps: range) -> Tensor:
@@ -112,8 +113,8 @@ class CoupledTrack(Track):
     def state_of_window(self, steps: int) -> Any:
         return coupled.recorded(self.state, steps)
 
-    def begin_window(self, steps: int) -> None:
-        self._recording = coupled_window.record(self.rule, self.state, steps, self.where, self.backend)
+    def begin_window(self, steps: int, scratch: Scratch) -> None:
+        self._recording = coupled_window.record(self.rule, self.state, steps, self.where, self.backend, scratch)
 
     def _step(self, mine: Tensor, gradient: Tensor, scale: float) -> None:
         if self._recording is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastl2l import reference
+from fastl2l.heap import Scratch
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.layout import TILE
 from fastl2l.rules import Rule, all_weights, rules_by_part
@@ -92,6 +93,7 @@ class Trajectory:
         states: the rules' states (see ops/layout.py and ops/coupled.py), in the order of `rule`.
         steps: steps done, counted from the problem's first.
         loss: 0-d Tensor, f(theta) of the minibatch of step ``steps``, the mean over the problem's functions.
+        scratch: memory for windows, which trajectories whose windows are one after the other may share.
 
     Raises:
         TypeError, ValueError: dtypes or devices differ, or a part has no rule or a rule no part.
@@ -106,6 +108,7 @@ class Trajectory:
                 f"problem: expected theta_0 in {first.dtype} on {first.device} as the rule is, "
                 f"got {theta0.dtype} on {theta0.device}"
             )
+        self.scratch = Scratch()
         chosen = select(backend, theta0.device)
         self._tracks: list[Track] = [
             make_track(problem, name, self.rules[name], part, chosen)
@@ -229,7 +232,7 @@ class Trajectory:
 
     def _begin_window(self, steps: int) -> None:
         for track in self._tracks:
-            track.begin_window(steps)
+            track.begin_window(steps, self.scratch)
 
     def _backward(self, grads: Tensor, adjoints: Tensor) -> Tensor:
         """The gradient with respect to all rules' weights, of the window that ends here.

@@ -15,6 +15,7 @@ from fastl2l.ops.layout import new_state, to_rows
 F64 = torch.float64
 pytestmark = pytest.mark.usefixtures("native")
 STEPS = 4
+LARGEST = (1 << 63) - 1
 WHERES = [
     Coordinates((1,)),
     Coordinates((37,)),
@@ -77,14 +78,19 @@ def test_bits_do_not_depend_on_threads(where, set_threads):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0], other, strict=True))
 
 
+def native_step(rule, *tensors_and_where):
+    weights = [weight.detach() for weight in rule.weights()]
+    return averaged_native.step_(rule.config, weights, *tensors_and_where, 0.3)
+
+
 def test_several_tensors_take_the_step_that_they_take_as_one():
     rule, sizes = gac(), (5, 0, 16, 33)
     gradient = random_gradients(sum(sizes)).double()
     states = [new_state(rule, size).transpose(0, 1) for size in sizes]
     together, whole = torch.cat(states, 1), new_state(rule, sum(sizes)).transpose(0, 1)
     for _ in range(3):
-        found = averaged_native.step_(rule, None, together, gradient, Coordinates(sizes), 0.3)
-        expected = averaged_native.step_(rule, None, whole, gradient, Coordinates((sum(sizes),)), 0.3)
+        found = native_step(rule, None, together, gradient, Coordinates(sizes))
+        expected = native_step(rule, None, whole, gradient, Coordinates((sum(sizes),)))
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
@@ -93,9 +99,9 @@ def test_a_step_from_elsewhere_reads_it_alone_and_one_in_place_is_the_same():
     gradient = random_gradients(37).double()
     before = torch.randn(2, 3, 10, 16, dtype=F64)
     kept, after, in_place = before.clone(), torch.full_like(before, torch.nan), before.clone()
-    update = averaged_native.step_(rule, before, after, gradient, where, 0.3)
+    update = native_step(rule, before, after, gradient, where)
     assert torch.equal(before, kept)
-    assert torch.equal(averaged_native.step_(rule, None, in_place, gradient, where, 0.3), update)
+    assert torch.equal(native_step(rule, None, in_place, gradient, where), update)
     assert torch.equal(to_rows(in_place.transpose(0, 1), 37), to_rows(after.transpose(0, 1), 37))
 
 
@@ -120,18 +126,22 @@ def step(**changes):
     [
         ({"state": torch.zeros(2, 2, 10, 16)}, r"state: expected shape \[2, 3, 10, 16\], got \[2, 2, 10, 16\]"),
         ({"before": torch.zeros(2, 3, 10, 8)}, "before: expected shape"),
-        ({"grad": torch.zeros(36)}, r"grad: expected shape \[37\], got \[36\]"),
+        ({"grad": torch.zeros(36)}, "tensors: expected multiples of 1 that are 36 in all, got 37"),
         ({"grad": torch.zeros(37).double()}, "grad: expected float32, got float64"),
         ({"averages": [2, 6]}, "averages: expected 0 to 5 units, got 6"),
         ({"averages": [2]}, "averages: expected 2 numbers for as many layers, got 1"),
         ({"rules": ["log_sign:10 lstm:5 none", "given:5 lstm:5 none"]}, "rules: expected one LSTM of as many units"),
         ({"rules": []}, "averages: expected 0 numbers"),
         ({"weights": []}, "weights: expected 3 tensors"),
-        ({"functions": 0}, "functions: expected an integer >= 1, got 0"),
-        ({"functions": 2}, "parts: expected multiples of 2, got 37"),
-        ({"parts": [36]}, "parts: expected 37 coordinates in all"),
-        ({"parts": [74, -37]}, "parts: expected multiples of 1, got -37"),
-        ({"tensors": [74, -37]}, "tensors: expected sizes >= 0, got -37"),
+        ({"grad": torch.zeros(1, 37)}, r"grad: expected shape \[N\], got \[1, 37\]"),
+        ({"functions": 0}, "functions: expected 1 to 37, got 0"),
+        ({"functions": 1 << 40}, "functions: expected 1 to 37, got 1099511627776"),
+        ({"functions": 2}, "parts: expected multiples of 2 that are 37 in all, got 37"),
+        ({"parts": [36]}, "parts: expected 37 coordinates in all, got 36"),
+        ({"parts": [74, -37]}, "parts: expected multiples of 1 that are 37 in all, got 74"),
+        ({"parts": [LARGEST, LARGEST, 39]}, f"parts: expected multiples of 1 that are 37 in all, got {LARGEST}"),
+        ({"tensors": [38, -1]}, "tensors: expected multiples of 1 that are 37 in all, got 38"),
+        ({"tensors": [LARGEST, LARGEST, *[1 << 62] * 4, 39]}, "tensors: expected multiples of 1 that are 37 in all"),
         ({"update_scale": float("inf")}, "update_scale: expected a finite float32, got inf"),
     ],
 )  # fmt: skip
@@ -149,3 +159,28 @@ def test_shapes_are_known_without_the_kernels():
     assert update.shape == (37,)
     found = torch.ops.fastl2l.averaged_window_backward(states, gradients, gradients, *network, [37], 1)
     assert found.shape == (sum(weight.numel() for weight in weights),)
+
+
+def test_a_window_that_is_not_gone_through_is_an_error():
+    where = Coordinates((37,))
+    recording = coupled_window.record(gac(), new_state(gac(), 37), 4, where, select("native", "cpu"))
+    recording.step(torch.zeros(37, dtype=F64))
+    with pytest.raises(
+        RuntimeError, match="window: expected 4 steps and their gradients before its way back, got 1 and"
+    ):
+        recording.backward(torch.zeros(4, 37, dtype=F64), torch.zeros(4, 37, dtype=F64))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_window_has_the_weights_and_no_graph_of_its_beginning(backend):
+    rule, where = gac(), Coordinates((37,))
+    chosen, gradients = select(backend, "cpu"), torch.randn(2, 37, dtype=F64)
+    found = []
+    for change in (False, True):
+        recording = coupled_window.record(rule, new_state(rule, 37).requires_grad_(), 2, where, chosen)
+        if change:
+            randomized(rule, gain=2.0)
+        updates = [recording.step(gradient) for gradient in gradients]
+        assert not recording.state.requires_grad
+        found.append([*updates, recording.state, recording.backward(gradients, gradients)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

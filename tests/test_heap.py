@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fastl2l import GACRule, RNNpropRule, baselines, heap
+from fastl2l import GACRule, MetaTrainer, RNNpropRule, Trajectory, baselines, heap
 from fastl2l.evaluate import follow
 from fastl2l.experiments.own_networks_losses import whole_losses
 from fastl2l.ops import coupled, coupled_window, dispatch
@@ -47,41 +51,66 @@ def test_what_is_given_back_is_not_what_is_in_use():
 
 
 def test_what_is_kept_is_lent_once_to_who_wants_as_much():
-    like = torch.zeros(1)
-    memory = heap.borrow((4, 6), like)
-    heap.keep(memory)
-    again = heap.borrow((6, 4), like)
-    assert (again.data_ptr(), again.shape) == (memory.data_ptr(), (6, 4))
-    assert heap.borrow((6, 4), like).data_ptr() != memory.data_ptr()
+    scratch, like = heap.Scratch(), torch.zeros(1)
+    memories = [scratch.borrow((4, 6), like), scratch.borrow((2,), like)]
+    for memory in memories:
+        scratch.keep(memory)
+    again = scratch.borrow((6, 4), like)
+    assert (again.data_ptr(), again.shape) == (memories[0].data_ptr(), (6, 4))
+    assert scratch.borrow((2,), like).data_ptr() == memories[1].data_ptr()
+    assert scratch.borrow((6, 4), like).data_ptr() != memories[0].data_ptr()
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((4, 7), torch.float32), ((2, 6), torch.float32), ((4, 6), torch.float64)]
 )
 def test_what_is_kept_is_not_lent_to_who_wants_something_else(shape, dtype):
-    memory = heap.borrow((4, 6), torch.zeros(1))
-    heap.keep(memory)
-    other = heap.borrow(shape, torch.zeros(1, dtype=dtype))
+    scratch = heap.Scratch()
+    memory = scratch.borrow((4, 6), torch.zeros(1))
+    scratch.keep(memory)
+    other = scratch.borrow(shape, torch.zeros(1, dtype=dtype))
     assert (other.shape, other.dtype) == (shape, dtype)
     assert other.data_ptr() != memory.data_ptr()
 
 
-def test_what_is_kept_is_its_thread_s_until_it_is_given_back():
-    memory, elsewhere = heap.borrow((4, 6), torch.zeros(1)), []
-    heap.keep(memory)
-    other = threading.Thread(target=lambda: elsewhere.append(heap.borrow((4, 6), torch.zeros(1))))
-    other.start()
-    other.join()
-    assert elsewhere[0].data_ptr() != memory.data_ptr()
-    heap.give_back()
-    assert heap.borrow((4, 6), torch.zeros(1)).data_ptr() != memory.data_ptr()
-
-
-def test_what_is_made_in_inference_mode_is_not_kept_for_others():
+def test_only_plain_tensors_are_kept_and_lent():
+    scratch, like = heap.Scratch(), torch.zeros(1)
     with torch.inference_mode():
-        memory = heap.borrow((4, 6), torch.zeros(1))
-    heap.keep(memory)
-    assert heap.borrow((4, 6), torch.zeros(1)).data_ptr() != memory.data_ptr()
+        scratch.keep(scratch.borrow((4, 6), like))
+    scratch.keep(torch.zeros(24, requires_grad=True))
+    with FakeTensorMode() as mode:
+        fake = torch.zeros(1)
+        scratch.keep(scratch.borrow((4, 6), fake))
+    assert not scratch._kept
+    scratch.keep(memory := scratch.borrow((4, 6), like))
+    with mode:
+        assert isinstance(scratch.borrow((4, 6), fake), FakeTensor)
+    assert isinstance(memory, torch.Tensor)
+
+
+def test_copies_have_memory_of_their_own():
+    scratch = heap.Scratch()
+    scratch.keep(memory := scratch.borrow((4, 6), torch.zeros(1)))
+    for other in (copy.deepcopy(scratch), pickle.loads(pickle.dumps(scratch))):
+        assert other.borrow((4, 6), memory).data_ptr() != memory.data_ptr()
+
+
+def test_a_trajectory_s_memory_goes_with_it_and_a_training_s_with_its_end():
+    trajectory = Trajectory(Quadratic(dim=4, batch=1).sample(0), GACRule(averages=2))
+    trajectory.window([1.0] * 4)
+    kept = weakref.ref(trajectory.scratch._kept[0])
+    trajectory.window([1.0] * 4)
+    assert trajectory.scratch._kept[0].data_ptr() == kept().data_ptr()
+    del trajectory
+    gc.collect()
+    assert kept() is None
+
+    trainer = MetaTrainer(GACRule(averages=2), Quadratic(dim=4, batch=1), horizon=8, unroll=4, trajectories=1)
+    lent = []
+    trainer._scratch.keep = lent.append
+    trainer.fit(1, progress=False)
+    assert len(lent) == 2
+    assert not trainer._scratch._kept
 
 
 def test_windows_do_not_share_their_states():
@@ -91,7 +120,7 @@ def test_windows_do_not_share_their_states():
     gradients, adjoints = torch.randn(2, 3, 20), torch.randn(3, 20)
 
     def run(*seen):
-        recordings = [coupled_window.record(rule, coupled.begin(rule, where), 3, where, backend) for _ in seen]
+        recordings = [coupled_window.record(rule, coupled.begin(rule, where), 3, where, backend, scratch) for _ in seen]
         for step in range(3):
             for recording, of_each in zip(recordings, seen, strict=True):
                 recording.step(of_each[step])
@@ -99,8 +128,7 @@ def test_windows_do_not_share_their_states():
         found = [recording.backward(of_each, adjoints) for recording, of_each in zip(recordings, seen, strict=True)]
         return list(zip(found, states, strict=True))
 
-    alone = []
+    alone, scratch = [], heap.Scratch()
     for of_each in gradients:
-        heap.give_back()
         alone += run(of_each)
     torch.testing.assert_close(run(*gradients), alone, rtol=0, atol=0)

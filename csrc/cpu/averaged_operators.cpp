@@ -29,16 +29,14 @@ struct Functions {
   int64_t count, dim;
   std::vector<Stretch> stretches;  // in the order of their coordinates
 
-  // `tensors`: sizes of what begins with a tile of its own; `parts`: sizes of what functions lie side by side in.
-  Functions(const std::vector<int64_t>& tensors, const std::vector<int64_t>& parts, int64_t functions)
+  // `tensors`: sizes of what begins with a tile of its own; `parts`: sizes of what functions lie side by side in. Both
+  // have `numel` coordinates in all.
+  Functions(int64_t numel, const std::vector<int64_t>& tensors, const std::vector<int64_t>& parts, int64_t functions)
       : count(functions) {
-    const int64_t numel = std::accumulate(tensors.begin(), tensors.end(), int64_t(0));
-    STD_TORCH_CHECK(functions >= 1, "functions: expected an integer >= 1, got ", functions);
-    for (const int64_t part : parts) {
-      STD_TORCH_CHECK(part >= 0 && part % functions == 0, "parts: expected multiples of ", functions, ", got ", part);
-    }
-    STD_TORCH_CHECK(std::accumulate(parts.begin(), parts.end(), int64_t(0)) == numel, "parts: expected ", numel,
-                    " coordinates in all, got others");
+    STD_TORCH_CHECK(functions >= 1 && functions <= std::max<int64_t>(numel, 1), "functions: expected 1 to ",
+                    std::max<int64_t>(numel, 1), ", got ", functions);
+    check_sizes("tensors", tensors, numel, 1);
+    check_sizes("parts", parts, numel, functions);
     dim = numel / functions;
     size_t tensor = 0;
     int64_t coordinate = 0, in_tensor = 0, tile = 0;
@@ -57,6 +55,17 @@ struct Functions {
         }
       }
     }
+  }
+
+  // Sizes of parts of `numel` coordinates, each a multiple of so much.
+  static void check_sizes(const char* name, const std::vector<int64_t>& sizes, int64_t numel, int64_t multiple) {
+    int64_t left = numel;
+    for (const int64_t size : sizes) {
+      STD_TORCH_CHECK(size >= 0 && size <= left && size % multiple == 0, name, ": expected multiples of ", multiple,
+                      " that are ", numel, " in all, got ", size);
+      left -= size;
+    }
+    STD_TORCH_CHECK(left == 0, name, ": expected ", numel, " coordinates in all, got ", numel - left);
   }
 
   // Calls visit(stretch's number, stretch) on torch's threads.
@@ -250,16 +259,14 @@ Tensor averaged_step_(std::optional<Tensor> before, Tensor state, Tensor grad, s
                       std::vector<int64_t> tensors, std::vector<int64_t> parts, int64_t functions) {
   const Layers layers(weights, rules, averages, update_scale);
   const ScalarType dtype = layers.dtype();
-  int64_t numel = 0, tiles = 0;
-  for (const int64_t size : tensors) {
-    STD_TORCH_CHECK(size >= 0, "tensors: expected sizes >= 0, got ", size);
-    numel += size;
-    tiles += tiles_of(size);
-  }
+  STD_TORCH_CHECK(grad.dim() == 1, "grad: expected shape [N], got ", shape_of(grad));
+  const int64_t numel = grad.numel();
+  check_tensor({"grad"}, grad, dtype, {numel});
+  const Functions all(numel, tensors, parts, functions);
+  int64_t tiles = 0;
+  for (const int64_t size : tensors) tiles += tiles_of(size);
   check_tensor({"state"}, state, dtype, {layers.count(), tiles, layers.rows, kTile});
   if (before) check_tensor({"before"}, *before, dtype, {layers.count(), tiles, layers.rows, kTile});
-  check_tensor({"grad"}, grad, dtype, {numel});
-  const Functions all(tensors, parts, functions);
   Tensor update = torch::stable::new_zeros(grad, {numel});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -393,7 +400,7 @@ Tensor averaged_window_backward(Tensor states, Tensor grads, Tensor adjoints, st
   check_tensor({"grads"}, grads, dtype, {steps, numel});
   check_tensor({"adjoints"}, adjoints, dtype, {steps, numel});
   check_tensor({"states"}, states, dtype, {steps + 1, layers.count(), tiles, layers.rows, kTile});
-  const Functions all({numel}, parts, functions);
+  const Functions all(numel, {numel}, parts, functions);
   int64_t count = 0;
   for (const Rule& rule : layers.rules) count += weight_count(rule);
   Tensor dweights = torch::stable::new_zeros(states, {count});

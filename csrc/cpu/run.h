@@ -23,8 +23,8 @@ constexpr int64_t kTilesAtOnce = 8;
 // any number of threads. Of a single step, which rules whose coordinates talk go by, a part has as many blocks as the
 // kernel reduces together; windows are summed as they were in the first version.
 constexpr int64_t kMostParts = 64;
-// And so few that their sums, of float64, stay below so many bytes; what is more than a few megabytes of them is given
-// back after the call.
+// And so few that their sums, of float64, stay below so many bytes for a rule, or a layer of one whose coordinates
+// talk; what is more than a few megabytes of them is given back after the call.
 constexpr int64_t kMostSums = int64_t(1) << 28, kMostKept = int64_t(1) << 24;
 
 // Memory that a thread keeps from call to call, aligned to cache lines.

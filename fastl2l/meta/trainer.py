@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastl2l.build import locked
 from fastl2l.files import digest
-from fastl2l.heap import give_back, tidily
+from fastl2l.heap import Scratch, give_back, tidily
 from fastl2l.meta import capture as capture_module
 from fastl2l.meta import checkpoint as checkpoint_module
 from fastl2l.meta.imitation import Imitation, TaughtTrajectory
@@ -187,6 +187,7 @@ class MetaTrainer:
         self._lr = torch.tensor(meta_lr, dtype=torch.float32, device=device) if capture else meta_lr
         fused = device.type in ("cpu", "cuda")
         trained = [weight for weight in all_weights(self._rules) if weight.requires_grad]
+        self._scratch = Scratch()
         self._adam = torch.optim.Adam(trained, lr=self._lr, fused=fused, capturable=capture)
         self._current = self._best = self._copy_weights()
         self._adam_state = self._copy_adam()
@@ -322,6 +323,7 @@ class MetaTrainer:
             try:
                 self._fit(epochs, patience, progress)
             finally:
+                self._scratch.clear()
                 self._load_weights(self._best if self.keep == "best" else self._current)
         return self.history
 
@@ -448,7 +450,9 @@ class MetaTrainer:
     def _trajectory(self, batch: int, first: int, size: int) -> Trajectory:
         """Of the problems from number `first` on, a piece of the batch whose first problem is number `batch`."""
         problem = self._problems("train", first, size)
-        return self._imitated(problem, batch) or Trajectory(problem, self._ordered, backend=self.backend)
+        trajectory = self._imitated(problem, batch) or Trajectory(problem, self._ordered, backend=self.backend)
+        trajectory.scratch = self._scratch
+        return trajectory
 
     def _imitated(self, problem: Problem, first: int) -> TaughtTrajectory | None:
         """The trajectory if it is a teacher's."""

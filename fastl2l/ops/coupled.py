@@ -72,13 +72,13 @@ def step_(
     rule: Rule, gradient: Tensor, state: State, where: Coordinates, scale: float, backend: Backend
 ) -> Tensor:  # fmt: skip
     """One step of a coupled rule, whose state is changed in place; returns the update [N], times `scale`."""
-    if isinstance(state, Tensor) and averaged_native.takes(rule, state.device, where, backend):
+    config, weights = rule.config, [weight.detach() for weight in rule.weights()]
+    if isinstance(state, Tensor) and averaged_native.takes(config, state.device, where, backend):
         layers = state.transpose(0, 1)
         if layers.is_contiguous():
-            return averaged_native.step_(rule, None, layers, gradient, where, scale)
-    weights = [weight.detach() for weight in rule.weights()]
+            return averaged_native.step_(config, weights, None, layers, gradient, where, scale)
     with reference.exact(gradient.device):
-        network = Network(rule.config, weights, averaged_layer.step_, where, scale, backend)
+        network = Network(config, weights, averaged_layer.step_, where, scale, backend)
         if isinstance(state, Remembered):
             return remembering.step_(network, gradient, state)
         return network.run(gradient, state.unbind(1))[0]

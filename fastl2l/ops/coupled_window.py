@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastl2l import heap, reference
+from fastl2l import reference
+from fastl2l.heap import Scratch
 from fastl2l.ops import averaged_layer, averaged_native, remembering
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.coupled import State
@@ -37,7 +38,9 @@ class Recording(Protocol):
         """
 
 
-def record(rule: Rule, state: State, steps: int, where: Coordinates, backend: Backend) -> Recording:
+def record(
+    rule: Rule, state: State, steps: int, where: Coordinates, backend: Backend, scratch: Scratch | None = None
+) -> Recording:
     """Begin a window.
 
     Args:
@@ -46,20 +49,26 @@ def record(rule: Rule, state: State, steps: int, where: Coordinates, backend: Ba
         steps: how many there are.
         where: which function each coordinate belongs to.
         backend: does the work.
+        scratch: for the states of the steps, till the window's way back.
     """
     with reference.exact(state.rows.device if isinstance(state, Remembered) else state.device):
         if isinstance(state, Remembered):
             return _WithMemory(rule, state.recorded(steps), where, backend)
-        native = averaged_native.takes(rule, state.device, where, backend)
-        return (_Native if native else _ByLayer)(rule, state, steps, where, backend)
+        native = averaged_native.takes(rule.config, state.device, where, backend)
+        return (_Native if native else _ByLayer)(rule, state, steps, where, backend, scratch or Scratch())
 
 
 class _OfAverages(ABC):
     """Whose states are kept side by side, so that the way back needs no graph."""
 
-    def __init__(self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend) -> None:
-        layers = state.transpose(0, 1)
-        self._states = heap.borrow((steps + 1, *layers.shape), state)  # [steps + 1, layers, tiles, rows, 16]
+    @torch.no_grad()
+    def __init__(
+        self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend, scratch: Scratch
+    ) -> None:
+        self._config, self._where, self._backend, self._scratch = rule.config, where, backend, scratch
+        self._weights = [weight.detach().clone() for weight in rule.weights()]
+        layers = state.detach().transpose(0, 1)
+        self._states = scratch.borrow((steps + 1, *layers.shape), layers)  # [steps + 1, layers, tiles, rows, 16]
         self._states[0] = layers
         self._steps = 0
 
@@ -76,8 +85,13 @@ class _OfAverages(ABC):
 
     @torch.no_grad()
     def backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
+        if not self._steps == len(self._states) - 1 == len(gradients):
+            raise RuntimeError(
+                f"window: expected {len(self._states) - 1} steps and their gradients before its way back, got "
+                f"{self._steps} and {len(gradients)}"
+            )
         found = self._backward(gradients, adjoints)
-        heap.keep(self._states)
+        self._scratch.keep(self._states)
         del self._states  # they are the next window's
         return found
 
@@ -93,27 +107,25 @@ class _OfAverages(ABC):
 class _Native(_OfAverages):
     """By one call a step, and one for the way back."""
 
-    def __init__(self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend) -> None:
-        super().__init__(rule, state, steps, where, backend)
-        self._rule, self._where = rule, where
-
     def _step(self, gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        scale = self._rule.config.output_scale
-        return averaged_native.step_(self._rule, before, after, gradient, self._where, scale)
+        config = self._config
+        return averaged_native.step_(config, self._weights, before, after, gradient, self._where, config.output_scale)
 
     def _backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
-        return averaged_native.window_backward(self._rule, self._states, gradients, adjoints, self._where)
+        return averaged_native.window_backward(
+            self._config, self._weights, self._states, gradients, adjoints, self._where
+        )
 
 
 class _ByLayer(_OfAverages):
     """By a call of the backend's operators for each layer and step."""
 
-    def __init__(self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend) -> None:
-        super().__init__(rule, state, steps, where, backend)
-        weights = [weight.detach() for weight in rule.weights()]
+    def __init__(
+        self, rule: Rule, state: Tensor, steps: int, where: Coordinates, backend: Backend, scratch: Scratch
+    ) -> None:
+        super().__init__(rule, state, steps, where, backend, scratch)
         scale = rule.config.output_scale
-        self._network = Network(rule.config, weights, averaged_layer.step_, where, scale, backend)
-        self._backend = backend
+        self._network = Network(rule.config, self._weights, averaged_layer.step_, where, scale, backend)
         self._means: list[Tensor] = []  # of the last layer, of each step
 
     def _step(self, gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
