@@ -75,16 +75,16 @@ def compiled(kernel, capability, rule, state=None, **constants):
 
 
 def kernels(capability, rule):
-    """The kernels that matter; those that Hopper has wide products in, all of them."""
+    """The largest kernels; for Hopper, which has wide products in them, all of them."""
     cell = rule.cell(capability)
     gradient = {**rule.blocks(), "PRECISION": rule.precision}
     absent, other = dict.fromkeys(("dstate", "dstate_first", "dgrads")), {"FIRST": False}
     yield "step", step.step_kernel, cell
-    yield "forward, other", window.forward_kernel, {**cell, **other}
-    yield "gradient, other", window.gradient_kernel, {**gradient, **other}
     yield "backward, last", window.backward_kernel, {**cell, **absent, **other, "LAST": True}
     if capability != HOPPER:
         return
+    yield "forward, other", window.forward_kernel, {**cell, **other}
+    yield "gradient, other", window.gradient_kernel, {**gradient, **other}
     packing, first = {"RULE": rule.shape, "ROWS": launch.ROWS}, {"FIRST": rule.shape.direct}
     yield "pack", pack.pack_kernel, packing
     yield "unpack", pack.unpack_kernel, {**packing, "TOGETHER": launch.TOGETHER}
@@ -108,9 +108,8 @@ def around_the_layers(rule):
 
 def variants():
     """What only a compiler finds: that other rules and precisions are valid at all. Rules and what to call them."""
-    for text in (lstm(), RNNPROP):
-        yield rule(text, "ieee"), ", ieee"
-        yield rule(text, "ieee", torch.float64), ", float64"
+    yield rule(RNNPROP, "ieee"), ", ieee"
+    yield rule(lstm(), "ieee", torch.float64), ", float64"
     for text in (lstm("raw", 5), *(text for text in (*RULES, *GIVEN) if text not in (*LSTMS, RNNPROP))):
         yield rule(text), ", other parts"
 
@@ -119,10 +118,8 @@ def report(capabilities):
     for text, capability in itertools.product((lstm(), RNNPROP), capabilities):
         for name, kernel, constants in kernels(capability, rule(text)):
             yield {"kernel": name} | compiled(kernel, capability, rule(text), **constants)
-    for capability in capabilities:
-        constants = rule(lstm()).cell(capability)
-        found = compiled(step.step_kernel, capability, rule(lstm()), "bf16", **constants)
-        yield {"kernel": "step, state in bfloat16"} | found
+    constants = rule(lstm()).cell(HOPPER)
+    yield {"kernel": "step, state in bfloat16"} | compiled(step.step_kernel, HOPPER, rule(lstm()), "bf16", **constants)
     for its_rule, variant in variants():
         cell = its_rule.cell(HOPPER)
         for name, kernel, constants in (
