@@ -59,7 +59,7 @@ def record(
 
 
 class _OfAverages(ABC):
-    """Whose states are kept side by side, so that the way back needs no graph."""
+    """Of a rule without a memory: its states are kept side by side, so that the way back needs no graph."""
 
     @torch.no_grad()
     def __init__(
