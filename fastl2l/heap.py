@@ -1,4 +1,4 @@
-"""The C library's heap, in runs of many steps."""
+"""Memory in runs of many steps: given back to the system, or kept for the next of them."""
 
 from __future__ import annotations
 
