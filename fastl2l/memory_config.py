@@ -115,6 +115,11 @@ class MemoryConfig:
         return self.reads + self.multiply if layer == 1 and self.inside else 0
 
     @property
+    def asks_units_within(self) -> bool:
+        """Whether a read is made amidst a step, of what the first layer's units ask for."""
+        return self.inside and not self.multiply
+
+    @property
     def rows(self) -> int:
         """Numbers that are kept of a coordinate from step to step beside the memory: g, s, results of reads."""
         return 2 * self.differences + self.reads * (not self.inside)

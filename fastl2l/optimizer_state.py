@@ -113,7 +113,7 @@ class Together(NamedTuple):
         with _numbers_of_later(), _lack_of_memory(rule, where, dtype):
             state = new_state(rule, sum(tiles) * TILE, rule.device, dtype)
             if rule.config.memory is not None and shapes:
-                remembered = Remembered.new(rule, where, state.device, state.unbind(1))
+                remembered = Remembered.new(rule, where, state.device, state.transpose(0, 1))
             states = list(state.split(tiles))
         factors = Factors.fresh(rule, len(shapes))
         together = cls(states, shapes, state, [], factors, remembered)

@@ -359,6 +359,13 @@ class RuleConfig:
         return shapes if self.output == "none" else [*shapes, ("weight_out", (hidden,)), ("bias_out", ()), *heads]
 
     @property
+    def network_weights(self) -> int:
+        """How many of the weights are those of layers and output; those of a memory's heads come after them."""
+        return len(self.weight_shapes) - (
+            0 if self.memory is None else len(self.memory.weight_shapes(self.hidden_size))
+        )
+
+    @property
     def constants(self) -> dict[str, float]:
         """The constants that a rule computes with in its own dtype, by name."""
         own = {} if self.features is None else self.features.constants

@@ -80,7 +80,8 @@ def test_bits_do_not_depend_on_threads(where, set_threads):
 
 def native_step(rule, *tensors_and_where):
     weights = [weight.detach() for weight in rule.weights()]
-    return averaged_native.step_(rule.config, weights, *tensors_and_where, 0.3)
+    *tensors, where = tensors_and_where
+    return averaged_native.step_(rule.config, weights, *tensors, None, where, 0.3)[0]
 
 
 def test_several_tensors_take_the_step_that_they_take_as_one():
@@ -110,6 +111,7 @@ def step(**changes):
         "before": None,
         "state": torch.zeros(2, 3, 10, 16),
         "grad": torch.zeros(37),
+        "extra": None,
         "weights": [weight.detach() for weight in gac(dtype=torch.float32).weights()],
         "rules": [layer.text for layer in gac().config.chain],
         "averages": [2, 3],
@@ -155,10 +157,13 @@ def test_shapes_are_known_without_the_kernels():
     weights = [weight.detach().to(meta) for weight in rule.weights()]
     network = weights, [layer.text for layer in rule.config.chain], rule.config.averages, 0.3
     states, gradients = torch.empty(5, 2, 3, 10, 16, device=meta), torch.empty(4, 37, device=meta)
-    update = torch.ops.fastl2l.averaged_step_(None, states[0], gradients[0], *network, [37], [37], 1)
+    update, units = torch.ops.fastl2l.averaged_step_(None, states[0], gradients[0], None, *network, [37], [37], 1, True)
     assert update.shape == (37,)
-    found = torch.ops.fastl2l.averaged_window_backward(states, gradients, gradients, *network, [37], 1)
+    assert units.shape == (5, 37)
+    arguments = states, gradients, None, gradients, None, None
+    found, rows = torch.ops.fastl2l.averaged_window_backward(*arguments, *network, [37], 1, True)
     assert found.shape == (sum(weight.numel() for weight in weights),)
+    assert rows.shape == (4, 0, 37)
 
 
 def test_a_window_that_is_not_gone_through_is_an_error():

@@ -1,141 +1,30 @@
-// Steps and windows of a rule whose coordinates talk by means over all of them (Andrychowicz et al. 2016, appendix D:
-// LSTM+GAC): a kernel of csrc/cpu a layer, and between two of them the means of the layer's first units.
+// Steps and windows of the layers of a rule whose coordinates talk by means over all of them (Andrychowicz et al. 2016,
+// appendix D): a kernel of csrc/cpu a layer, and between two of them the means of the layer's first units. What a
+// memory has to do with them are rows that layers are given besides, and the units of the last one.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/functions.h"
 #include "cpu/run.h"
 
 namespace fastl2l::cpu {
 namespace {
-
-// Coordinates that a thread takes the sums of at a time, and that are worth waking one for.
-constexpr int64_t kLongest = 4096;
-
-// Coordinates of one function that are neighbours, and so are their lanes.
-struct Stretch {
-  int64_t coordinate, lane, size, function;
-};
-
-// Which coordinates means are over: see fastl2l/ops/coordinates.py.
-struct Functions {
-  int64_t count, dim;
-  std::vector<Stretch> stretches;  // in the order of their coordinates
-
-  // `tensors`: sizes of what begins with a tile of its own; `parts`: sizes of what functions lie side by side in. Both
-  // have `numel` coordinates in all.
-  Functions(int64_t numel, const std::vector<int64_t>& tensors, const std::vector<int64_t>& parts, int64_t functions)
-      : count(functions) {
-    STD_TORCH_CHECK(functions >= 1 && functions <= std::max<int64_t>(numel, 1), "functions: expected 1 to ",
-                    std::max<int64_t>(numel, 1), ", got ", functions);
-    check_sizes("tensors", tensors, numel, 1);
-    check_sizes("parts", parts, numel, functions);
-    dim = numel / functions;
-    size_t tensor = 0;
-    int64_t coordinate = 0, in_tensor = 0, tile = 0;
-    for (const int64_t part : parts) {
-      for (int64_t function = 0; function < functions; ++function) {
-        for (int64_t left = part / functions; left > 0;) {
-          while (in_tensor == tensors[tensor]) {
-            tile += tiles_of(tensors[tensor++]);
-            in_tensor = 0;
-          }
-          const int64_t size = std::min({left, tensors[tensor] - in_tensor, kLongest});
-          stretches.push_back({coordinate, tile * kTile + in_tensor, size, function});
-          coordinate += size;
-          in_tensor += size;
-          left -= size;
-        }
-      }
-    }
-  }
-
-  // Sizes of parts of `numel` coordinates, each a multiple of so much.
-  static void check_sizes(const char* name, const std::vector<int64_t>& sizes, int64_t numel, int64_t multiple) {
-    int64_t left = numel;
-    for (const int64_t size : sizes) {
-      STD_TORCH_CHECK(size >= 0 && size <= left && size % multiple == 0, name, ": expected multiples of ", multiple,
-                      " that are ", numel, " in all, got ", size);
-      left -= size;
-    }
-    STD_TORCH_CHECK(left == 0, name, ": expected ", numel, " coordinates in all, got ", numel - left);
-  }
-
-  // Calls visit(stretch's number, stretch) on torch's threads.
-  template <class Visit>
-  void each_stretch(Visit visit) const {
-    const int64_t all = (int64_t)stretches.size(), least = all * kLongest / std::max(dim * count, kLongest);
-    share_out(all, std::max<int64_t>(least, 1), std::max<int64_t>(least / 4, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) visit(i, stretches[i]);
-    });
-  }
-
-  // Sums of what visit(stretch, sums [width]) finds, [function][width]. They are of float64, and of the same bits for
-  // any number of threads.
-  template <class Visit>
-  std::vector<double> sums(int64_t width, Visit visit) const {
-    std::vector<double> of_stretches(stretches.size() * width), found(count * width);
-    each_stretch([&](int64_t i, const Stretch& stretch) { visit(stretch, &of_stretches[i * width]); });
-    for (size_t i = 0; i < stretches.size(); ++i) {
-      double* to = &found[stretches[i].function * width];
-      for (int64_t k = 0; k < width; ++k) to[k] += of_stretches[i * width + k];
-    }
-    return found;
-  }
-};
-
-// Calls visit(the first of its lanes in a row of tiles [tile][rows][16], how many) for each tile of a stretch.
-template <typename T, class Visit>
-void each_tile(T* tiles, int64_t rows, const Stretch& stretch, Visit visit) {
-  for (int64_t lane = stretch.lane, end = stretch.lane + stretch.size; lane < end;) {
-    const int64_t first = lane % kTile, n = std::min(kTile - first, end - lane);
-    visit(tiles + lane / kTile * rows * kTile + first, (int)n);
-    lane += n;
-  }
-}
-
-// Sums of the first `averages` rows over each function, [function][averages].
-template <typename T>
-std::vector<double> row_sums(const Functions& functions, const T* tiles, int64_t rows, int averages) {
-  return functions.sums(averages, [&](const Stretch& stretch, double* sums) {
-    for (int row = 0; row < averages; ++row) {
-      double lanes[kTile] = {};
-      each_tile(tiles + row * kTile, rows, stretch, [&](const T* at, int n) {
-        if (n == kTile) {
-          for (int i = 0; i < kTile; ++i) lanes[i] += at[i];
-        } else {
-          for (int i = 0; i < n; ++i) lanes[i] += at[i];
-        }
-      });
-      sums[row] = std::accumulate(lanes, lanes + kTile, 0.0);
-    }
-  });
-}
-
-// Writes values [function][averages] to the first rows of each function's coordinates.
-template <typename T>
-void spread(const Functions& functions, const std::vector<T>& values, T* tiles, int64_t rows, int averages) {
-  functions.each_stretch([&](int64_t, const Stretch& stretch) {
-    for (int row = 0; row < averages; ++row) {
-      const T value = values[stretch.function * averages + row];
-      each_tile(tiles + row * kTile, rows, stretch, [&](T* at, int n) { std::fill_n(at, n, value); });
-    }
-  });
-}
 
 // The layers, each of which is a rule to its kernel, and what they have in common.
 struct Layers {
   std::vector<Rule> rules;
   std::vector<std::vector<Tensor>> weights;
   std::vector<int64_t> averages;
-  int64_t rows;  // of each one's state
+  int64_t rows;       // of each one's state
+  int64_t extra = 0;  // rows that all of them are given besides units
   double scale;
 
   Layers(const std::vector<Tensor>& all, const std::vector<std::string>& texts, const std::vector<int64_t>& averaged,
@@ -149,6 +38,7 @@ struct Layers {
       weights.emplace_back(all.begin() + at, all.begin() + end);
       rules.push_back(check_rule(weights.back(), texts[layer], update_scale));
       check_layer(layer, layer + 1 == texts.size());
+      extra += extra_given((int)layer);
       at = end;
     }
     STD_TORCH_CHECK(at == all.size(), "weights: expected ", at, " tensors, got ", all.size());
@@ -157,6 +47,11 @@ struct Layers {
   }
 
   int count() const { return (int)rules.size(); }
+  int hidden() const { return rules[0].hidden; }
+  bool is_last(int layer) const { return layer + 1 == count(); }
+  // Units of the layer before that a layer is given, and rows besides.
+  int units_given(int layer) const { return layer ? hidden() : 0; }
+  int extra_given(int layer) const { return rules[layer].given - units_given(layer); }
   ScalarType dtype() const { return weights[0][0].scalar_type(); }
   // Of the last layer, whose averaged units are a part of the update that is known when its kernel has run.
   template <typename T>
@@ -167,9 +62,8 @@ struct Layers {
  private:
   void check_layer(size_t layer, bool is_last) const {
     const Rule& rule = rules[layer];
-    STD_TORCH_CHECK(rule.layers == 1 && rule.projected == 0 && rule.feature_rows() == 0 &&
-                        rule.hidden == rules[0].hidden && rule.given == (layer ? rule.hidden : 0) &&
-                        rule.output == (is_last ? Output::kLinear : Output::kNone),
+    STD_TORCH_CHECK(rule.layers == 1 && rule.projected == 0 && rule.feature_rows() == 0 && rule.hidden == hidden() &&
+                        extra_given((int)layer) >= 0 && rule.output == (is_last ? Output::kLinear : Output::kNone),
                     "rules: expected one LSTM of as many units in each, the first with features, the last with a "
                     "linear output, and the others given the units before them");
     STD_TORCH_CHECK(weights[layer][0].scalar_type() == dtype(), "weights: expected one dtype for all");
@@ -201,62 +95,134 @@ struct Packed {
   }
 };
 
+// What a layer is given: its own units' memory where those are all of it, or tiles in memory that a thread keeps.
 template <typename T>
-void copy_numbers(const void* source, T* target, int n) {
-  std::copy_n(static_cast<const T*>(source), n, target);
-}
+class Given {
+ public:
+  // `units`: the state of the layer before, after its step; `extra`: [row][coordinate]. Returns how many rows are
+  // between two tiles.
+  int64_t gather(const Layers& layers, int layer, const Functions& functions, int64_t tiles, const T* units,
+                 const T* extra) {
+    const int own = layers.units_given(layer), more = layers.extra_given(layer);
+    at_ = units;
+    if (more == 0) return layers.rows;
+    const int64_t rows = own + more;
+    T* own_tiles = room(tiles * rows * kTile);
+    at_ = own_tiles;
+    share_out(tiles, kTilesPerThread, kTilesAtOnce, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        T* to = own_tiles + tile * rows * kTile;
+        if (own) std::copy_n(units + tile * layers.rows * kTile, own * kTile, to);
+        std::fill_n(to + own * kTile, more * kTile, T(0));  // lanes that are no coordinate's
+      }
+    });
+    each_run(functions, extra, more, own_tiles + own * kTile, rows,
+             [](T* tile, const T* row, int n) { std::copy_n(row, n, tile); });
+    return rows;
+  }
+  const T* tiles() const { return at_; }
+
+  // Memory for so many numbers; what is more than a few megabytes is given back at the next call.
+  T* room(int64_t numbers) {
+    if (memory_.size() > kMostKept / sizeof(T)) std::vector<T>().swap(memory_);
+    memory_.resize(std::max<size_t>(memory_.size(), numbers));
+    return memory_.data();
+  }
+
+ private:
+  const T* at_ = nullptr;
+  std::vector<T> memory_;
+};
+
 template <typename T>
-void add_numbers(void* target, double, const T* update, int n) {
-  for (int i = 0; i < n; ++i) static_cast<T*>(target)[i] += update[i];
+struct Step {
+  const T* before;  // [layer][tile][row][16]
+  T* after;         // the same
+  const T* grad;    // [coordinate]
+  const T* extra;   // [row][coordinate], what the layers are given besides
+  T* update;        // [coordinate]
+  T* units;         // [unit][coordinate] of the last layer, or null
+};
+
+// Replaces a layer's averaged units by their means, and adds what they have in the update.
+template <typename T>
+void average(const Layers& layers, int layer, const Functions& functions, const Step<T>& step) {
+  const int averages = (int)layers.averages[layer];
+  if (averages == 0) return;
+  const std::vector<double> sums = row_sums(functions, step.after, layers.rows, averages);
+  std::vector<T> means(sums.size());
+  for (size_t i = 0; i < sums.size(); ++i) means[i] = (T)(sums[i] / functions.dim);
+  spread(functions, means, step.after, layers.rows, averages);
+  if (!layers.is_last(layer)) return;
+  functions.each_stretch([&](int64_t, const Stretch& stretch) {
+    T shared = 0;
+    for (int a = 0; a < averages; ++a) shared += layers.shared<T>()[a] * means[stretch.function * averages + a];
+    shared *= (T)layers.scale;
+    for (int64_t i = 0; i < stretch.size; ++i) step.update[stretch.coordinate + i] += shared;
+  });
 }
 
 template <typename T>
-void step_all(const Layers& layers, const Functions& functions, const std::vector<int64_t>& tensors, const T* before,
-              T* after, const T* grad, T* update) {
+void step_all(const Layers& layers, const Functions& functions, const std::vector<int64_t>& tensors, Step<T> step) {
   static thread_local Packed<T> packed;
+  static thread_local Given<T> given;
   packed.pack(layers, false);
   std::vector<int64_t> first_tile{0};
   for (const int64_t size : tensors) first_tile.push_back(first_tile.back() + tiles_of(size));
-  const int64_t tile_elements = layers.rows * kTile, layer_elements = first_tile.back() * tile_elements;
+  const int64_t tiles = first_tile.back(), tile_elements = layers.rows * kTile, numel = functions.count * functions.dim;
   std::vector<Segment<T>> segments(tensors.size());
-  const T* given = nullptr;
-  for (int layer = 0; layer < layers.count(); ++layer, before += layer_elements, after += layer_elements) {
+  const T* units = nullptr;
+  for (int layer = 0; layer < layers.count(); ++layer) {
     int64_t coordinate = 0;
     for (size_t i = 0; i < tensors.size(); coordinate += tensors[i++]) {
       const int64_t element = first_tile[i] * tile_elements;
-      segments[i] = {(char*)(update + coordinate),
-                     (const char*)(grad + coordinate),
-                     after + element,
-                     before + element,
+      segments[i] = {(char*)(step.update + coordinate),
+                     (const char*)(step.grad + coordinate),
+                     step.after + element,
+                     step.before + element,
                      tensors[i],
                      1,
                      sizeof(T),
-                     copy_numbers<T>,
-                     add_numbers<T>};
+                     read<T, T>,
+                     add<T, T>};
     }
     const Rule& rule = layers.rules[layer];
-    run_step<T>({rule, part_constants<T>(rule), packed.layers[layer], 1, 1, given, segments.data(),
-                 (int64_t)segments.size(), first_tile.data(), false, (int)layers.rows});
-    given = after;
-    const int averages = (int)layers.averages[layer];
-    if (averages == 0) continue;
-    const std::vector<double> sums = row_sums(functions, after, layers.rows, averages);
-    std::vector<T> means(sums.size());
-    for (size_t i = 0; i < sums.size(); ++i) means[i] = (T)(sums[i] / functions.dim);
-    spread(functions, means, after, layers.rows, averages);
-    if (rule.output == Output::kNone) continue;
-    functions.each_stretch([&](int64_t, const Stretch& stretch) {
-      T shared = 0;
-      for (int a = 0; a < averages; ++a) shared += layers.shared<T>()[a] * means[stretch.function * averages + a];
-      shared *= (T)layers.scale;
-      for (int64_t i = 0; i < stretch.size; ++i) update[stretch.coordinate + i] += shared;
-    });
+    const int64_t given_rows = given.gather(layers, layer, functions, tiles, units, step.extra);
+    run_step<T>({rule, part_constants<T>(rule), packed.layers[layer], 1, 1, given.tiles(), segments.data(),
+                 (int64_t)segments.size(), first_tile.data(), false, (int)given_rows});
+    average(layers, layer, functions, step);
+    units = step.after;
+    step.before += tiles * tile_elements;
+    step.after += tiles * tile_elements;
+    step.extra += layers.extra_given(layer) * numel;
+  }
+  if (step.units) {
+    each_run(functions, step.units, layers.hidden(), units, layers.rows,
+             [](const T* tile, T* row, int n) { std::copy_n(tile, n, row); });
   }
 }
 
-Tensor averaged_step_(std::optional<Tensor> before, Tensor state, Tensor grad, std::vector<Tensor> weights,
-                      std::vector<std::string> rules, std::vector<int64_t> averages, double update_scale,
-                      std::vector<int64_t> tensors, std::vector<int64_t> parts, int64_t functions) {
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+template <typename T>
+T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+// What the layers are given besides, [.., row, coordinate].
+void check_extra(const Layers& layers, const std::optional<Tensor>& extra, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(extra.has_value() == (layers.extra > 0), "extra: expected ", layers.extra > 0 ? "a tensor" : "None",
+                  " for rules that are given ", layers.extra, " rows besides units, got ", extra ? "a tensor" : "None");
+  if (extra) check_tensor({"extra"}, *extra, layers.dtype(), shape);
+}
+
+std::tuple<Tensor, Tensor> averaged_step_(std::optional<Tensor> before, Tensor state, Tensor grad,
+                                          std::optional<Tensor> extra, std::vector<Tensor> weights,
+                                          std::vector<std::string> rules, std::vector<int64_t> averages,
+                                          double update_scale, std::vector<int64_t> tensors, std::vector<int64_t> parts,
+                                          int64_t functions, bool need_units) {
   const Layers layers(weights, rules, averages, update_scale);
   const ScalarType dtype = layers.dtype();
   STD_TORCH_CHECK(grad.dim() == 1, "grad: expected shape [N], got ", shape_of(grad));
@@ -267,33 +233,43 @@ Tensor averaged_step_(std::optional<Tensor> before, Tensor state, Tensor grad, s
   for (const int64_t size : tensors) tiles += tiles_of(size);
   check_tensor({"state"}, state, dtype, {layers.count(), tiles, layers.rows, kTile});
   if (before) check_tensor({"before"}, *before, dtype, {layers.count(), tiles, layers.rows, kTile});
+  check_extra(layers, extra, {layers.extra, numel});
   Tensor update = torch::stable::new_zeros(grad, {numel});
+  Tensor units = torch::stable::new_empty(grad, {need_units ? layers.hidden() : 0, numel});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    T* to = static_cast<T*>(state.data_ptr());
-    const T* from = before ? static_cast<const T*>(before->data_ptr()) : to;
-    step_all<T>(layers, all, tensors, from, to, static_cast<const T*>(grad.data_ptr()),
-                static_cast<T*>(update.data_ptr()));
+    T* to = data<T>(state);
+    step_all<T>(layers, all, tensors,
+                {before ? data<T>(before) : to, to, data<T>(grad), data<T>(extra), data<T>(update),
+                 need_units ? data<T>(units) : nullptr});
   };
   if (numel > 0) dtype == ScalarType::Float ? run(float()) : run(double());
-  return update;
+  return {update, units};
 }
 
-// The way back of a window, of `steps` steps.
+template <typename T>
+struct Window {
+  int64_t numel, steps;
+  const T* states;    // [steps + 1][layer][tile][row][16]
+  const T* grads;     // [steps][coordinate]
+  const T* extra;     // [steps][row][coordinate], what the layers are given besides, or null
+  const T* adjoints;  // [steps][coordinate], of the updates
+  const T* dunits;    // [steps][unit][coordinate], of the last layer's, or null
+  T* dstates;         // [layer][tile][row][16], of the last state; overwritten
+  bool need_first;    // whether it is to become that of the first one
+  T* dextra;          // as extra, or null
+};
+
+// The way back of a window.
 template <typename T>
 class WayBack {
  public:
-  WayBack(const Layers& layers, const Functions& functions, int64_t numel, int64_t steps, const T* states,
-          const T* grads, const T* adjoints, T* dstates)
+  WayBack(const Layers& layers, const Functions& functions, const Window<T>& window)
       : layers_(layers),
         functions_(functions),
-        numel_(numel),
-        steps_(steps),
-        layer_elements_(tiles_of(numel) * layers.rows * kTile),
-        states_(states),
-        grads_(grads),
-        adjoints_(adjoints),
-        dstates_(dstates),
+        window_(window),
+        tiles_(tiles_of(window.numel)),
+        layer_elements_(tiles_ * layers.rows * kTile),
         averages_((int)layers.averages.back()),
         dshared_(averages_) {}
 
@@ -302,12 +278,16 @@ class WayBack {
     static thread_local std::vector<WeightSums<T>> sums;
     packed.pack(layers_, true);
     sums.resize(std::max<size_t>(sums.size(), layers_.count()));
-    for (int layer = 0; layer < layers_.count(); ++layer) sums[layer].begin(layers_.rules[layer], numel_, 1);
-    for (int64_t step = steps_ - 1; step >= 0; --step) {
+    for (int layer = 0; layer < layers_.count(); ++layer) sums[layer].begin(layers_.rules[layer], window_.numel, 1);
+    for (int64_t step = window_.steps - 1; step >= 0; --step) {
       const std::vector<double> totals = shared_backward(step);
+      add_dunits(step);
+      int64_t first_extra = layers_.extra;
       for (int layer = layers_.count() - 1; layer >= 0; --layer) {
         average(layer, totals);
-        sums[layer].add(window(step, layer, packed.layers[layer]));
+        first_extra -= layers_.extra_given(layer);
+        layer_backward(step, layer, (step * layers_.extra + first_extra) * window_.numel, packed.layers[layer],
+                       sums[layer]);
       }
     }
     for (int layer = 0; layer < layers_.count(); ++layer) {
@@ -323,14 +303,16 @@ class WayBack {
   }
 
  private:
-  const T* state(int64_t step, int layer) const { return states_ + (step * layers_.count() + layer) * layer_elements_; }
-  T* dstate(int layer) const { return dstates_ + layer * layer_elements_; }
+  const T* state(int64_t step, int layer) const {
+    return window_.states + (step * layers_.count() + layer) * layer_elements_;
+  }
+  T* dstate(int layer) const { return window_.dstates + layer * layer_elements_; }
 
   // What averaged units of the last layer have in the update: adds the gradients of their output's weights, and returns
   // by function the update's summed adjoints.
   std::vector<double> shared_backward(int64_t step) {
     if (averages_ == 0) return {};
-    const T* adjoints = adjoints_ + step * numel_;
+    const T* adjoints = window_.adjoints + step * window_.numel;
     const T* means = state(step + 1, layers_.count() - 1);
     std::vector<double> totals = functions_.sums(1, [&](const Stretch& stretch, double* sum) {
       for (int64_t i = 0; i < stretch.size; ++i) *sum += adjoints[stretch.coordinate + i];
@@ -346,52 +328,72 @@ class WayBack {
     return totals;
   }
 
+  void add_dunits(int64_t step) const {
+    if (!window_.dunits) return;
+    each_run(functions_, window_.dunits + step * layers_.hidden() * window_.numel, layers_.hidden(),
+             dstate(layers_.count() - 1), layers_.rows, [](T* tile, const T* row, int n) {
+               for (int i = 0; i < n; ++i) tile[i] += row[i];
+             });
+  }
+
   // That a unit is replaced by its mean is a symmetric projection: its adjoint is averaged likewise.
   void average(int layer, const std::vector<double>& totals) {
     const int averages = (int)layers_.averages[layer];
     if (averages == 0) return;
     const std::vector<double> sums = row_sums(functions_, dstate(layer), layers_.rows, averages);
     std::vector<T> shares(sums.size());
-    const bool is_last = layer + 1 == layers_.count();
     for (size_t i = 0; i < sums.size(); ++i) {
-      const double of_update = is_last ? layers_.shared<T>()[i % averages] * totals[i / averages] : 0;
+      const double of_update = layers_.is_last(layer) ? layers_.shared<T>()[i % averages] * totals[i / averages] : 0;
       shares[i] = (T)((sums[i] + of_update) / functions_.dim);
     }
     spread(functions_, shares, dstate(layer), layers_.rows, averages);
   }
 
-  // The adjoint of what a layer is given is added to that of the units of the layer before it.
-  WindowArgs<T> window(int64_t step, int layer, const PackedWeights<T>& weights) const {
-    const bool is_last = layer + 1 == layers_.count();
-    return {layers_.rules[layer],
-            part_constants<T>(layers_.rules[layer]),
-            weights,
-            numel_,
-            1,
-            state(step, layer),
-            grads_ + step * numel_,
-            is_last ? adjoints_ + step * numel_ : nullptr,
-            dstate(layer),
-            layer > 0 ? state(step + 1, layer - 1) : nullptr,
-            step > 0 ? dstate(layer) : nullptr,
-            nullptr,
-            layer > 0 ? dstate(layer - 1) : nullptr,
-            (int)layers_.rows,
-            true};
+  // The adjoint of units that a layer is given is added to that of the layer before it; rows besides are at `extra_at`.
+  void layer_backward(int64_t step, int layer, int64_t extra_at, const PackedWeights<T>& weights,
+                      WeightSums<T>& sums) const {
+    static thread_local Given<T> given, dgiven;
+    const Rule& rule = layers_.rules[layer];
+    const int own = layers_.units_given(layer), more = layers_.extra_given(layer);
+    const T* units = own ? state(step + 1, layer - 1) : nullptr;
+    const int64_t rows = given.gather(layers_, layer, functions_, tiles_, units, window_.extra + extra_at);
+    T* back = own ? dstate(layer - 1) : nullptr;
+    if (more) back = own || window_.dextra ? dgiven.room(tiles_ * rows * kTile) : nullptr;
+    sums.add({rule, part_constants<T>(rule), weights, window_.numel, 1, state(step, layer),
+              window_.grads + step * window_.numel,
+              layers_.is_last(layer) ? window_.adjoints + step * window_.numel : nullptr, dstate(layer), given.tiles(),
+              step > 0 || window_.need_first ? dstate(layer) : nullptr, nullptr, back, (int)rows, more == 0});
+    if (more == 0 || !back) return;
+    if (own) add_to_units(back, rows, dstate(layer - 1));
+    if (!window_.dextra) return;
+    each_run(functions_, window_.dextra + extra_at, more, back + own * kTile, rows,
+             [](const T* tile, T* row, int n) { std::copy_n(tile, n, row); });
+  }
+
+  void add_to_units(const T* from, int64_t rows, T* to) const {
+    share_out(tiles_, kTilesPerThread, kTilesAtOnce, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const T* at = from + tile * rows * kTile;
+        T* units = to + tile * layers_.rows * kTile;
+        for (int i = 0; i < layers_.hidden() * kTile; ++i) units[i] += at[i];
+      }
+    });
   }
 
   const Layers& layers_;
   const Functions& functions_;
-  const int64_t numel_, steps_, layer_elements_;
-  const T *states_, *grads_, *adjoints_;
-  T* dstates_;
+  const Window<T> window_;
+  const int64_t tiles_, layer_elements_;
   const int averages_;  // of the last layer
   std::vector<double> dshared_;
 };
 
-Tensor averaged_window_backward(Tensor states, Tensor grads, Tensor adjoints, std::vector<Tensor> weights,
-                                std::vector<std::string> rules, std::vector<int64_t> averages, double update_scale,
-                                std::vector<int64_t> parts, int64_t functions) {
+std::tuple<Tensor, Tensor> averaged_window_backward(Tensor states, Tensor grads, std::optional<Tensor> extra,
+                                                    Tensor adjoints, std::optional<Tensor> dunits,
+                                                    std::optional<Tensor> dstate, std::vector<Tensor> weights,
+                                                    std::vector<std::string> rules, std::vector<int64_t> averages,
+                                                    double update_scale, std::vector<int64_t> parts, int64_t functions,
+                                                    bool need_dextra) {
   const Layers layers(weights, rules, averages, update_scale);
   const ScalarType dtype = layers.dtype();
   STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) >= 1, "grads: expected shape [steps >= 1, N], got ",
@@ -400,18 +402,32 @@ Tensor averaged_window_backward(Tensor states, Tensor grads, Tensor adjoints, st
   check_tensor({"grads"}, grads, dtype, {steps, numel});
   check_tensor({"adjoints"}, adjoints, dtype, {steps, numel});
   check_tensor({"states"}, states, dtype, {steps + 1, layers.count(), tiles, layers.rows, kTile});
+  check_extra(layers, extra, {steps, layers.extra, numel});
+  if (dunits) check_tensor({"dunits"}, *dunits, dtype, {steps, layers.hidden(), numel});
+  if (dstate) check_tensor({"dstate"}, *dstate, dtype, {layers.count(), tiles, layers.rows, kTile});
   const Functions all(numel, {numel}, parts, functions);
   int64_t count = 0;
   for (const Rule& rule : layers.rules) count += weight_count(rule);
   Tensor dweights = torch::stable::new_zeros(states, {count});
-  Tensor dstates = torch::stable::new_zeros(states, {layers.count(), tiles, layers.rows, kTile});
+  Tensor dextra = torch::stable::new_empty(states, {need_dextra ? steps : 0, layers.extra, numel});
+  const std::optional<Tensor> own =
+      dstate ? dstate : torch::stable::new_zeros(states, {layers.count(), tiles, layers.rows, kTile});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const auto data = [](const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); };
-    WayBack<T>(layers, all, numel, steps, data(states), data(grads), data(adjoints), data(dstates)).run(data(dweights));
+    const Window<T> window{numel,
+                           steps,
+                           data<T>(states),
+                           data<T>(grads),
+                           data<T>(extra),
+                           data<T>(adjoints),
+                           data<T>(dunits),
+                           data<T>(own),
+                           dstate.has_value(),
+                           need_dextra ? data<T>(dextra) : nullptr};
+    WayBack<T>(layers, all, window).run(data<T>(dweights));
   };
   if (numel > 0) dtype == ScalarType::Float ? run(float()) : run(double());
-  return dweights;
+  return {dweights, dextra};
 }
 
 }  // namespace

@@ -24,22 +24,6 @@
 namespace fastl2l::cpu {
 namespace {
 
-template <typename T, typename Stored>
-void read(const void* source, T* target, int n) {
-  const Stored* from = static_cast<const Stored*>(source);
-  for (int i = 0; i < n; ++i) target[i] = static_cast<T>(from[i]);
-}
-
-template <typename T, typename Stored>
-void add(void* param, double kept, const T* update, int n) {
-  using Wide = std::conditional_t<sizeof(Stored) == 8 || sizeof(T) == 8, double, float>;
-  Stored* to = static_cast<Stored*>(param);
-  const Wide factor = static_cast<Wide>(kept);  // 1 changes no bit
-  for (int i = 0; i < n; ++i) {
-    to[i] = static_cast<Stored>(factor * static_cast<Wide>(to[i]) + static_cast<Wide>(update[i]));
-  }
-}
-
 template <typename T>
 void set_dtype(Segment<T>& segment, ScalarType dtype) {
   const auto use = [&](auto* example) {

@@ -1,4 +1,4 @@
-"""Steps and windows of a rule whose coordinates talk by means alone, each by one call of the native CPU kernels."""
+"""Steps and windows of the layers of a rule whose coordinates talk, each by one call of the native CPU kernels."""
 
 from __future__ import annotations
 
@@ -9,52 +9,83 @@ import torch
 from torch import Tensor
 
 from fastl2l.ops.coordinates import Coordinates
+from fastl2l.ops.coupled_network import Extra, NetworkStep, rows_of_all
 from fastl2l.ops.dispatch import Backend
 from fastl2l.rule_config import RuleConfig
 
 
 def takes(config: RuleConfig, device: torch.device, where: Coordinates, backend: Backend) -> bool:
     """Whether these kernels are for such a rule, over these coordinates, and by the chosen backend."""
-    return backend.name == "native" and device.type == "cpu" and config.memory is None and not where.groups
+    within = config.memory is not None and config.memory.asks_units_within
+    return backend.name == "native" and device.type == "cpu" and not within and not where.groups
+
+
+class NativeNetwork:
+    """Steps of all layers, in place, with the interface of `coupled_network.Network`.
+
+    Args:
+        config, weights: the rule.
+        where: which function each coordinate belongs to.
+        scale: factor on the update.
+    """
+
+    def __init__(self, config: RuleConfig, weights: Sequence[Tensor], where: Coordinates, scale: float) -> None:
+        self.config, self.where, self.scale, self._weights = config, where, scale, weights
+        self.weights = {name: weight for (name, _), weight in zip(config.weight_shapes, weights, strict=True)}
+
+    def step(self, gradient: Tensor, layers: Tensor, extra: Extra) -> NetworkStep:
+        """From the gradient [N], and the layers' states, which become those after the step."""
+        rows = rows_of_all(self.config, self.where, extra)
+        update, units = step_(
+            self.config, self._weights, None, layers, gradient, rows, self.where, self.scale, need_units=True
+        )
+        return NetworkStep(update, layers, units)
 
 
 def step_(
     config: RuleConfig, weights: Sequence[Tensor], before: Tensor | None, layers: Tensor, gradient: Tensor,
-    where: Coordinates, scale: float,
-) -> Tensor:  # fmt: skip
-    """One step; returns the update [N].
+    extra: Tensor | None, where: Coordinates, scale: float, *, need_units: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step; returns the update [N], and the last layer's units [units, N] if they are needed.
 
     Args:
         config, weights: the rule.
         before: None, or the state before the step, which is left as it is then.
         layers: the state, [layers, tiles, rows, 16], contiguous; it is written to.
         gradient: [N].
+        extra: what layers are given besides units, [rows, N].
         where: which function each coordinate belongs to.
         scale: factor on the update.
+        need_units: whether they are.
     """
     return torch.ops.fastl2l.averaged_step_.default(
-        before, layers, gradient.contiguous(), *_network(config, weights), scale, where.tensors, where.parts,
-        where.functions,
+        before, layers, gradient.contiguous(), extra, *_network(config, weights), scale, where.tensors, where.parts,
+        where.functions, need_units,
     )  # fmt: skip
 
 
 def window_backward(
-    config: RuleConfig, weights: Sequence[Tensor], states: Tensor, gradients: Tensor, adjoints: Tensor,
-    where: Coordinates,
-) -> Tensor:  # fmt: skip
-    """The gradient of ``sum(adjoints * updates)`` with respect to the rule's weights, flat.
+    config: RuleConfig, weights: Sequence[Tensor], states: Tensor, gradients: Tensor, extra: Tensor | None,
+    adjoints: Tensor, dunits: Tensor | None, dstate: Tensor | None, where: Coordinates, *, need_dextra: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The way back of a window of T steps, to the layers' weights, flat, and to what they are given besides units.
 
     Args:
         config, weights: the rule.
-        states: before its first step and after each, [steps + 1, layers, tiles, rows, 16].
-        gradients, adjoints: [steps, N].
+        states: before its first step and after each, [T + 1, layers, tiles, rows, 16].
+        gradients: [T, N].
+        extra: [T, rows, N].
+        adjoints: [T, N], of the updates.
+        dunits: [T, units, N], of the last layer's units.
+        dstate: [layers, tiles, rows, 16], of the last state, which becomes that of the first; None is 0.
         where: which function each coordinate of a tensor belongs to.
+        need_dextra: whether what comes of `extra` is needed.
     """
     return torch.ops.fastl2l.averaged_window_backward.default(
-        states, gradients.contiguous(), adjoints.contiguous(), *_network(config, weights), config.output_scale,
-        where.parts, where.functions,
+        states, gradients.contiguous(), extra, adjoints.contiguous(), dunits, dstate, *_network(config, weights),
+        config.output_scale, where.parts, where.functions, need_dextra,
     )  # fmt: skip
 
 
 def _network(config: RuleConfig, weights: Sequence[Tensor]) -> tuple[Any, ...]:
-    return weights, [layer.text for layer in config.chain], config.averages
+    return weights[: config.network_weights], [layer.text for layer in config.chain], config.averages

@@ -71,14 +71,18 @@ class Coordinates:
 
     def by_function(self, rows: Tensor) -> Tensor:
         """[rows, N] as [rows, functions, dim]."""
+        if len(self.parts) == 1:  # a view, whose way back is one
+            return rows.unflatten(-1, (self.functions, self.dim))
         sizes = [(self.functions, part // self.functions) for part in self.parts]
         pieces = [part.unflatten(-1, size) for part, size in zip(rows.split(self.parts, -1), sizes, strict=True)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        return torch.cat(pieces, -1)
 
     def flat(self, functions: Tensor) -> Tensor:
         """The inverse of :meth:`by_function`."""
+        if len(self.parts) == 1:
+            return functions.flatten(-2)
         pieces = functions.split([part // self.functions for part in self.parts], -1)
-        return torch.cat([piece.flatten(-2) for piece in pieces], -1) if len(pieces) > 1 else pieces[0].flatten(-2)
+        return torch.cat([piece.flatten(-2) for piece in pieces], -1)
 
     # Means
 

@@ -2,7 +2,7 @@
 
 A kernel is one coordinate's network between two means over all coordinates, so there is a call for each layer
 (``RuleConfig.chain``, averaged_layer.py), and what mixes coordinates, such as a memory (remembering.py), is done
-between them. On the CPU, and without a memory, one call does all of it (averaged_native.py).
+between them. On the CPU one call does all layers and means (averaged_native.py).
 
 A state is [tiles, layers, rows, 16], or `Remembered` of a rule with a memory.
 """
@@ -73,15 +73,16 @@ def step_(
 ) -> Tensor:  # fmt: skip
     """One step of a coupled rule, whose state is changed in place; returns the update [N], times `scale`."""
     config, weights = rule.config, [weight.detach() for weight in rule.weights()]
-    if isinstance(state, Tensor) and averaged_native.takes(config, state.device, where, backend):
-        layers = state.transpose(0, 1)
-        if layers.is_contiguous():
-            return averaged_native.step_(config, weights, None, layers, gradient, where, scale)
+    layers = state.layers_together() if isinstance(state, Remembered) else state.transpose(0, 1)
+    native = averaged_native.takes(config, gradient.device, where, backend) and layers.is_contiguous()
+    if native and isinstance(state, Tensor):
+        return averaged_native.step_(config, weights, None, layers, gradient, None, where, scale)[0]
     with reference.exact(gradient.device):
-        network = Network(config, weights, averaged_layer.step_, where, scale, backend)
-        if isinstance(state, Remembered):
-            return remembering.step_(network, gradient, state)
-        return network.run(gradient, state.unbind(1))[0]
+        by_layer = Network(config, weights, averaged_layer.step_, where, scale, backend)
+        if isinstance(state, Tensor):
+            return by_layer.run(gradient, layers.unbind())[0]
+        at_once = averaged_native.NativeNetwork(config, weights, where, scale)
+        return remembering.step_(at_once if native else by_layer, gradient, state)
 
 
 def layers_of(state: State) -> Sequence[Tensor] | Remembered:

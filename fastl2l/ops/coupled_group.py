@@ -96,7 +96,7 @@ class _StepOf:
             rows, memory = (torch.cat([entry[name] for entry in self._entries], -1) for name in (ROWS, MEMORY))
         else:
             rows, memory = self._whole.rows, self._whole.memory
-        return Remembered(cast(MemoryConfig, config), state.unbind(1), rows, memory, int(self._entries[0][STEP]))
+        return Remembered(cast(MemoryConfig, config), state.transpose(0, 1), rows, memory, int(self._entries[0][STEP]))
 
 
 def of_each(state: Remembered, sizes: Sequence[int]) -> list[dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,29 @@ Extra = Callable[[int, "LayerStep | None"], "Tensor | None"]
 """From a layer's number and the step of the one before it to rows [rows, functions, dim] that it is given besides."""
 
 
+class NetworkStep(NamedTuple):
+    """What a step of all layers gives."""
+
+    update: Tensor
+    """[N]."""
+    layers: Sequence[Tensor] | Tensor
+    """The state of each after the step, [tiles, rows, 16]."""
+    units: Tensor
+    """H of the last layer, means in it, [units, N]."""
+
+
 def nothing_more(number: int, before: LayerStep | None) -> Tensor | None:
     """Of a rule without a memory."""
     return None
+
+
+def rows_of_all(config: RuleConfig, where: Coordinates, extra: Extra) -> Tensor | None:
+    """What all layers are given besides, [rows, N], where that is known before the first of them."""
+    rows = [found for number in range(config.num_layers) if (found := extra(number, None)) is not None]
+    if not rows:
+        return None
+    flat = [where.flat(one) for one in rows]
+    return flat[0].contiguous() if len(flat) == 1 else torch.cat(flat)
 
 
 class Network:
@@ -60,9 +81,10 @@ class Network:
         last = found[-1]
         return (last.update + self._shared(last.means) if len(last.means) else last.update), found
 
-    def units(self, layer: LayerStep) -> Tensor:
-        """H of a layer, means in it, [units, N]."""
-        return self.where.rows(layer.units)
+    def step(self, gradient: Tensor, layers: Sequence[Tensor], extra: Extra) -> NetworkStep:
+        """The same, as a memory wants it."""
+        update, steps = self.run(gradient, layers, extra)
+        return NetworkStep(update, [one.state for one in steps], self.where.rows(steps[-1].units))
 
     def _given(self, before: LayerStep | None, extra: Tensor | None) -> Tensor | None:
         """What a layer is given, [tiles, rows, 16]."""

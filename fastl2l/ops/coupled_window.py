@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +16,8 @@ from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.coupled import State
 from fastl2l.ops.coupled_network import Network
 from fastl2l.ops.dispatch import Backend
+from fastl2l.ops.recorded_layers import RecordedLayers
+from fastl2l.ops.recorded_pairs import RecordedPairs
 from fastl2l.ops.remembering import Remembered
 from fastl2l.rules import Rule
 
@@ -52,10 +55,11 @@ def record(
         scratch: for the states of the steps, till the window's way back.
     """
     with reference.exact(state.rows.device if isinstance(state, Remembered) else state.device):
+        scratch = scratch or Scratch()
         if isinstance(state, Remembered):
-            return _WithMemory(rule, state.recorded(steps), where, backend)
+            return _WithMemory(rule, state, steps, where, backend, scratch)
         native = averaged_native.takes(rule.config, state.device, where, backend)
-        return (_Native if native else _ByLayer)(rule, state, steps, where, backend, scratch or Scratch())
+        return (_Native if native else _ByLayer)(rule, state, steps, where, backend, scratch)
 
 
 class _OfAverages(ABC):
@@ -109,12 +113,14 @@ class _Native(_OfAverages):
 
     def _step(self, gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
         config = self._config
-        return averaged_native.step_(config, self._weights, before, after, gradient, self._where, config.output_scale)
+        return averaged_native.step_(
+            config, self._weights, before, after, gradient, None, self._where, config.output_scale
+        )[0]
 
     def _backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
         return averaged_native.window_backward(
-            self._config, self._weights, self._states, gradients, adjoints, self._where
-        )
+            self._config, self._weights, self._states, gradients, None, adjoints, None, None, self._where
+        )[0]
 
 
 class _ByLayer(_OfAverages):
@@ -170,18 +176,24 @@ class _ByLayer(_OfAverages):
 
 
 class _WithMemory:
-    """By autograd, which keeps what it needs of the states."""
+    """By autograd, which keeps what it needs; but for the layers where kernels keep their states."""
 
-    def __init__(self, rule: Rule, state: Remembered, where: Coordinates, backend: Backend) -> None:
-        self._weights = [weight.detach().requires_grad_() for weight in rule.weights()]
-        self._now, self._updates = state, list[Tensor]()
-        with torch.enable_grad():
-            scale = rule.config.output_scale
-            self._network = Network(rule.config, self._weights, averaged_layer.step, where, scale, backend)
+    def __init__(
+        self, rule: Rule, state: Remembered, steps: int, where: Coordinates, backend: Backend, scratch: Scratch
+    ) -> None:
+        self._now, self._updates = state.recorded(steps, scratch), list[Tensor]()
+        self._network: RecordedLayers | _ByAutograd
+        if averaged_native.takes(rule.config, state.rows.device, where, backend):
+            self._network = RecordedLayers(rule, state.layers_together(), steps, where, scratch)
+        else:
+            self._network = _ByAutograd(rule, where, backend)
 
     @property
     def state(self) -> Remembered:
-        return self._now.detach()
+        now = self._now.detach()
+        if isinstance(now.layers, Tensor):
+            now.layers = now.layers.clone()  # of scratch
+        return now
 
     def step(self, gradient: Tensor) -> Tensor:
         with torch.enable_grad(), reference.exact(gradient.device):
@@ -192,5 +204,22 @@ class _WithMemory:
 
     def backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
         with reference.exact(adjoints.device):
-            found = torch.autograd.grad(self._updates, self._weights, adjoints.unbind(), materialize_grads=True)
+            found = self._network.backward(self._updates, adjoints)
+        if isinstance(self._now.memory, RecordedPairs):
+            self._now.memory.release()
+        del self._now  # its memory is the next window's
+        return found
+
+
+class _ByAutograd(Network):
+    """Layers whose states autograd keeps."""
+
+    def __init__(self, rule: Rule, where: Coordinates, backend: Backend) -> None:
+        self._all = [weight.detach().requires_grad_() for weight in rule.weights()]
+        with torch.enable_grad():
+            super().__init__(rule.config, self._all, averaged_layer.step, where, rule.config.output_scale, backend)
+
+    def backward(self, updates: Sequence[Tensor], adjoints: Tensor) -> Tensor:
+        """The gradient with respect to all weights, flat, from those of the updates [steps, N]."""
+        found = torch.autograd.grad(updates, self._all, adjoints.unbind(), materialize_grads=True)
         return torch.cat([gradient.reshape(-1) for gradient in found])

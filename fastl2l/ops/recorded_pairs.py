@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastl2l.heap import Scratch
 from fastl2l.memory_config import MemoryConfig
 from fastl2l.ops.pairs import by_function, shares, squared
 
@@ -26,10 +27,13 @@ class RecordedPairs:
         ring: as in ops/memory.py, before the first step; it is left as it is.
         step: how many writes there have been.
         steps: how many may follow.
+        scratch: for the pairs and their gradients, till `release`.
     """
 
-    def __init__(self, config: MemoryConfig, ring: Tensor, step: int, steps: int) -> None:
-        self._tape = _Tape(config, ring.roll(-(step % config.pairs), 1), steps)
+    def __init__(
+        self, config: MemoryConfig, ring: Tensor, step: int, steps: int, scratch: Scratch | None = None
+    ) -> None:
+        self._tape = _Tape(config, ring, step % config.pairs, steps, scratch or Scratch())
         self._first, self._written, self._token = step, 0, ring.new_zeros(())
 
     def read(self, vectors: Tensor) -> Tensor:
@@ -55,6 +59,10 @@ class RecordedPairs:
             raise RuntimeError("memory: expected the steps of a window one after the other")
         return self._tape
 
+    def release(self) -> None:
+        """Give the scratch back what it has lent: none of these pairs is read or written any longer."""
+        self._tape.release()
+
     def detach(self) -> Tensor:
         """As a ring."""
         config = self._tape.config
@@ -64,11 +72,13 @@ class RecordedPairs:
 class _Tape:
     """Pairs in the order of their steps: those of the ring, oldest first, and then those of the window."""
 
-    def __init__(self, config: MemoryConfig, ring: Tensor, steps: int) -> None:
-        self.config, self.written, self._steps = config, 0, steps
-        self._pairs = ring.new_empty(2, config.pairs + steps, *ring.shape[2:])
-        self._pairs[:, : config.pairs] = ring
-        self._squares = squared(ring) if config.memory_bound is not None else None
+    def __init__(self, config: MemoryConfig, ring: Tensor, oldest: int, steps: int, scratch: Scratch) -> None:
+        self.config, self.written, self._steps, self._scratch = config, 0, steps, scratch
+        self._pairs = scratch.borrow((2, config.pairs + steps, *ring.shape[2:]), ring)
+        newer = config.pairs - oldest
+        self._pairs[:, :newer] = ring[:, oldest:]
+        self._pairs[:, newer : config.pairs] = ring[:, :oldest]
+        self._squares = squared(self.pairs_at(0)) if config.memory_bound is not None else None
         self._gradients: Tensor | None = None
 
     def pairs_at(self, written: int) -> Tensor:
@@ -90,8 +100,15 @@ class _Tape:
     def gradients_at(self, written: int) -> Tensor:
         """Of those of `pairs_at` that the window has written, which are its last ones."""
         if self._gradients is None:
-            self._gradients = self._pairs.new_zeros(2, self._steps, *self._pairs.shape[2:])
+            shape = (2, self._steps, *self._pairs.shape[2:])
+            self._gradients = self._scratch.borrow(shape, self._pairs).zero_()
         return self._gradients[:, max(0, written - self.config.pairs) : written]
+
+    def release(self) -> None:
+        for memory in (self._pairs, self._gradients):
+            if memory is not None:
+                self._scratch.keep(memory)
+        del self._pairs, self._gradients
 
 
 class _Write(torch.autograd.Function):

@@ -5,19 +5,20 @@ All that is not a kernel's is here as plain torch on [rows, functions, dim]: wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastl2l.heap import Scratch
 from fastl2l.memory_config import LARGEST_SEEN, MemoryConfig
 from fastl2l.ops import memory
 from fastl2l.ops.averaged_layer import LayerStep
 from fastl2l.ops.bounds import limited, reciprocal, rms
 from fastl2l.ops.coordinates import Coordinates
-from fastl2l.ops.coupled_network import Network
+from fastl2l.ops.coupled_network import Extra, NetworkStep
 from fastl2l.ops.layout import new_state
 from fastl2l.ops.recorded_pairs import RecordedPairs
 from fastl2l.rules import Rule
@@ -31,22 +32,20 @@ class Remembered:
     """The state of a rule with a memory.
 
     Attributes:
-        layers: of each layer, [tiles, rows, 16].
+        layers: of each layer, [tiles, rows, 16]; or of all of them, [layers, tiles, rows, 16].
         rows: what is kept of each coordinate besides, [rows, functions, dim]: gradient and update, results of reads.
         memory: a Tensor, see ops/memory.py; or `RecordedPairs`, over the steps of a window.
         steps: how many there have been.
     """
 
     config: MemoryConfig
-    layers: Sequence[Tensor]
+    layers: Sequence[Tensor] | Tensor
     rows: Tensor
     memory: Any
     steps: int = 0
 
     @classmethod
-    def new(
-        cls, rule: Rule, where: Coordinates, device: torch.device, layers: Sequence[Tensor] | None = None
-    ) -> Remembered:
+    def new(cls, rule: Rule, where: Coordinates, device: torch.device, layers: Tensor | None = None) -> Remembered:
         """At the start of a trajectory; `layers` are fresh states, in place of its own.
 
         Raises:
@@ -59,8 +58,14 @@ class Remembered:
         numbers: dict[str, Any] = {"dtype": rule.dtype, "device": device}
         made = torch.empty(memory.shape(config, where.functions, where.dim), **numbers)
         rows = torch.zeros(config.rows, where.functions, where.dim, **numbers)
-        layers = new_state(rule, where.numel, device).unbind(1) if layers is None else layers
+        layers = new_state(rule, where.numel, device).transpose(0, 1) if layers is None else layers
         return cls(config, layers, rows, memory.begin_(config, made))
+
+    def layers_together(self) -> Tensor:
+        """The layers' states, which are one tensor from now on."""
+        if not isinstance(self.layers, Tensor):
+            self.layers = torch.stack(list(self.layers))
+        return self.layers
 
     def zero_(self) -> Remembered:
         """Be at the start of a trajectory again, in the same memory."""
@@ -71,14 +76,13 @@ class Remembered:
         return self
 
     def clone(self) -> Remembered:
-        layers = [layer.clone() for layer in self.layers]
-        return Remembered(self.config, layers, self.rows.clone(), self.memory.clone(), self.steps)
+        return Remembered(self.config, self._each(Tensor.clone), self.rows.clone(), self.memory.clone(), self.steps)
 
-    def recorded(self, steps: int) -> Remembered:
-        """The same, to be stepped so often, once, for autograd."""
+    def recorded(self, steps: int, scratch: Scratch | None = None) -> Remembered:
+        """The same, to be stepped so often, once, for autograd; `scratch` is as for `RecordedPairs`."""
         if self.config.kind != "pairs":
             return self
-        return replace(self, memory=RecordedPairs(self.config, self.memory, self.steps, steps))
+        return replace(self, memory=RecordedPairs(self.config, self.memory, self.steps, steps, scratch))
 
     @property
     def last_update(self) -> Tensor:
@@ -86,18 +90,32 @@ class Remembered:
         return self.rows[1]
 
     def detach(self) -> Remembered:
-        layers = [layer.detach() for layer in self.layers]
+        layers = self._each(Tensor.detach)
         return Remembered(self.config, layers, self.rows.detach(), self.memory.detach(), self.steps)
 
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Sequence[Tensor] | Tensor:
+        return function(self.layers) if isinstance(self.layers, Tensor) else [function(one) for one in self.layers]
 
-def step(network: Network, gradient: Tensor, state: Remembered) -> tuple[Tensor, Remembered]:
+
+class Layers(Protocol):
+    """All layers, as a step with a memory wants them."""
+
+    where: Coordinates
+    scale: float
+    weights: dict[str, Tensor]
+
+    def step(self, gradient: Tensor, layers: Any, extra: Extra) -> NetworkStep:
+        """One step, from the gradient [N] and the layers' states."""
+
+
+def step(network: Layers, gradient: Tensor, state: Remembered) -> tuple[Tensor, Remembered]:
     """From the gradient [N] to the update [N] and the state after it, for autograd."""
     told = _Step(network, gradient, state)
     new = memory.write(told.config, state.memory, told.pairs, state.steps)
     return told.update, Remembered(told.config, told.layers, told.rows(new), new, state.steps + 1)
 
 
-def step_(network: Network, gradient: Tensor, state: Remembered) -> Tensor:
+def step_(network: Layers, gradient: Tensor, state: Remembered) -> Tensor:
     """The same, in place."""
     told = _Step(network, gradient, state)
     memory.write_(told.config, state.memory, told.pairs, state.steps)
@@ -114,16 +132,15 @@ def _seen(vector: Tensor) -> Tensor:
 class _Step:
     """What is done before anything is written; afterwards `rows` says what is to be kept of the coordinates."""
 
-    def __init__(self, network: Network, gradient: Tensor, state: Remembered) -> None:
+    def __init__(self, network: Layers, gradient: Tensor, state: Remembered) -> None:
         self.config, self._network, self._state = state.config, network, state
         self._where = network.where
         self._g = _seen(self.config.scale * self._by_function(gradient))
         self._reads = state.rows[2 * self.config.differences :]
         if self.config.differences:
             self._s, self._y = self._differences()
-        update, steps = network.run(gradient, state.layers, self._extra)
-        self.layers = [one.state for one in steps]
-        self._h = network.units(steps[-1])
+        update, self.layers, h = network.step(gradient, state.layers, self._extra)
+        self._of_units = self._heads(self._after, h)
         self._move = self._along_reads(self._by_function(update))
         self.update = self._where.flat(self._move)
         self.pairs = self._written()
@@ -132,7 +149,7 @@ class _Step:
         """What the next step is to have of the coordinates, from the memory after this one."""
         kept = [self._g.unsqueeze(0), self._move.unsqueeze(0)] if self.config.differences else []
         if not self.config.inside:
-            kept.append(self._read(new, self._h, self._state.steps + 1))
+            kept.append(self._read(new, self._of_units.get("read"), self._state.steps + 1))
         return torch.cat(kept) if kept else self._state.rows
 
     def _differences(self) -> tuple[Tensor, Tensor]:
@@ -148,16 +165,17 @@ class _Step:
             rows += [self._s, self._y, self._s * self._y]
         if number == 0 and not self.config.inside:
             rows += self._reads.unbind()
-        if number == 1 and self.config.inside and before is not None:
-            self._reads = self._read(self._state.memory, self._network.units(before), self._state.steps)
+        if number == 1 and self.config.inside:
+            of_units = {} if before is None else self._heads(self._within, self._where.rows(before.units))
+            self._reads = self._read(self._state.memory, of_units.get("read"), self._state.steps)
             rows += self._reads.unbind()
             rows += [self._y * self._reads[1]] if self.config.multiply else []
         return torch.stack(rows) if rows else None
 
-    def _read(self, from_memory: memory.Memory, h: Tensor, steps: int) -> Tensor:
-        """Results of reads, [reads, functions, dim]."""
+    def _read(self, from_memory: memory.Memory, vectors: Tensor | None, steps: int) -> Tensor:
+        """Results of reads, [reads, functions, dim]; heads that multiply ask for no vectors of their own."""
         config = self.config
-        vectors = torch.stack([self._g, self._y]) if config.multiply else self._heads("read", h)
+        vectors = torch.stack([self._g, self._y]) if vectors is None else vectors
         found = memory.read(config, from_memory, vectors, steps)
         if config.read_bound is None:
             return found
@@ -170,22 +188,37 @@ class _Step:
         """The update [functions, dim], with the network's multiple of M g, and bounded."""
         scale, bound = self._network.scale, self.config.update_bound
         if self.config.multiply:
-            update = update + scale * self._heads("step", self._h)[0] * self._reads[0]
+            update = update + scale * self._of_units["step"][0] * self._reads[0]
         return update if bound is None else update.clamp(-bound * scale, bound * scale)
 
     def _written(self) -> Tensor:
         """[2, writes, functions, dim]: left vectors, and right ones."""
         config = self.config
-        found = self._heads("write", self._h).unflatten(0, (2, config.writes, config.terms))
+        found = self._of_units["write"].unflatten(0, (2, config.writes, config.terms))
         if config.multiply:
             found = found * torch.stack([self._s, self._reads[1]])
         sizes = found.new_tensor([LEFT, RIGHT]) / self._where.dim**0.5
         return found.sum(2) * sizes.view(2, 1, 1, 1)
 
-    def _heads(self, name: str, h: Tensor) -> Tensor:
-        """Linear outputs of a layer's units [units, N]: [heads, functions, dim]."""
-        weight, bias = (self._network.weights[f"{kind}_{name}"] for kind in ("weight", "bias"))
-        return self._where.by_function(weight.view(-1, len(h)) @ h + bias.view(-1, 1))
+    @property
+    def _within(self) -> list[str]:
+        """Heads on the first layer's units."""
+        return ["read"] if self.config.asks_units_within else []
+
+    @property
+    def _after(self) -> list[str]:
+        """Heads on the last layer's units."""
+        of_reads = "step" if self.config.multiply else "read"
+        return ["write"] if self.config.asks_units_within else ["write", of_reads]
+
+    def _heads(self, names: Sequence[str], h: Tensor) -> dict[str, Tensor]:
+        """Linear outputs of a layer's units [units, N], by name: [heads, functions, dim]; by one product."""
+        if not names:
+            return {}
+        weights = [self._network.weights[f"weight_{name}"].view(-1, len(h)) for name in names]
+        biases = [self._network.weights[f"bias_{name}"].view(-1, 1) for name in names]
+        found = self._where.by_function(torch.addmm(torch.cat(biases), torch.cat(weights), h))
+        return dict(zip(names, found.split([len(weight) for weight in weights]), strict=True))
 
     def _by_function(self, vector: Tensor) -> Tensor:
         return self._where.by_function(vector.unsqueeze(0))[0]

@@ -28,14 +28,19 @@ window_backward
     given if ``need_dgiven``; what is not needed comes back with a first dimension of 0, and no given rows as [0].
 
 averaged_step_
-    One step of a rule whose coordinates talk by means alone, on the CPU. ``state``: [layers, tiles, rows, 16], changed
-    in place; with ``before`` that is the state before the step, and ``state`` is only written. ``grad``: [N];
-    ``weights``: of all layers; ``rules``: the text of each (``RuleConfig.chain``); ``averages``: how many of its units
-    are averaged; ``tensors``, ``parts``, ``functions``: see coordinates.py. Returns the update [N].
+    One step of the layers of a rule whose coordinates talk, and of the means between them, on the CPU. ``state``:
+    [layers, tiles, rows, 16], changed in place; with ``before`` that is the state before the step, and ``state`` is
+    only written. ``grad``: [N]; ``extra``: [rows, N], what layers are given besides the units of the one before, in
+    their order, or None of nothing; ``weights``: of all layers; ``rules``: the text of each (``RuleConfig.chain``);
+    ``averages``: how many of its units are averaged; ``tensors``, ``parts``, ``functions``: see coordinates.py. Returns
+    the update [N] and, with ``need_units``, the last layer's units, means in them, [units, N]; [0, N] without.
 
 averaged_window_backward
-    The way back of a window of such steps. ``states``: [T + 1, layers, tiles, rows, 16], before the first and after
-    each step; ``grads``, ``adjoints``: [T, N]. Returns the gradient with respect to the weights, flat, in their order.
+    The way back of a window of T such steps. ``states``: [T + 1, layers, tiles, rows, 16], before the first and after
+    each step; ``grads``: [T, N]; ``extra``: [T, rows, N]; ``adjoints``: [T, N], of the updates; ``dunits``: None, or
+    [T, units, N], of the last layer's units; ``dstate``: None, or [layers, tiles, rows, 16], of the state after the
+    last step, which becomes that of the state before the first. Returns the gradients with respect to the weights,
+    flat, in their order, and to ``extra`` with ``need_dextra``; [0, rows, N] without.
 
 find_nonfinite_
     Sets ``finite``, a bool [1], to False if a number in ``tensors`` is not finite, or not as a float32 with
@@ -111,6 +116,7 @@ def _averaged_step(
     before: Tensor | None,
     state: Tensor,
     grad: Tensor,
+    extra: Tensor | None,
     weights: list[Tensor],
     rules: list[str],
     averages: list[int],
@@ -118,22 +124,29 @@ def _averaged_step(
     tensors: list[int],
     parts: list[int],
     functions: int,
-) -> Tensor:
-    return torch.empty_like(grad)
+    need_units: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad), grad.new_empty(state.shape[2] // 2 if need_units else 0, grad.shape[0])
 
 
 def _averaged_window_backward(
     states: Tensor,
     grads: Tensor,
+    extra: Tensor | None,
     adjoints: Tensor,
+    dunits: Tensor | None,
+    dstate: Tensor | None,
     weights: list[Tensor],
     rules: list[str],
     averages: list[int],
     update_scale: float,
     parts: list[int],
     functions: int,
-) -> Tensor:
-    return states.new_empty(sum(weight.numel() for weight in weights))
+    need_dextra: bool = False,
+) -> tuple[Tensor, Tensor]:
+    rows = 0 if extra is None else extra.shape[1]
+    dextra = states.new_empty(grads.shape[0] if need_dextra else 0, rows, grads.shape[1])
+    return states.new_empty(sum(weight.numel() for weight in weights)), dextra
 
 
 def _define(namespace: str) -> torch.library.Library:
@@ -163,12 +176,12 @@ triton_library = _define("fastl2l_triton")
 library = _define("fastl2l")
 _AVERAGED = "Tensor[] weights, str[] rules, int[] averages, float update_scale"
 library.define(
-    f"averaged_step_(Tensor? before, Tensor(a!) state, Tensor grad, {_AVERAGED}, int[] tensors, int[] parts, "
-    "int functions) -> Tensor"
+    f"averaged_step_(Tensor? before, Tensor(a!) state, Tensor grad, Tensor? extra, {_AVERAGED}, int[] tensors, "
+    "int[] parts, int functions, bool need_units=False) -> (Tensor, Tensor)"
 )
 library.define(
-    f"averaged_window_backward(Tensor states, Tensor grads, Tensor adjoints, {_AVERAGED}, int[] parts, int functions) "
-    "-> Tensor"
+    "averaged_window_backward(Tensor states, Tensor grads, Tensor? extra, Tensor adjoints, Tensor? dunits, "
+    f"Tensor(a!)? dstate, {_AVERAGED}, int[] parts, int functions, bool need_dextra=False) -> (Tensor, Tensor)"
 )
 torch.library.register_fake("fastl2l::averaged_step_", _averaged_step, lib=library)
 torch.library.register_fake("fastl2l::averaged_window_backward", _averaged_window_backward, lib=library)
