@@ -1,4 +1,4 @@
-"""The native operators of rules whose coordinates talk by means: against the same layer by layer in the reference."""
+"""The native operators of rules whose coordinates talk: against the same layer by layer in the reference."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import errors, random_gradients, randomized
 
-from fastl2l import GACRule
-from fastl2l.ops import averaged_native, coupled_window
+from fastl2l import GACRule, NTMRule
+from fastl2l.heap import Scratch
+from fastl2l.ops import averaged_native, coupled, coupled_window
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.dispatch import select
 from fastl2l.ops.layout import new_state, to_rows
@@ -32,6 +33,39 @@ def gac(averages=(2, 3), preprocess="log_sign", dtype=F64):
     )
     randomized(rule)
     return rule
+
+
+def ntm(kind="pairs", dtype=F64, **options):
+    """A rule with a memory that writes from the first step on."""
+    pairs = {"pairs": 3} if kind == "pairs" else {}
+    rule = NTMRule(
+        kind,
+        averages=(2, 3),
+        hidden_size=5,
+        preprocess="raw",
+        dtype=dtype,
+        output_scale=0.3,
+        scale=0.7,
+        **pairs,
+        **options,
+    )
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in rule.named_parameters():
+            if name.endswith(("_write", "_read", "_step", "_out")):
+                weight.add_(0.5 * torch.randn(weight.shape, generator=generator, dtype=F64).to(dtype))
+    return rule
+
+
+HELPS = {"inside": True, "differences": True, "multiply": True, "reads": 2}
+BOUNDED = {"memory_bound": 2.0, "read_bound": 3.0, "update_bound": 1.0, "forget": 0.1}
+WITH_A_MEMORY = {
+    "paper": {},
+    "two reads and differences": {"reads": 2, "differences": True, "writes": 1},
+    "what helps": HELPS | BOUNDED,
+    "reads within": {"inside": True},
+}
+"""The last is not taken by one call a step: what it reads is asked for by the first layer."""
 
 
 def window(rule, where, backend="native", steps=STEPS):
@@ -64,6 +98,87 @@ def test_windows_in_float32_are_as_accurate_as_the_reference_s(isa):
     rule = gac(dtype=torch.float32)
     for mine, theirs, true in zip(window(rule, where), window(rule, where, "reference"), exact, strict=True):
         assert errors(mine, true)["largest"] <= 2 * errors(theirs, true)["largest"]
+
+
+def window_with_a_memory(rule, where, backend="native", steps=STEPS, scratch=None):
+    """Updates, what the last state has, and the gradient; the state before is not that of a start."""
+    chosen, generator = select(backend, "cpu"), torch.Generator().manual_seed(1)
+    gradients, adjoints = torch.randn(2, steps + 1, where.numel, generator=generator, dtype=F64).to(rule.dtype)
+    first = coupled_window.record(rule, coupled.begin(rule, where), 1, where, chosen)
+    first.step(gradients[-1])
+    recording = coupled_window.record(rule, first.state, steps, where, chosen, scratch)
+    updates = torch.stack([recording.step(gradient) for gradient in gradients[:-1]])
+    state = recording.state
+    layers = torch.stack([where.rows(layer) for layer in state.layers])
+    return updates, layers, state.rows, state.memory, recording.backward(gradients[:-1], adjoints[:-1])
+
+
+@pytest.mark.parametrize("way", WITH_A_MEMORY)
+@pytest.mark.parametrize("kind", ["matrix", "pairs"])
+@pytest.mark.parametrize(
+    "where", [Coordinates((37,)), Coordinates((45,), (36, 9), 3)], ids=lambda where: f"{where.parts}-{where.functions}"
+)
+def test_windows_with_a_memory_are_those_of_the_reference(where, kind, way, isa):
+    rule = ntm(kind, **WITH_A_MEMORY[way])
+    found, expected = (window_with_a_memory(rule, where, backend) for backend in ("native", "reference"))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_windows_with_a_memory_in_float32_are_as_accurate_as_the_reference_s(isa):
+    where = Coordinates((1_000,))
+    exact = window_with_a_memory(ntm(), where, "reference")
+    rule = ntm(dtype=torch.float32)
+    both = (window_with_a_memory(rule, where, backend) for backend in ("native", "reference"))
+    for mine, theirs, true in zip(*both, exact, strict=True):
+        assert errors(mine, true)["largest"] <= 2 * errors(theirs, true)["largest"]
+
+
+@pytest.mark.parametrize("kind", ["matrix", "pairs"])
+def test_a_window_in_memory_of_the_last_one_is_the_same(kind):
+    rule, where, scratch = ntm(kind, **HELPS), Coordinates((37,)), Scratch()
+    expected = window_with_a_memory(rule, where)
+    for _ in range(2):
+        found = window_with_a_memory(rule, where, scratch=scratch)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+        for memory in scratch._kept:
+            memory.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("way", WITH_A_MEMORY)
+def test_states_of_a_memory_s_layers_are_stepped_as_they_are_in_a_window(way):
+    rule, where = ntm(**WITH_A_MEMORY[way]), Coordinates((37,))
+    updates, layers, rows, memory, _ = window_with_a_memory(rule, where)
+    gradients = torch.randn(2, STEPS + 1, 37, generator=torch.Generator().manual_seed(1), dtype=F64)[0]
+    state = coupled.begin(rule, where)
+    for gradient, expected in zip([gradients[-1], *gradients[:-1]], [None, *updates], strict=True):
+        update = coupled.step_(rule, gradient, state, where, 0.3, select("native", "cpu"))
+        if expected is not None:
+            torch.testing.assert_close(update, expected, rtol=1e-12, atol=1e-12)
+    found = torch.stack([where.rows(layer) for layer in state.layers])
+    for mine, other in ((found, layers), (state.rows, rows), (state.memory, memory)):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("where", [Coordinates((20_000,)), Coordinates((1_280,), (), 128)])
+def test_bits_of_layers_given_rows_do_not_depend_on_threads(where, set_threads):
+    rule = ntm(dtype=torch.float32, **HELPS)
+    weights = [weight.detach() for weight in rule.weights()]
+    generator = torch.Generator().manual_seed(0)
+    gradient, extra, dunits = torch.randn(1 + 6 + 5, where.numel, generator=generator).split([1, 6, 5])
+    before, found = new_state(rule, where.numel).transpose(0, 1).contiguous(), []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        states, dstate = torch.stack([before, before]), torch.ones_like(before)
+        step = averaged_native.step_(
+            rule.config, weights, before, states[1], gradient[0], extra, where, 0.3, need_units=True
+        )
+        back = averaged_native.window_backward(
+            rule.config, weights, states, gradient, extra[None], gradient, dunits[None], dstate, where, need_dextra=True
+        )
+        found.append((*step, *back, states[1], dstate))
+    for other in found[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -123,6 +238,13 @@ def step(**changes):
     return torch.ops.fastl2l.averaged_step_(**(arguments | changes))
 
 
+GIVEN = {
+    "weights": [weight.detach() for weight in ntm(dtype=torch.float32).weights()][:8],
+    "rules": [layer.text for layer in ntm().config.chain],
+}
+"""A rule with a memory, whose first layer is given what has been read."""
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -145,11 +267,41 @@ def step(**changes):
         ({"tensors": [38, -1]}, "tensors: expected multiples of 1 that are 37 in all, got 38"),
         ({"tensors": [LARGEST, LARGEST, *[1 << 62] * 4, 39]}, "tensors: expected multiples of 1 that are 37 in all"),
         ({"update_scale": float("inf")}, "update_scale: expected a finite float32, got inf"),
+        ({"extra": torch.zeros(1, 37)}, "extra: expected None for rules that are given 0 rows besides units, got a"),
+        (GIVEN, "extra: expected a tensor for rules that are given 1 rows besides units, got None"),
+        (GIVEN | {"extra": torch.zeros(2, 37)}, r"extra: expected shape \[1, 37\], got \[2, 37\]"),
+        (GIVEN | {"extra": torch.zeros(1, 37, dtype=F64)}, "extra: expected float32, got float64"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_errors_that_name_them(changes, message):
     with pytest.raises(RuntimeError, match=message):
         step(**changes)
+
+
+def way_back(**changes):
+    states = torch.zeros(5, 2, 3, 10, 16)
+    arguments = {"states": states, "grads": torch.zeros(4, 37), "extra": torch.zeros(4, 1, 37)}
+    arguments |= {"adjoints": torch.zeros(4, 37), "dunits": torch.zeros(4, 5, 37), "dstate": states[0].clone()}
+    network = GIVEN | {"averages": [2, 3], "update_scale": 0.1, "parts": [37], "functions": 1}
+    return torch.ops.fastl2l.averaged_window_backward(**(arguments | network | changes), need_dextra=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"states": torch.zeros(4, 2, 3, 10, 16)}, r"states: expected shape \[5, 2, 3, 10, 16\], got \[4, "),
+        ({"adjoints": torch.zeros(3, 37)}, r"adjoints: expected shape \[4, 37\], got \[3, 37\]"),
+        ({"extra": None}, "extra: expected a tensor for rules that are given 1 rows besides units, got None"),
+        ({"extra": torch.zeros(4, 37)}, r"extra: expected shape \[4, 1, 37\], got \[4, 37\]"),
+        ({"dunits": torch.zeros(4, 6, 37)}, r"dunits: expected shape \[4, 5, 37\], got \[4, 6, 37\]"),
+        ({"dunits": torch.zeros(4, 37, 5).mT}, "dunits: expected a contiguous tensor"),
+        ({"dstate": torch.zeros(3, 3, 10, 16)}, r"dstate: expected shape \[2, 3, 10, 16\], got \[3, 3, 10, 16\]"),
+    ],
+)
+def test_bad_arguments_of_the_way_back_are_errors_that_name_them(changes, message):
+    assert [found.shape for found in way_back()] == [(386,), (4, 1, 37)]
+    with pytest.raises(RuntimeError, match=message):
+        way_back(**changes)
 
 
 def test_shapes_are_known_without_the_kernels():
