@@ -95,6 +95,15 @@ def kernels(capability, rule):
     yield from around_the_layers(rule)
 
 
+def once(rule):
+    """All parts of a rule once: what is in a step is in its way back too, but for rows that are given."""
+    cell = rule.cell(HOPPER)
+    if rule.shape.given or rule.precision != "tf32x3":
+        yield "step", step.step_kernel, cell
+    yield "backward", window.backward_kernel, {**cell, "FIRST": rule.shape.direct, "LAST": True}
+    yield from around_the_layers(rule)
+
+
 def around_the_layers(rule):
     """The kernels of a window that run no cells."""
     if rule.shape.output != "none":
@@ -121,12 +130,7 @@ def report(capabilities):
     constants = rule(lstm()).cell(HOPPER)
     yield {"kernel": "step, state in bfloat16"} | compiled(step.step_kernel, HOPPER, rule(lstm()), "bf16", **constants)
     for its_rule, variant in variants():
-        cell = its_rule.cell(HOPPER)
-        for name, kernel, constants in (
-            ("step", step.step_kernel, cell),
-            ("backward", window.backward_kernel, {**cell, "FIRST": its_rule.shape.direct, "LAST": True}),
-            *around_the_layers(its_rule),
-        ):
+        for name, kernel, constants in once(its_rule):
             yield {"kernel": name + variant} | compiled(kernel, HOPPER, its_rule, **constants)
 
 

@@ -1,7 +1,9 @@
 // The CUDA kernels on the host, for tests/test_cuda_kernels.py: built as a shared library with cuda_emulator.h in place
 // of CUDA. All pointers are to the host's memory; tensors as in ops/schema.py.
+#ifndef FASTL2L_CUDA_SHAPES
 #define FASTL2L_CUDA_SHAPES \
   Shape<20, 2, 0>, Shape<20, 2, 20>, Shape<20, 1, 0>, Shape<12, 3, 0>, Shape<12, 3, 8>, Shape<12, 1, 4>
+#endif
 #include "cuda/launch.cuh"
 #include "rule_text.h"
 
