@@ -14,7 +14,7 @@ from fastl2l.ops import dispatch
 
 HERE = Path(__file__).parent / "portable"
 SHAPES = "Shape<20, 2, 0>, Shape<20, 2, 20>, Shape<12, 3, 8>, Shape<12, 1, 4>"
-"""With all numbers of layers, all sizes, and both with and without what is projected: fewer than all, to be compiled."""
+"""All numbers of layers, both sizes, with what is projected and without: fewer than all, as compiling takes long."""
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZE += [f"-DFASTL2L_CUDA_SHAPES={SHAPES}"]
