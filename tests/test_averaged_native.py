@@ -174,8 +174,9 @@ def test_bits_of_layers_given_rows_do_not_depend_on_threads(where, set_threads):
             rule.config, weights, before, states[1], gradient[0], extra, where, 0.3, need_units=True
         )
         back = averaged_native.window_backward(
-            rule.config, weights, states, gradient, extra[None], gradient, dunits[None], dstate, where, need_dextra=True
-        )
+            rule.config, weights, states.unbind(), gradient, extra[None], gradient, dunits[None], dstate, where, 0.3,
+            need_dgradients=True, need_dextra=True,
+        )  # fmt: skip
         found.append((*step, *back, states[1], dstate))
     for other in found[1:]:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0], other, strict=True))
@@ -279,17 +280,20 @@ def test_bad_arguments_are_errors_that_name_them(changes, message):
 
 
 def way_back(**changes):
-    states = torch.zeros(5, 2, 3, 10, 16)
+    states = [torch.zeros(2, 3, 10, 16) for _ in range(5)]
     arguments = {"states": states, "grads": torch.zeros(4, 37), "extra": torch.zeros(4, 1, 37)}
     arguments |= {"adjoints": torch.zeros(4, 37), "dunits": torch.zeros(4, 5, 37), "dstate": states[0].clone()}
     network = GIVEN | {"averages": [2, 3], "update_scale": 0.1, "parts": [37], "functions": 1}
-    return torch.ops.fastl2l.averaged_window_backward(**(arguments | network | changes), need_dextra=True)
+    return torch.ops.fastl2l.averaged_window_backward(
+        **(arguments | network | changes), need_dgrads=True, need_dextra=True
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"states": torch.zeros(4, 2, 3, 10, 16)}, r"states: expected shape \[5, 2, 3, 10, 16\], got \[4, "),
+        ({"states": [torch.zeros(2, 3, 10, 16)] * 4}, "states: expected 5 tensors, got 4"),
+        ({"states": [torch.zeros(2, 3, 9, 16)] * 5}, r"states\[0\]: expected shape \[2, 3, 10, 16\], got \[2, 3, 9, "),
         ({"adjoints": torch.zeros(3, 37)}, r"adjoints: expected shape \[4, 37\], got \[3, 37\]"),
         ({"extra": None}, "extra: expected a tensor for rules that are given 1 rows besides units, got None"),
         ({"extra": torch.zeros(4, 37)}, r"extra: expected shape \[4, 1, 37\], got \[4, 37\]"),
@@ -299,7 +303,7 @@ def way_back(**changes):
     ],
 )
 def test_bad_arguments_of_the_way_back_are_errors_that_name_them(changes, message):
-    assert [found.shape for found in way_back()] == [(386,), (4, 1, 37)]
+    assert [found.shape for found in way_back()] == [(386,), (4, 37), (4, 1, 37)]
     with pytest.raises(RuntimeError, match=message):
         way_back(**changes)
 
@@ -312,9 +316,10 @@ def test_shapes_are_known_without_the_kernels():
     update, units = torch.ops.fastl2l.averaged_step_(None, states[0], gradients[0], None, *network, [37], [37], 1, True)
     assert update.shape == (37,)
     assert units.shape == (5, 37)
-    arguments = states, gradients, None, gradients, None, None
-    found, rows = torch.ops.fastl2l.averaged_window_backward(*arguments, *network, [37], 1, True)
+    arguments = states.unbind(), gradients, None, gradients, None, None
+    found, dgradients, rows = torch.ops.fastl2l.averaged_window_backward(*arguments, *network, [37], 1, True, True)
     assert found.shape == (sum(weight.numel() for weight in weights),)
+    assert dgradients.shape == (4, 37)
     assert rows.shape == (4, 0, 37)
 
 

@@ -250,13 +250,14 @@ std::tuple<Tensor, Tensor> averaged_step_(std::optional<Tensor> before, Tensor s
 template <typename T>
 struct Window {
   int64_t numel, steps;
-  const T* states;    // [steps + 1][layer][tile][row][16]
+  std::vector<const T*> states;  // [layer][tile][row][16], before the first step and after each
   const T* grads;     // [steps][coordinate]
   const T* extra;     // [steps][row][coordinate], what the layers are given besides, or null
   const T* adjoints;  // [steps][coordinate], of the updates
   const T* dunits;    // [steps][unit][coordinate], of the last layer's, or null
   T* dstates;         // [layer][tile][row][16], of the last state; overwritten
   bool need_first;    // whether it is to become that of the first one
+  T* dgrads;          // as grads, or null
   T* dextra;          // as extra, or null
 };
 
@@ -304,7 +305,7 @@ class WayBack {
 
  private:
   const T* state(int64_t step, int layer) const {
-    return window_.states + (step * layers_.count() + layer) * layer_elements_;
+    return window_.states[step] + layer * layer_elements_;
   }
   T* dstate(int layer) const { return window_.dstates + layer * layer_elements_; }
 
@@ -362,7 +363,9 @@ class WayBack {
     sums.add({rule, part_constants<T>(rule), weights, window_.numel, 1, state(step, layer),
               window_.grads + step * window_.numel,
               layers_.is_last(layer) ? window_.adjoints + step * window_.numel : nullptr, dstate(layer), given.tiles(),
-              step > 0 || window_.need_first ? dstate(layer) : nullptr, nullptr, back, (int)rows, more == 0});
+              step > 0 || window_.need_first ? dstate(layer) : nullptr,
+              window_.dgrads && layer == 0 ? window_.dgrads + step * window_.numel : nullptr, back, (int)rows,
+              more == 0});
     if (more == 0 || !back) return;
     if (own) add_to_units(back, rows, dstate(layer - 1));
     if (!window_.dextra) return;
@@ -388,12 +391,11 @@ class WayBack {
   std::vector<double> dshared_;
 };
 
-std::tuple<Tensor, Tensor> averaged_window_backward(Tensor states, Tensor grads, std::optional<Tensor> extra,
-                                                    Tensor adjoints, std::optional<Tensor> dunits,
-                                                    std::optional<Tensor> dstate, std::vector<Tensor> weights,
-                                                    std::vector<std::string> rules, std::vector<int64_t> averages,
-                                                    double update_scale, std::vector<int64_t> parts, int64_t functions,
-                                                    bool need_dextra) {
+std::tuple<Tensor, Tensor, Tensor> averaged_window_backward(
+    std::vector<Tensor> states, Tensor grads, std::optional<Tensor> extra, Tensor adjoints,
+    std::optional<Tensor> dunits, std::optional<Tensor> dstate, std::vector<Tensor> weights,
+    std::vector<std::string> rules, std::vector<int64_t> averages, double update_scale, std::vector<int64_t> parts,
+    int64_t functions, bool need_dgrads, bool need_dextra) {
   const Layers layers(weights, rules, averages, update_scale);
   const ScalarType dtype = layers.dtype();
   STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) >= 1, "grads: expected shape [steps >= 1, N], got ",
@@ -401,33 +403,38 @@ std::tuple<Tensor, Tensor> averaged_window_backward(Tensor states, Tensor grads,
   const int64_t steps = grads.size(0), numel = grads.size(1), tiles = tiles_of(numel);
   check_tensor({"grads"}, grads, dtype, {steps, numel});
   check_tensor({"adjoints"}, adjoints, dtype, {steps, numel});
-  check_tensor({"states"}, states, dtype, {steps + 1, layers.count(), tiles, layers.rows, kTile});
+  check_length("states", states.size(), steps + 1);
+  for (size_t i = 0; i < states.size(); ++i) {
+    check_tensor({"states", (int64_t)i}, states[i], dtype, {layers.count(), tiles, layers.rows, kTile});
+  }
   check_extra(layers, extra, {steps, layers.extra, numel});
   if (dunits) check_tensor({"dunits"}, *dunits, dtype, {steps, layers.hidden(), numel});
   if (dstate) check_tensor({"dstate"}, *dstate, dtype, {layers.count(), tiles, layers.rows, kTile});
   const Functions all(numel, {numel}, parts, functions);
   int64_t count = 0;
   for (const Rule& rule : layers.rules) count += weight_count(rule);
-  Tensor dweights = torch::stable::new_zeros(states, {count});
-  Tensor dextra = torch::stable::new_empty(states, {need_dextra ? steps : 0, layers.extra, numel});
+  Tensor dweights = torch::stable::new_zeros(grads, {count});
+  Tensor dgrads = torch::stable::new_empty(grads, {need_dgrads ? steps : 0, numel});
+  Tensor dextra = torch::stable::new_empty(grads, {need_dextra ? steps : 0, layers.extra, numel});
   const std::optional<Tensor> own =
-      dstate ? dstate : torch::stable::new_zeros(states, {layers.count(), tiles, layers.rows, kTile});
+      dstate ? dstate : torch::stable::new_zeros(grads, {layers.count(), tiles, layers.rows, kTile});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const Window<T> window{numel,
                            steps,
-                           data<T>(states),
+                           pointers<T>(states),
                            data<T>(grads),
                            data<T>(extra),
                            data<T>(adjoints),
                            data<T>(dunits),
                            data<T>(own),
                            dstate.has_value(),
+                           need_dgrads ? data<T>(dgrads) : nullptr,
                            need_dextra ? data<T>(dextra) : nullptr};
     WayBack<T>(layers, all, window).run(data<T>(dweights));
   };
   if (numel > 0) dtype == ScalarType::Float ? run(float()) : run(double());
-  return {dweights, dextra};
+  return {dweights, dgrads, dextra};
 }
 
 }  // namespace

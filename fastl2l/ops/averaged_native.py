@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastl2l.ops.coordinates import Coordinates
-from fastl2l.ops.coupled_network import Extra, NetworkStep, rows_of_all
 from fastl2l.ops.dispatch import Backend
 from fastl2l.rule_config import RuleConfig
 
@@ -18,28 +17,6 @@ def takes(config: RuleConfig, device: torch.device, where: Coordinates, backend:
     """Whether these kernels are for such a rule, over these coordinates, and by the chosen backend."""
     within = config.memory is not None and config.memory.asks_units_within
     return backend.name == "native" and device.type == "cpu" and not within and not where.groups
-
-
-class NativeNetwork:
-    """Steps of all layers, in place, with the interface of `coupled_network.Network`.
-
-    Args:
-        config, weights: the rule.
-        where: which function each coordinate belongs to.
-        scale: factor on the update.
-    """
-
-    def __init__(self, config: RuleConfig, weights: Sequence[Tensor], where: Coordinates, scale: float) -> None:
-        self.config, self.where, self.scale, self._weights = config, where, scale, weights
-        self.weights = {name: weight for (name, _), weight in zip(config.weight_shapes, weights, strict=True)}
-
-    def step(self, gradient: Tensor, layers: Tensor, extra: Extra) -> NetworkStep:
-        """From the gradient [N], and the layers' states, which become those after the step."""
-        rows = rows_of_all(self.config, self.where, extra)
-        update, units = step_(
-            self.config, self._weights, None, layers, gradient, rows, self.where, self.scale, need_units=True
-        )
-        return NetworkStep(update, layers, units)
 
 
 def step_(
@@ -65,25 +42,27 @@ def step_(
 
 
 def window_backward(
-    config: RuleConfig, weights: Sequence[Tensor], states: Tensor, gradients: Tensor, extra: Tensor | None,
-    adjoints: Tensor, dunits: Tensor | None, dstate: Tensor | None, where: Coordinates, *, need_dextra: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The way back of a window of T steps, to the layers' weights, flat, and to what they are given besides units.
+    config: RuleConfig, weights: Sequence[Tensor], states: Sequence[Tensor], gradients: Tensor, extra: Tensor | None,
+    adjoints: Tensor, dunits: Tensor | None, dstate: Tensor | None, where: Coordinates, scale: float, *,
+    need_dgradients: bool = False, need_dextra: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The way back of a window of T steps: to the layers' weights, flat, to `gradients` and to `extra`.
 
     Args:
         config, weights: the rule.
-        states: before its first step and after each, [T + 1, layers, tiles, rows, 16].
+        states: T + 1 of them, [layers, tiles, rows, 16], before its first step and after each.
         gradients: [T, N].
         extra: [T, rows, N].
         adjoints: [T, N], of the updates.
         dunits: [T, units, N], of the last layer's units.
         dstate: [layers, tiles, rows, 16], of the last state, which becomes that of the first; None is 0.
         where: which function each coordinate of a tensor belongs to.
-        need_dextra: whether what comes of `extra` is needed.
+        scale: factor on the updates.
+        need_dgradients, need_dextra: whether what comes back to these is needed.
     """
     return torch.ops.fastl2l.averaged_window_backward.default(
-        states, gradients.contiguous(), extra, adjoints.contiguous(), dunits, dstate, *_network(config, weights),
-        config.output_scale, where.parts, where.functions, need_dextra,
+        states, gradients.contiguous(), extra, adjoints.contiguous(), dunits, dstate, *_network(config, weights), scale,
+        where.parts, where.functions, need_dgradients, need_dextra,
     )  # fmt: skip
 
 

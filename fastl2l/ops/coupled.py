@@ -9,19 +9,18 @@ A state is [tiles, layers, rows, 16], or `Remembered` of a rule with a memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastl2l import reference
-from fastl2l.ops import averaged_layer, averaged_native, remembering
+from fastl2l.ops import averaged_layer, averaged_native, native_network, remembering
 from fastl2l.ops.coordinates import Coordinates
-from fastl2l.ops.coupled_network import Network
+from fastl2l.ops.coupled_network import Network, nothing_more
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.ops.layout import new_state
-from fastl2l.ops.remembering import Remembered
+from fastl2l.ops.remembering import Layers, Remembered
 from fastl2l.rules import Rule
 
 State: TypeAlias = "Tensor | Remembered"
@@ -61,10 +60,20 @@ def step(
     where = where or Coordinates((gradient.numel(),))
     chosen = select(backend, gradient.device)
     scale = rule.config.output_scale
+    config, weights = rule.config, rule.weights()
+    # The way back of the native call is that of coordinates in one tensor.
+    native = len(where.tensors) == 1 and averaged_native.takes(config, gradient.device, where, chosen)
     with reference.exact(gradient.device):
-        network = Network(rule.config, rule.weights(), averaged_layer.step, where, scale, chosen)
-        update, new = _step(network, gradient, layers_of(state))
-    return update, new if isinstance(new, Remembered) else together(new)
+        network: Layers = (
+            native_network.Differentiable(config, weights, where, scale, chosen)
+            if native
+            else Network(config, weights, averaged_layer.step, where, scale, chosen)
+        )
+        if isinstance(state, Remembered):
+            return remembering.step(network, gradient, state)
+        update, layers, _ = network.step(gradient, state.transpose(0, 1), nothing_more)
+    together = layers if isinstance(layers, Tensor) else torch.stack(list(layers))
+    return update, together.transpose(0, 1)
 
 
 @torch.no_grad()
@@ -75,30 +84,12 @@ def step_(
     config, weights = rule.config, [weight.detach() for weight in rule.weights()]
     layers = state.layers_together() if isinstance(state, Remembered) else state.transpose(0, 1)
     native = averaged_native.takes(config, gradient.device, where, backend) and layers.is_contiguous()
-    if native and isinstance(state, Tensor):
-        return averaged_native.step_(config, weights, None, layers, gradient, None, where, scale)[0]
     with reference.exact(gradient.device):
-        by_layer = Network(config, weights, averaged_layer.step_, where, scale, backend)
-        if isinstance(state, Tensor):
-            return by_layer.run(gradient, layers.unbind())[0]
-        at_once = averaged_native.NativeNetwork(config, weights, where, scale)
-        return remembering.step_(at_once if native else by_layer, gradient, state)
-
-
-def layers_of(state: State) -> Sequence[Tensor] | Remembered:
-    """A state whose layers are tensors of their own."""
-    return state if isinstance(state, Remembered) else state.unbind(1)
-
-
-def together(layers: Sequence[Tensor]) -> Tensor:
-    """The inverse of `layers_of`, of a rule without a memory."""
-    return torch.stack(list(layers)).transpose(0, 1)
-
-
-def _step(
-    network: Network, gradient: Tensor, state: Sequence[Tensor] | Remembered
-) -> tuple[Tensor, Sequence[Tensor] | Remembered]:
-    if isinstance(state, Remembered):
-        return remembering.step(network, gradient, state)
-    update, steps = network.run(gradient, state)
-    return update, [one.state for one in steps]
+        network: Layers = (
+            native_network.InPlace(config, weights, where, scale)
+            if native
+            else Network(config, weights, averaged_layer.step_, where, scale, backend)
+        )
+        if isinstance(state, Remembered):
+            return remembering.step_(network, gradient, state)
+        return network.step(gradient, layers, nothing_more).update

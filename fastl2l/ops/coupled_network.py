@@ -26,7 +26,7 @@ class NetworkStep(NamedTuple):
     layers: Sequence[Tensor] | Tensor
     """The state of each after the step, [tiles, rows, 16]."""
     units: Tensor
-    """H of the last layer, means in it, [units, N]."""
+    """H of the last layer, means in it, [units, N]; [0, N] of a rule without a memory."""
 
 
 def nothing_more(number: int, before: LayerStep | None) -> Tensor | None:
@@ -82,9 +82,11 @@ class Network:
         return (last.update + self._shared(last.means) if len(last.means) else last.update), found
 
     def step(self, gradient: Tensor, layers: Sequence[Tensor], extra: Extra) -> NetworkStep:
-        """The same, as a memory wants it."""
+        """The same, with what a memory wants."""
         update, steps = self.run(gradient, layers, extra)
-        return NetworkStep(update, [one.state for one in steps], self.where.rows(steps[-1].units))
+        seen = self.layers[-1].seen
+        units = self.where.rows(steps[-1].units) if seen else gradient.new_empty(0, gradient.numel())
+        return NetworkStep(update, [one.state for one in steps], units)
 
     def _given(self, before: LayerStep | None, extra: Tensor | None) -> Tensor | None:
         """What a layer is given, [tiles, rows, 16]."""

@@ -118,8 +118,9 @@ class _Native(_OfAverages):
         )[0]
 
     def _backward(self, gradients: Tensor, adjoints: Tensor) -> Tensor:
+        config, states = self._config, self._states.unbind()
         return averaged_native.window_backward(
-            self._config, self._weights, self._states, gradients, None, adjoints, None, None, self._where
+            config, self._weights, states, gradients, None, adjoints, None, None, self._where, config.output_scale
         )[0]
 
 

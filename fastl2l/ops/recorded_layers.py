@@ -78,11 +78,11 @@ class RecordedLayers:
     ) -> Tensor | None:
         """The way back of that step, after those of all later ones: to what layers were given."""
         dupdate, dunits = adjoints
-        dweights, drows = averaged_native.window_backward(
-            self.config, self._own, self._states[number : number + 2], gradient.unsqueeze(0),
+        dweights, _, drows = averaged_native.window_backward(
+            self.config, self._own, self._states[number : number + 2].unbind(), gradient.unsqueeze(0),
             None if rows is None else rows.unsqueeze(0), (gradient * 0 if dupdate is None else dupdate).unsqueeze(0),
             None if dunits is None else dunits.contiguous().unsqueeze(0), self._dstate, self.where,
-            need_dextra=need_rows,
+            self.scale, need_dextra=need_rows,
         )  # fmt: skip
         self._dweights = dweights if self._dweights is None else self._dweights.add_(dweights)
         return drows[0] if need_rows else None

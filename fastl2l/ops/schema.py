@@ -36,11 +36,11 @@ averaged_step_
     the update [N] and, with ``need_units``, the last layer's units, means in them, [units, N]; [0, N] without.
 
 averaged_window_backward
-    The way back of a window of T such steps. ``states``: [T + 1, layers, tiles, rows, 16], before the first and after
-    each step; ``grads``: [T, N]; ``extra``: [T, rows, N]; ``adjoints``: [T, N], of the updates; ``dunits``: None, or
-    [T, units, N], of the last layer's units; ``dstate``: None, or [layers, tiles, rows, 16], of the state after the
-    last step, which becomes that of the state before the first. Returns the gradients with respect to the weights,
-    flat, in their order, and to ``extra`` with ``need_dextra``; [0, rows, N] without.
+    The way back of a window of T such steps. ``states``: T + 1 of them, before the first and after each; ``grads``:
+    [T, N]; ``extra``: [T, rows, N]; ``adjoints``: [T, N], of the updates; ``dunits``: None, or [T, units, N], of the
+    last layer's units; ``dstate``: None, or [layers, tiles, rows, 16], of the state after the last step, which becomes
+    that of the state before the first. Returns the gradients with respect to the weights, flat, in their order; to
+    ``grads`` with ``need_dgrads``, and [0, N] without; and to ``extra`` with ``need_dextra``, and [0, rows, N] without.
 
 find_nonfinite_
     Sets ``finite``, a bool [1], to False if a number in ``tensors`` is not finite, or not as a float32 with
@@ -130,7 +130,7 @@ def _averaged_step(
 
 
 def _averaged_window_backward(
-    states: Tensor,
+    states: list[Tensor],
     grads: Tensor,
     extra: Tensor | None,
     adjoints: Tensor,
@@ -142,11 +142,13 @@ def _averaged_window_backward(
     update_scale: float,
     parts: list[int],
     functions: int,
+    need_dgrads: bool = False,
     need_dextra: bool = False,
-) -> tuple[Tensor, Tensor]:
-    rows = 0 if extra is None else extra.shape[1]
-    dextra = states.new_empty(grads.shape[0] if need_dextra else 0, rows, grads.shape[1])
-    return states.new_empty(sum(weight.numel() for weight in weights)), dextra
+) -> tuple[Tensor, Tensor, Tensor]:
+    steps, numel = grads.shape
+    dextra = grads.new_empty(steps if need_dextra else 0, 0 if extra is None else extra.shape[1], numel)
+    dgrads = grads.new_empty(steps if need_dgrads else 0, numel)
+    return grads.new_empty(sum(weight.numel() for weight in weights)), dgrads, dextra
 
 
 def _define(namespace: str) -> torch.library.Library:
@@ -180,8 +182,9 @@ library.define(
     "int[] parts, int functions, bool need_units=False) -> (Tensor, Tensor)"
 )
 library.define(
-    "averaged_window_backward(Tensor states, Tensor grads, Tensor? extra, Tensor adjoints, Tensor? dunits, "
-    f"Tensor(a!)? dstate, {_AVERAGED}, int[] parts, int functions, bool need_dextra=False) -> (Tensor, Tensor)"
+    "averaged_window_backward(Tensor[] states, Tensor grads, Tensor? extra, Tensor adjoints, Tensor? dunits, "
+    f"Tensor(a!)? dstate, {_AVERAGED}, int[] parts, int functions, bool need_dgrads=False, "
+    "bool need_dextra=False) -> (Tensor, Tensor, Tensor)"
 )
 torch.library.register_fake("fastl2l::averaged_step_", _averaged_step, lib=library)
 torch.library.register_fake("fastl2l::averaged_window_backward", _averaged_window_backward, lib=library)
