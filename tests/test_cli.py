@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 import warnings
+from pathlib import Path
 
+import forked
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import fastl2l
 from fastl2l import MetaTrainer, RNNpropRule, cli, experiments, tasks
 from fastl2l.build import locked
 from fastl2l.cli import app
@@ -436,5 +439,7 @@ def test_a_folder_that_cannot_be_is_noticed_before_the_work(command, out, tmp_pa
 
 def program(folder, *arguments):
     """The command as a process of its own in `folder`."""
-    command = [sys.executable, "-m", "fastl2l.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    words = ["fastl2l", *map(str, arguments)]
+    code = f"import runpy, sys; sys.argv = {words!r}; runpy.run_module('fastl2l.cli', run_name='__main__')"
+    variables = {**os.environ, "PYTHONPATH": str(Path(fastl2l.__file__).parents[1])}
+    return forked.run(code, variables, folder, folder, 100)

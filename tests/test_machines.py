@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from test_processes import TRAIN, environment, weights
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 300
 MACHINES = 2

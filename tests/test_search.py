@@ -90,7 +90,7 @@ class Searching:
     def _search(folder, cwd, storage, sender):
         os.chdir(cwd)
         sender.send("ready")
-        sender.send(search(folder, trials=6, epochs=40, storage=storage))
+        sender.send(search(folder, trials=6, epochs=20, storage=storage))
 
     def kill(self):
         self.process.kill()
@@ -106,7 +106,7 @@ class Searching:
 
 @pytest.mark.slow
 def test_searches_that_are_killed_or_share_a_folder_find_the_same(tmp_path):
-    expected = search(tmp_path / "alone", trials=6, epochs=40)
+    expected = search(tmp_path / "alone", trials=6, epochs=20)
     for delay in (0.05, 0.2, 0.4):  # with a relative folder, as on the command line
         killed = Searching("shared", tmp_path)
         time.sleep(delay)
@@ -122,13 +122,13 @@ STORAGES = ["trials.journal", "sqlite:///trials.db"]
 @pytest.mark.parametrize("storage", STORAGES)
 def test_machines_that_share_a_storage_and_no_folder_find_the_same(storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    expected = search("alone", trials=6, epochs=40)
+    expected = search("alone", trials=6, epochs=20)
     killed = Searching("killed", tmp_path, storage)
     time.sleep(0.3)
     killed.kill()
     together = [Searching(folder, tmp_path, storage) for folder in ("one", "other")]
     assert [one.found() for one in together] == [expected] * 2
-    assert search("late", trials=6, epochs=40, storage=storage) == expected
+    assert search("late", trials=6, epochs=20, storage=storage) == expected
     assert not list(Path("late").glob("*.pt"))  # all was there
 
 
