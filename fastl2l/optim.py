@@ -479,7 +479,8 @@ class FusedLSTMOptimizer(torch.optim.Optimizer):
             return False
         factors.advance(finite)
         self._keep(kept)
-        torch.autograd.graph.increment_version(batch.params)
+        states = kept.states if kept.together is None else [kept.together.state]
+        torch.autograd.graph.increment_version([*batch.params, *states])
         for param, work in batch.copies:
             param.copy_(work)
         return True

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastl2l.heap import Scratch
 from fastl2l.ops import coupled, coupled_window
 from fastl2l.ops.coordinates import Coordinates
-from fastl2l.ops.dispatch import Backend
+from fastl2l.ops.dispatch import Backend, changed
 from fastl2l.ops.functional import update
 from fastl2l.ops.layout import new_state
 from fastl2l.rules import Rule
@@ -47,6 +47,7 @@ class Track:
 
     def _step(self, mine: Tensor, gradient: Tensor, scale: float) -> None:
         self.backend.step_([mine], [gradient], [self.state], self._weights(), self.rule.text, scale, 1.0)
+        changed(self.state)
 
     def update(self, gradient: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The rule's own update and its state after it, for autograd."""

@@ -260,6 +260,8 @@ class Trajectory:
                 now = range(self.steps, self.steps + 1)
                 moves = [self._tracks[i].multiplied(changes[i][0], now).view(-1) for i in in_theta]
                 theta = theta + torch.cat(moves)
+                if not theta.requires_grad:  # the rules' first updates may depend on nothing that is trained
+                    theta.requires_grad_()
                 loss = self.problem.loss(theta, self.steps)
                 (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
                 objective = objective + weight * self._judged(to_lower, theta, loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from helpers import errors, random_gradients, randomized
@@ -346,3 +348,95 @@ def test_a_window_has_the_weights_and_no_graph_of_its_beginning(backend):
         assert not recording.state.requires_grad
         found.append([*updates, recording.state, recording.backward(gradients, gradients)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_step_refuses_gradients_in_its_state():
+    state = torch.zeros(2, 3, 10, 16)
+    with pytest.raises(RuntimeError, match="state: expected memory of its own, but it shares that of grad"):
+        step(state=state, grad=state.view(-1)[100:137])
+
+
+def test_a_step_refuses_a_state_before_that_it_would_overwrite():
+    memory = torch.zeros(2 * 3 * 10 * 16 + 160)
+    state, before = memory[160:].view(2, 3, 10, 16), memory[:-160].view(2, 3, 10, 16)
+    with pytest.raises(RuntimeError, match="state: expected memory of its own, but it shares that of before"):
+        step(state=state, before=before)
+    step(state=state, before=state)
+
+
+def test_the_way_back_refuses_an_adjoint_in_the_states():
+    states = [torch.zeros(2, 3, 10, 16) for _ in range(5)]
+    with pytest.raises(RuntimeError, match="dstate: expected memory of its own, but it shares that of states"):
+        way_back(states=states, dstate=states[3])
+
+
+# A window
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("made", [gac, ntm, lambda: ntm("matrix"), lambda: ntm(inside=True)])
+def test_a_window_is_gone_through_once_and_in_order(made, backend):
+    rule, where = made(), Coordinates((37,))
+    recording = coupled_window.record(rule, coupled.begin(rule, where), 2, where, select(backend, "cpu"))
+    gradients = torch.randn(2, 37, dtype=F64)
+    with pytest.raises(RuntimeError, match="window: expected 2 steps and their gradients before its way back, got"):
+        recording.backward(gradients, gradients)
+    for gradient in gradients:
+        recording.step(gradient)
+    with pytest.raises(RuntimeError, match="window: expected 2 steps before its way back, got another one"):
+        recording.step(gradients[0])
+    recording.backward(gradients, gradients)
+    with pytest.raises(RuntimeError, match="window: expected one way back, got another one"):
+        recording.backward(gradients, gradients)
+    with pytest.raises(RuntimeError, match="window: expected its state to be asked for before its way back"):
+        recording.state  # noqa: B018
+
+
+@pytest.mark.parametrize("over", [True, False])
+@pytest.mark.parametrize("made", [gac, ntm, lambda: ntm("matrix"), lambda: ntm(inside=True)])
+def test_nothing_of_a_window_is_left(made, over):
+    rule, where = made(), Coordinates((37,))
+    recording = coupled_window.record(rule, coupled.begin(rule, where), 2, where, select("native", "cpu"))
+    gradients = torch.randn(2, 37, dtype=F64)
+    for gradient in gradients:
+        recording.step(gradient)
+    network = getattr(recording, "_network", recording)
+    parts = [weakref.ref(part) for part in (recording, network, getattr(network, "_tape", network))]
+    if over:
+        recording.backward(gradients, gradients)
+    del recording, network
+    assert [part() for part in parts] == [None] * 3  # the collector does not see cycles through autograd's graph
+
+
+@pytest.mark.parametrize("made", [gac, ntm, lambda: ntm("matrix"), lambda: ntm(inside=True)])
+def test_a_window_in_inference_mode_is_the_same(made):
+    rule, where = made(), Coordinates((37,))
+    find = window if rule.config.memory is None else window_with_a_memory
+    expected = find(rule, where)
+    with torch.inference_mode():
+        found = find(rule, where)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("made", [gac, ntm, lambda: ntm("matrix")])
+def test_a_state_that_is_stepped_before_the_way_back_of_another_step_is_noticed(made):
+    rule, where, gradient = made(), Coordinates((37,)), torch.randn(37, dtype=F64)
+    state = coupled.begin(rule, where)
+    update, _ = coupled.step(rule, gradient, state, where)
+    coupled.step_(rule, gradient, state, where, 0.3, select("native", "cpu"))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(update.sum(), rule.weights(), materialize_grads=True)
+
+
+def test_recorded_steps_have_one_way_back_and_no_second_derivatives():
+    rule, where = ntm(), Coordinates((37,))
+    state, updates = coupled.recorded(coupled.begin(rule, where), 3), []
+    for gradient in torch.randn(3, 37, dtype=F64):
+        update, state = coupled.step(rule, gradient, state, where)
+        updates.append(update.sum())
+    weights = rule.weights()
+    with pytest.raises(RuntimeError, match="without create_graph=True"):
+        torch.autograd.grad(sum(updates), weights, create_graph=True)
+    torch.autograd.grad(sum(updates), weights, retain_graph=True, materialize_grads=True)
+    with pytest.raises(RuntimeError, match="expected one way back, got another one"):
+        torch.autograd.grad(sum(updates), weights)

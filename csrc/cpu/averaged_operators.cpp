@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -211,6 +212,19 @@ T* data(const std::optional<Tensor>& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
+// What is written may not lie where something else is read.
+void check_apart(const char* name, const Tensor& written, const char* other, const Tensor& read) {
+  const auto range = [](const Tensor& tensor) {
+    const char* begin = static_cast<const char*>(tensor.data_ptr());
+    const int64_t size = tensor.scalar_type() == ScalarType::Double ? 8 : 4;
+    return std::pair(begin, begin + tensor.numel() * size);
+  };
+  const auto [begin, end] = range(written);
+  const auto [other_begin, other_end] = range(read);
+  STD_TORCH_CHECK(end <= other_begin || other_end <= begin, name,
+                  ": expected memory of its own, but it shares that of ", other);
+}
+
 // What the layers are given besides, [.., row, coordinate].
 void check_extra(const Layers& layers, const std::optional<Tensor>& extra, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(extra.has_value() == (layers.extra > 0), "extra: expected ", layers.extra > 0 ? "a tensor" : "None",
@@ -234,6 +248,9 @@ std::tuple<Tensor, Tensor> averaged_step_(std::optional<Tensor> before, Tensor s
   check_tensor({"state"}, state, dtype, {layers.count(), tiles, layers.rows, kTile});
   if (before) check_tensor({"before"}, *before, dtype, {layers.count(), tiles, layers.rows, kTile});
   check_extra(layers, extra, {layers.extra, numel});
+  check_apart("state", state, "grad", grad);
+  if (extra) check_apart("state", state, "extra", *extra);
+  if (before && before->data_ptr() != state.data_ptr()) check_apart("state", state, "before", *before);
   Tensor update = torch::stable::new_zeros(grad, {numel});
   Tensor units = torch::stable::new_empty(grad, {need_units ? layers.hidden() : 0, numel});
   const auto run = [&](auto zero) {
@@ -251,14 +268,14 @@ template <typename T>
 struct Window {
   int64_t numel, steps;
   std::vector<const T*> states;  // [layer][tile][row][16], before the first step and after each
-  const T* grads;     // [steps][coordinate]
-  const T* extra;     // [steps][row][coordinate], what the layers are given besides, or null
-  const T* adjoints;  // [steps][coordinate], of the updates
-  const T* dunits;    // [steps][unit][coordinate], of the last layer's, or null
-  T* dstates;         // [layer][tile][row][16], of the last state; overwritten
-  bool need_first;    // whether it is to become that of the first one
-  T* dgrads;          // as grads, or null
-  T* dextra;          // as extra, or null
+  const T* grads;                // [steps][coordinate]
+  const T* extra;                // [steps][row][coordinate], what the layers are given besides, or null
+  const T* adjoints;             // [steps][coordinate], of the updates
+  const T* dunits;               // [steps][unit][coordinate], of the last layer's, or null
+  T* dstates;                    // [layer][tile][row][16], of the last state; overwritten
+  bool need_first;               // whether it is to become that of the first one
+  T* dgrads;                     // as grads, or null
+  T* dextra;                     // as extra, or null
 };
 
 // The way back of a window.
@@ -304,9 +321,7 @@ class WayBack {
   }
 
  private:
-  const T* state(int64_t step, int layer) const {
-    return window_.states[step] + layer * layer_elements_;
-  }
+  const T* state(int64_t step, int layer) const { return window_.states[step] + layer * layer_elements_; }
   T* dstate(int layer) const { return window_.dstates + layer * layer_elements_; }
 
   // What averaged units of the last layer have in the update: adds the gradients of their output's weights, and returns
@@ -391,11 +406,13 @@ class WayBack {
   std::vector<double> dshared_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> averaged_window_backward(
-    std::vector<Tensor> states, Tensor grads, std::optional<Tensor> extra, Tensor adjoints,
-    std::optional<Tensor> dunits, std::optional<Tensor> dstate, std::vector<Tensor> weights,
-    std::vector<std::string> rules, std::vector<int64_t> averages, double update_scale, std::vector<int64_t> parts,
-    int64_t functions, bool need_dgrads, bool need_dextra) {
+std::tuple<Tensor, Tensor, Tensor> averaged_window_backward(std::vector<Tensor> states, Tensor grads,
+                                                            std::optional<Tensor> extra, Tensor adjoints,
+                                                            std::optional<Tensor> dunits, std::optional<Tensor> dstate,
+                                                            std::vector<Tensor> weights, std::vector<std::string> rules,
+                                                            std::vector<int64_t> averages, double update_scale,
+                                                            std::vector<int64_t> parts, int64_t functions,
+                                                            bool need_dgrads, bool need_dextra) {
   const Layers layers(weights, rules, averages, update_scale);
   const ScalarType dtype = layers.dtype();
   STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) >= 1, "grads: expected shape [steps >= 1, N], got ",
@@ -409,7 +426,13 @@ std::tuple<Tensor, Tensor, Tensor> averaged_window_backward(
   }
   check_extra(layers, extra, {steps, layers.extra, numel});
   if (dunits) check_tensor({"dunits"}, *dunits, dtype, {steps, layers.hidden(), numel});
-  if (dstate) check_tensor({"dstate"}, *dstate, dtype, {layers.count(), tiles, layers.rows, kTile});
+  if (dstate) {
+    check_tensor({"dstate"}, *dstate, dtype, {layers.count(), tiles, layers.rows, kTile});
+    for (const Tensor& state : states) check_apart("dstate", *dstate, "states", state);
+    for (const auto& [name, read] : {std::pair("grads", &grads), std::pair("adjoints", &adjoints)}) {
+      check_apart("dstate", *dstate, name, *read);
+    }
+  }
   const Functions all(numel, {numel}, parts, functions);
   int64_t count = 0;
   for (const Rule& rule : layers.rules) count += weight_count(rule);

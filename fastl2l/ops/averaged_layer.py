@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastl2l import reference
+from fastl2l.ops.again import backward_with_graph
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.dispatch import Backend
 from fastl2l.ops.layout import from_rows, to_rows
@@ -132,7 +133,7 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():  # create_graph=True
-            return (*[None] * 4, *_backward_with_graph(ctx, (dupdate, dstate, dmeans, dunits), needs))
+            return (*[None] * 4, *_with_graph(ctx, (dupdate, dstate, dmeans, dunits), needs))
         gradient, state, given, *weights = ctx.saved_tensors
         layer = ctx.layer._replace(weights=weights)
         written_to = layer.averages or layer.seen
@@ -144,23 +145,18 @@ class _Step(torch.autograd.Function):
         return (*[None] * 4, *(one if need else None for one, need in zip((*found, *rest), needs, strict=True)))
 
 
-def _backward_with_graph(
-    ctx: Any, adjoints: Sequence[Tensor], needs: tuple[bool, ...]
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients that can be differentiated again, which the kernels' cannot: by reference.py."""
-    gradient, state, given, *weights = ctx.saved_tensors
-    layer, numel, where = ctx.layer, gradient.numel(), ctx.where
+def _with_graph(ctx: Any, adjoints: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """By reference.py."""
+    layer, where = ctx.layer, ctx.where
     count = layer.averages
-    with reference.exact(gradient.device):
+
+    def step(gradient: Tensor, state: Tensor, given: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        numel = gradient.numel()
         rows = None if given is None else to_rows(given, numel)
-        text = layer.config.text
-        update, new = reference.step(gradient, to_rows(state, numel), weights, text, ctx.scale, rows)
+        update, new = reference.step(gradient, to_rows(state, numel), weights, layer.config.text, ctx.scale, rows)
         means = where.by_function(new[:count]).mean(-1, keepdim=True)
-        new = torch.cat([where.flat(means.expand(-1, -1, where.dim)), new[count:]])
-        new = from_rows(new)
-        pairs = zip((update, new, means, new[:, : layer.units]), adjoints, strict=True)
-        # Without an output the update, and without averaged units the means, depend on nothing.
-        outputs, dual = zip(*((output, adjoint) for output, adjoint in pairs if output.requires_grad), strict=True)
-        needed = [tensor for tensor, need in zip(ctx.saved_tensors, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(outputs, needed, dual, create_graph=True, materialize_grads=True))
-    return [next(found) if need else None for need in needs]
+        new = from_rows(torch.cat([where.flat(means.expand(-1, -1, where.dim)), new[count:]]))
+        return update, new, means, new[:, : layer.units]
+
+    with reference.exact(adjoints[0].device):
+        return backward_with_graph(step, ctx.saved_tensors, adjoints, needs)

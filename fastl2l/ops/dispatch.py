@@ -48,6 +48,11 @@ def available_backends() -> dict[str, str | None]:
     return {"reference": None, "native": build.load_native(), "triton": triton}
 
 
+def changed(*tensors: Tensor) -> None:
+    """Tell autograd that a kernel has written to these: it sees that of torch's own operations alone."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
 def select(name: str, device: torch.device | str) -> Backend:
     """The backend of this name for tensors on `device`; ``"auto"`` is the fastest one there.
 

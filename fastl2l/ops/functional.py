@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastl2l import reference
+from fastl2l.ops.again import backward_with_graph
 from fastl2l.ops.dispatch import Backend, select
 from fastl2l.ops.layout import TILE, state_shape, to_rows
 from fastl2l.rules import Rule
@@ -32,7 +33,7 @@ class _Update(torch.autograd.Function):
         gradient, state, given, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():  # create_graph=True
-            return (None, None, None, *_backward_with_graph(ctx, dupdate, dstate, needs))
+            return (None, None, None, *_with_graph(ctx, (dupdate, dstate), needs))
         dweights, dstate_first, dgrads, dgiven = ctx.backend.window_backward(
             state,
             gradient.unsqueeze(0),
@@ -56,23 +57,17 @@ class _Update(torch.autograd.Function):
         return (None, None, None, *(one if need else None for one, need in zip(found, needs, strict=True)))
 
 
-def _backward_with_graph(
-    ctx: Any, dupdate: Tensor, dstate: Tensor, needs: tuple[bool, ...]
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients that can be differentiated again, which the kernels' cannot: by reference.py."""
-    gradient, state, given, *weights = ctx.saved_tensors
-    numel = gradient.numel()
-    with reference.exact(gradient.device):
+def _with_graph(ctx: Any, adjoints: tuple[Tensor, Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """By reference.py."""
+    numel = ctx.saved_tensors[0].numel()
+
+    def step(gradient: Tensor, state: Tensor, given: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
         rows = None if given is None else to_rows(given, numel)
-        outputs = reference.step(gradient, to_rows(state, numel), weights, ctx.rule, ctx.scale, rows)
-        # A rule without an output has an update that depends on nothing.
-        pairs = zip(outputs, (dupdate, to_rows(dstate, numel)), strict=True)
-        dependent, adjoints = zip(
-            *((output, adjoint) for output, adjoint in pairs if output.requires_grad), strict=True
-        )
-        needed = [tensor for tensor, need in zip(ctx.saved_tensors, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(dependent, needed, adjoints, create_graph=True, materialize_grads=True))
-    return [next(found) if need else None for need in needs]
+        return reference.step(gradient, to_rows(state, numel), weights, ctx.rule, ctx.scale, rows)
+
+    dupdate, dstate = adjoints
+    with reference.exact(dupdate.device):
+        return backward_with_graph(step, ctx.saved_tensors, (dupdate, to_rows(dstate, numel)), needs)
 
 
 def update(

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fastl2l import reference
 from fastl2l.ops import averaged_layer, averaged_native
+from fastl2l.ops.again import backward_with_graph
 from fastl2l.ops.averaged_layer import LayerStep
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.coupled_network import Extra, Network, NetworkStep, rows_of_all
-from fastl2l.ops.dispatch import Backend
+from fastl2l.ops.dispatch import Backend, changed
 from fastl2l.rule_config import RuleConfig
 
 
@@ -38,6 +39,7 @@ class InPlace(_NativeNetwork):
             self.config, self.all_weights, None, layers, gradient, rows, self.where, self.scale,
             need_units=self.config.memory is not None,
         )  # fmt: skip
+        changed(layers)
         return NetworkStep(update, layers, units)
 
 
@@ -82,7 +84,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, dupdate: Tensor, dlayers: Tensor, dunits: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True
-            return None, *_backward_with_graph(ctx, (dupdate, dlayers, dunits), needs)
+            return None, *_with_graph(ctx, (dupdate, dlayers, dunits), needs)
         of, (gradient, layers, rows, *weights, new) = ctx.of, ctx.saved_tensors
         dstate = dlayers.clone(memory_format=torch.contiguous_format)
         dweights, dgradient, drows = averaged_native.window_backward(
@@ -96,25 +98,21 @@ class _Step(torch.autograd.Function):
         return None, *(one if need else None for one, need in zip(found, needs, strict=True))
 
 
-def _backward_with_graph(ctx: Any, adjoints: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: layer by layer."""
-    of, inputs = ctx.of, ctx.saved_tensors[:-1]
-    gradient, layers, rows, *weights = inputs
+def _with_graph(ctx: Any, adjoints: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Layer by layer."""
+    of, config, where = ctx.of, ctx.of.config, ctx.of.where
+    counts = [0 if config.memory is None else config.memory.inputs(number) for number in range(config.num_layers)]
 
-    def extra(number: int, before: LayerStep | None) -> Tensor | None:
-        return given[number] if len(given[number]) else None
-
-    with reference.exact(gradient.device):
-        memory, where = of.config.memory, of.where
-        counts = [0 if memory is None else memory.inputs(number) for number in range(of.config.num_layers)]
+    def step(gradient: Tensor, layers: Tensor, rows: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
         given = [where.by_function(part) for part in (gradient[None][:0] if rows is None else rows).split(counts)]
-        heads = of.all_weights[len(weights) :]
-        network = Network(of.config, [*weights, *heads], averaged_layer.step, where, of.scale, of.backend)
-        update, steps = network.run(gradient, layers.unbind(), extra)
-        outputs = [update, torch.stack([one.state for one in steps])]
-        outputs += [] if memory is None else [where.rows(steps[-1].units)]
-        needed = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(outputs, needed, adjoints[: len(outputs)], create_graph=True, materialize_grads=True)
-        )
-    return [next(found) if need else None for need in needs]
+
+        def extra(number: int, before: LayerStep | None) -> Tensor | None:
+            return given[number] if counts[number] else None
+
+        heads = of.all_weights[len(weights) :]  # which have no part in it
+        network = Network(config, [*weights, *heads], averaged_layer.step, where, of.scale, of.backend)
+        update, new, units = network.step(gradient, layers.unbind(), extra)
+        return update, torch.stack(list(new)), units
+
+    with reference.exact(adjoints[0].device):
+        return backward_with_graph(step, ctx.saved_tensors[:-1], adjoints, needs)

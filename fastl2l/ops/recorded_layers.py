@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastl2l.heap import Scratch
 from fastl2l.ops import averaged_native
+from fastl2l.ops.again import once
 from fastl2l.ops.coordinates import Coordinates
 from fastl2l.ops.coupled_network import Extra, NetworkStep, rows_of_all
+from fastl2l.rule_config import RuleConfig
 from fastl2l.rules import Rule
 
 
@@ -33,83 +34,98 @@ class RecordedLayers:
 
     def __init__(self, rule: Rule, layers: Tensor, steps: int, where: Coordinates, scratch: Scratch) -> None:
         self.config, self.where, self.scale = rule.config, where, rule.config.output_scale
-        self._own = [weight.detach().clone() for weight in rule.weights()]
-        names = [name for name, _ in self.config.weight_shapes]
-        self.weights = dict(zip(names, self._own, strict=True))
-        self._heads = [weight.requires_grad_() for weight in self._own[self.config.network_weights :]]
-        self._states, self._scratch, self._steps = scratch.borrow((steps + 1, *layers.shape), layers), scratch, 0
-        self._states[0] = layers
-        self._dstate = torch.zeros_like(self._states[0])
-        self._dweights: Tensor | None = None
+        own = [weight.detach().clone() for weight in rule.weights()]
+        self.weights = dict(zip([name for name, _ in self.config.weight_shapes], own, strict=True))
+        count = self.config.network_weights
+        self._heads = [weight.requires_grad_() for weight in own[count:]]
+        self._tape = _Tape(self.config, own[:count], layers, steps, where, scratch)
         self._first = self._token = layers.new_zeros(()).requires_grad_()
 
     def step(self, gradient: Tensor, layers: Tensor, extra: Extra) -> NetworkStep:
         """From the gradient [N], whose numbers nobody changes till the way back, and the state of the last step."""
         rows = rows_of_all(self.config, self.where, extra)
-        update, units, self._token = _Step.apply(self, gradient, rows, self._token)
-        return NetworkStep(update, self._states[self._steps], units)
+        update, units, self._token = _Step.apply(self._tape, gradient, rows, self._token)
+        return NetworkStep(update, self._tape.state, units)
 
     def backward(self, updates: Sequence[Tensor], adjoints: Tensor) -> Tensor:
         """The gradient with respect to all of the rule's weights, flat, from those of the updates [steps, N]."""
-        if not self._steps == len(self._states) - 1 == len(adjoints):
-            raise RuntimeError(
-                f"window: expected {len(self._states) - 1} steps and their adjoints before its way back, got "
-                f"{self._steps} and {len(adjoints)}"
-            )
         wanted = [*self._heads, self._first]
         found = torch.autograd.grad(updates, wanted, adjoints.unbind(), materialize_grads=True)
-        assert self._dweights is not None
-        self._scratch.keep(self._states)
-        del self._states  # they are the next window's
-        return torch.cat([self._dweights, *(gradient.reshape(-1) for gradient in found[:-1])])
+        return torch.cat([self._tape.finish(), *(gradient.reshape(-1) for gradient in found[:-1])])
 
-    def forward_of(self, gradient: Tensor, rows: Tensor | None) -> tuple[int, Tensor, Tensor]:
+
+class _Tape:
+    """The states of a window. It knows nothing of autograd's graph, which knows it: neither keeps the other alive."""
+
+    def __init__(
+        self, config: RuleConfig, weights: list[Tensor], layers: Tensor, steps: int, where: Coordinates,
+        scratch: Scratch,
+    ) -> None:  # fmt: skip
+        self._config, self._weights, self._where, self._scratch = config, weights, where, scratch
+        self._states, self._steps = scratch.borrow((steps + 1, *layers.shape), layers), 0
+        self._states[0] = layers
+        self._dstate = torch.zeros_like(self._states[0])
+        self._dweights = layers.new_zeros(sum(weight.numel() for weight in weights))
+
+    @property
+    def state(self) -> Tensor:
+        """After the last step."""
+        return self._states[self._steps]
+
+    def step(self, gradient: Tensor, rows: Tensor | None) -> tuple[int, Tensor, Tensor]:
         """The next step: its number, update and units."""
         number = self._steps
         before, after = self._states[number : number + 2]
         update, units = averaged_native.step_(
-            self.config, self._own, before, after, gradient, rows, self.where, self.scale, need_units=True
-        )
+            self._config, self._weights, before, after, gradient, rows, self._where, self._config.output_scale,
+            need_units=True,
+        )  # fmt: skip
         self._steps += 1
         return number, update, units
 
-    def backward_of(
-        self, number: int, gradient: Tensor, rows: Tensor | None, adjoints: Sequence[Tensor | None], need_rows: bool
-    ) -> Tensor | None:
-        """The way back of that step, after those of all later ones: to what layers were given."""
+    def backward(
+        self, number: int, gradient: Tensor, rows: Tensor | None, adjoints: tuple[Tensor | None, Tensor | None],
+        need_rows: bool,
+    ) -> Tensor | None:  # fmt: skip
+        """The way back of a step, after those of all later ones: to what layers were given."""
         dupdate, dunits = adjoints
         dweights, _, drows = averaged_native.window_backward(
-            self.config, self._own, self._states[number : number + 2].unbind(), gradient.unsqueeze(0),
-            None if rows is None else rows.unsqueeze(0), (gradient * 0 if dupdate is None else dupdate).unsqueeze(0),
-            None if dunits is None else dunits.contiguous().unsqueeze(0), self._dstate, self.where,
-            self.scale, need_dextra=need_rows,
+            self._config, self._weights, self._states[number : number + 2].unbind(), gradient.unsqueeze(0),
+            None if rows is None else rows.unsqueeze(0),
+            (torch.zeros_like(gradient) if dupdate is None else dupdate).unsqueeze(0),
+            None if dunits is None else dunits.contiguous().unsqueeze(0), self._dstate, self._where,
+            self._config.output_scale, need_dextra=need_rows,
         )  # fmt: skip
-        self._dweights = dweights if self._dweights is None else self._dweights.add_(dweights)
+        self._dweights += dweights
         return drows[0] if need_rows else None
+
+    def finish(self) -> Tensor:
+        """The gradient of the layers' weights, flat; the states' memory is the next window's."""
+        self._scratch.keep(self._states)
+        del self._states
+        return self._dweights
 
 
 class _Step(torch.autograd.Function):
-    """Arguments: the layers, gradient, what they are given besides, token.
+    """Arguments: tape, gradient, what layers are given besides, token.
 
     The next step has this one's token, so that its way back comes before this one's.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, layers: RecordedLayers, gradient: Tensor, rows: Tensor | None, token: Tensor
-    ) -> tuple[Tensor, ...]:
-        number, update, units = layers.forward_of(gradient, rows)
-        ctx.layers, ctx.number = layers, number
+    def forward(ctx: Any, tape: _Tape, gradient: Tensor, rows: Tensor | None, token: Tensor) -> tuple[Tensor, ...]:
+        ctx.number, update, units = tape.step(gradient, rows)
+        ctx.tape = tape
         ctx.save_for_backward(gradient, rows)
         ctx.set_materialize_grads(False)
         return update, units, token.clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, dupdate: Tensor | None, dunits: Tensor | None, dtoken: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         gradient, rows = ctx.saved_tensors
         need = rows is not None and ctx.needs_input_grad[2]
-        drows = ctx.layers.backward_of(ctx.number, gradient, rows, (dupdate, dunits), need)
+        drows = ctx.tape.backward(ctx.number, gradient, rows, (dupdate, dunits), need)
         return None, None, drows, gradient.new_zeros(())

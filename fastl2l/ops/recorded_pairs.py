@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastl2l.heap import Scratch
 from fastl2l.memory_config import MemoryConfig
+from fastl2l.ops.again import once
 from fastl2l.ops.pairs import by_function, shares, squared
 
 
@@ -121,7 +121,7 @@ class _Write(torch.autograd.Function):
         return token.clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dtoken: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.tape.gradients_at(ctx.written)[:, -1], dtoken
 
@@ -144,7 +144,7 @@ class _Read(torch.autograd.Function):
         return found.transpose(0, 1).add(vectors, alpha=config.initial)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dfound: Tensor) -> tuple[Tensor | None, ...]:
         tape, (vectors, of_each), kept = ctx.tape, ctx.saved_tensors, ctx.kept.detach()
         sides, dsides = tape.pairs_at(ctx.written), tape.gradients_at(ctx.written)
