@@ -415,7 +415,7 @@ def tune(
 def reproduce(
     names: Annotated[list[str], typer.Argument(help=f"Some of {', '.join(experiments.ALL)}, or all.")],
     out: Annotated[Path, typer.Option(help="Folder; each experiment gets one in it.")] = Path("results"),
-    quick: Annotated[bool, typer.Option(help="10 problems in place of 100; the figure says so.")] = False,
+    quick: Annotated[bool, typer.Option(help="A tenth of the problems or fewer, as the figure says.")] = False,
     retrain: Annotated[bool, typer.Option(help="Train the rules anew from their recipes first.")] = False,
     rule: Annotated[
         list[str] | None,

@@ -161,7 +161,7 @@ def memory_options(text: str) -> dict[str, Any]:
         ValueError: there is no such option, or it is no number.
     """
     known = [field.name for field in dataclasses.fields(MemoryConfig) if field.name != "kind"]
-    kind, *words = text.split(",")
+    kind, *words = (word.strip() for word in text.split(","))
     found: dict[str, Any] = {"memory": kind}
     for name, equals, value in (word.partition("=") for word in words):
         if name not in known:

@@ -243,7 +243,10 @@ def _write(
     found: Mapping[str, Mapping[int, Curves]],
     rules: Mapping[str, Learned],
 ) -> None:
-    panels = {SETTINGS[name].title: of_seeds[min(of_seeds)] for name, of_seeds in found.items()}
+    panels = {}
+    for name, of_seeds in found.items():
+        one = of_seeds[min(of_seeds)]
+        panels[f"{SETTINGS[name].title}\n{one.runs:,} functions, rules of seed {min(of_seeds)}"] = one
     for name, of_seeds in found.items():
         for seed, curves in of_seeds.items():
             curves.save(folder / f"{name}-{seed}")
