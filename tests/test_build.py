@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -64,7 +65,8 @@ def run(*command: object, folder: Path, **variables: object) -> subprocess.Compl
 
 
 def run_python(code: str, folder: Path, **variables: object) -> subprocess.CompletedProcess:
-    return forked.run(code, environment(folder, **variables), folder, folder, timeout=600)
+    with tempfile.TemporaryDirectory() as outputs:  # the folder may be this repository
+        return forked.run(code, environment(folder, **variables), folder, Path(outputs), timeout=600)
 
 
 def use(folder: Path, **variables: object) -> str:
